@@ -1,0 +1,225 @@
+"""The configuration that every backend shares (paper: section 3 and Algorithm 1)."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import warnings
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any, Literal, get_args
+
+Norm = Literal["inf", "2", "1"]
+Granularity = Literal["example", "token"]
+Start = Literal["gaussian", "margin"]
+Scale = Literal["absolute", "rms"]
+Projection = Literal["ball", "rescale"]
+NonFinite = Literal["raise", "skip"]
+
+
+class SMARTWarning(UserWarning):
+    """A setting or a precision with which SMART silently does less than it says."""
+
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "norm": get_args(Norm),
+    "granularity": get_args(Granularity),
+    "start": get_args(Start),
+    "scale": get_args(Scale),
+    "projection": get_args(Projection),
+    "non_finite": get_args(NonFinite),
+}
+# name: (lowest, highest, whether the lowest itself is allowed)
+_REALS: dict[str, tuple[float, float, bool]] = {
+    "lambda_s": (0.0, math.inf, True),
+    "mu": (0.0, math.inf, True),
+    "epsilon": (0.0, math.inf, False),
+    "sigma": (0.0, math.inf, True),
+    "eta": (0.0, math.inf, False),
+    "beta_early": (0.0, 1.0, True),
+    "beta_late": (0.0, 1.0, True),
+    "early_fraction": (0.0, 1.0, True),
+}
+_INTEGERS = {"ascent_steps": 0, "proximal_steps": 1, "total_steps": 1}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SMARTConfig:
+    """Settings of F(theta) = L + lambda_s R_s + mu D_Breg, frozen and validated.
+
+    The plain `SMARTConfig()` is the recommended one: its radius is relative to the embeddings' root mean
+    square (`scale="rms"`), so that one value serves every model. `SMARTConfig.paper` has the published values.
+
+    Attributes:
+        lambda_s: weight of the smoothness term R_s; 0 switches it off, and its cost with it.
+        mu: weight of the proximal term D_Breg; 0 switches it off, and its cost with it.
+        epsilon: radius of the ball ||x~_i - x_i||_p <= epsilon.
+        sigma: standard deviation of the Gaussian start nu_i.
+        eta: length of one ascent step. epsilon, sigma and eta are in the embeddings' own units
+            (`scale="absolute"`) or in multiples of the root mean square of x_i (`scale="rms"`).
+        ascent_steps: T_x; 0 keeps the start alone (R3F with the Gaussian start).
+        norm: p of the ball and of g / ||g||: "inf", "2" or "1".
+        granularity: what a norm runs over: "example" (all axes but the batch) or "token" (the last axis).
+        start: "gaussian" (the paper's nu_i) or "margin" (towards the nearest decision boundary).
+        scale: the unit of epsilon, sigma and eta, see above.
+        projection: "ball" (the paper's), or "rescale": the released code's
+            delta <- (delta + eta g) / (||delta + eta g||_inf + epsilon), where epsilon is no radius.
+        proximal_steps: S; theta~ moves once every S optimiser steps.
+        beta_early, beta_late, early_fraction: beta is `beta_early` for the first `early_fraction` of
+            `total_steps`, then `beta_late`.
+        total_steps: optimiser steps of the whole training run; needed where beta is scheduled and mu > 0.
+        non_finite: a NaN or infinite penalty raises ("raise"), or counts as 0 for that step ("skip").
+
+    Raises:
+        TypeError, ValueError: a setting of the wrong type or out of range; the message names it.
+
+    Source: Jiang et al. 2020 (arXiv 1911.03437), equations 1 to 4 and Algorithm 1.
+
+    Example:
+        >>> SMARTConfig(epsilon=0.05, total_steps=1000).epsilon
+        0.05
+    """
+
+    lambda_s: float = 1.0
+    mu: float = 1.0
+    epsilon: float = 0.1
+    sigma: float = 0.1
+    eta: float = 10.0
+    ascent_steps: int = 1
+    norm: Norm = "inf"
+    granularity: Granularity = "example"
+    start: Start = "gaussian"
+    scale: Scale = "rms"
+    projection: Projection = "ball"
+    proximal_steps: int = 1
+    beta_early: float = 0.99
+    beta_late: float = 0.999
+    early_fraction: float = 0.1
+    total_steps: int | None = None
+    non_finite: NonFinite = "raise"
+
+    def __post_init__(self) -> None:
+        for name, choices in _CHOICES.items():
+            got = getattr(self, name)
+            if got not in choices:
+                options = ", ".join(map(repr, choices))
+                raise ValueError(f"SMARTConfig: {name} must be one of {options}, got {got!r}")
+        for name, (low, high, closed) in _REALS.items():
+            got = getattr(self, name)
+            if isinstance(got, bool) or not isinstance(got, Real):
+                raise TypeError(f"SMARTConfig: {name} must be a number, got {got!r}")
+            inside = low <= got <= high if closed else low < got <= high
+            if not (inside and math.isfinite(got)):
+                bound = f"in [{low:g}, {high:g}]" if math.isfinite(high) else f"{'>=' if closed else '>'} {low:g}"
+                raise ValueError(f"SMARTConfig: {name} must be a finite number {bound}, got {got!r}")
+            object.__setattr__(self, name, float(got))
+        for name, least in _INTEGERS.items():
+            got = getattr(self, name)
+            if name == "total_steps" and got is None:
+                continue
+            if isinstance(got, bool) or not isinstance(got, Integral):
+                raise TypeError(f"SMARTConfig: {name} must be a whole number, got {got!r}")
+            if got < least:
+                raise ValueError(f"SMARTConfig: {name} must be at least {least}, got {got!r}")
+            object.__setattr__(self, name, int(got))
+        if self.lambda_s > 0 and self.start == "gaussian" and self.sigma == 0:
+            warnings.warn(
+                "SMARTConfig: with sigma=0 and start='gaussian' the ascent begins at x itself, where the divergence "
+                "is stationary: R_s stays 0 for ever. Give sigma > 0 or start='margin'.",
+                SMARTWarning,
+                stacklevel=3,
+            )
+        if self.mu > 0 and self.proximal_steps == 1 and self.beta_early == self.beta_late == 0:
+            warnings.warn(
+                "SMARTConfig: with beta=0 and proximal_steps=1 theta~ equals theta whenever the gradient is taken, so "
+                "D_Breg and its gradient are exactly 0. Give proximal_steps > 1 (VBPP) or beta > 0 (MBPP), or mu=0.",
+                SMARTWarning,
+                stacklevel=3,
+            )
+
+    @property
+    def needs_total_steps(self) -> bool:
+        """Whether beta changes during training, so that `total_steps` must be known."""
+        return self.mu > 0 and self.beta_early != self.beta_late and 0 < self.early_fraction < 1
+
+    def check_total_steps(self, call: str) -> None:
+        """Raise ValueError, naming `call`, where beta is scheduled and `total_steps` is not known."""
+        if self.needs_total_steps and self.total_steps is None:
+            raise ValueError(
+                f"{call}: mu > 0 and beta changes from {self.beta_early:g} to {self.beta_late:g} after "
+                f"{self.early_fraction:g} of the training, so total_steps is needed, got None. Give "
+                "SMARTConfig(total_steps=<optimiser steps of the whole run>), or beta_early == beta_late, or mu=0."
+            )
+
+    @classmethod
+    def paper(cls, total_steps: int | None = None, **changes: Any) -> SMARTConfig:
+        """The published values, as printed (section 4.1): absolute units, epsilon = sigma = 1e-5, eta = 1e-3.
+
+        Example:
+            >>> SMARTConfig.paper(total_steps=1000, lambda_s=3).eta
+            0.001
+        """
+        published: dict[str, Any] = {"scale": "absolute", "epsilon": 1e-5, "sigma": 1e-5, "eta": 1e-3}
+        return cls(**{**published, "total_steps": total_steps, **changes})
+
+    @classmethod
+    def mtdnn(cls, **changes: Any) -> SMARTConfig:
+        """The update that the released code (mt-dnn) does: rescaled to max-abs 1 a token, no ball, no D_Breg.
+
+        delta <- (delta + eta g) / (||delta + eta g||_inf + 1e-6), g the plain gradient. The released code takes g
+        of a one-sided KL by an approximate formula; this preset takes the symmetrised one, exactly.
+
+        Example:
+            >>> SMARTConfig.mtdnn().projection
+            'rescale'
+        """
+        released: dict[str, Any] = {"scale": "absolute", "epsilon": 1e-6, "sigma": 1e-5, "eta": 1e-3, "mu": 0.0}
+        return cls(**{**released, "granularity": "token", "projection": "rescale", **changes})
+
+    def replace(self, **changes: Any) -> SMARTConfig:
+        """A copy with some settings changed, validated again.
+
+        Example:
+            >>> SMARTConfig().replace(mu=0).mu
+            0.0
+        """
+        return type(self).from_dict({**self.to_dict(), **changes})
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as a dict of plain values; `from_dict` reads it back."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, settings: dict[str, Any]) -> SMARTConfig:
+        """The configuration of a dict of settings; raises ValueError on a name that it does not know.
+
+        Example:
+            >>> SMARTConfig.from_dict(SMARTConfig().to_dict()) == SMARTConfig()
+            True
+        """
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in settings:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else f"; it knows {', '.join(known)}"
+                raise ValueError(f"SMARTConfig: no setting is called {name!r}{hint}")
+        return cls(**settings)
+
+    def to_json(self) -> str:
+        """The settings as a JSON object; `from_json` reads it back."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> SMARTConfig:
+        """The configuration of a JSON object.
+
+        Example:
+            >>> SMARTConfig.from_json('{"lambda_s": 3}').lambda_s
+            3.0
+        """
+        settings = json.loads(text)
+        if not isinstance(settings, dict):
+            raise ValueError(f"SMARTConfig.from_json: expected a JSON object, got {text[:40]!r}")
+        return cls.from_dict(settings)

@@ -1,0 +1,291 @@
+"""The inner maximum of R_s: norms, projections and Algorithm 1's projected ascent (docs/math.md).
+
+A perturbation delta has the shape of the embeddings x, (n, ..., d). `granularity` says what one norm runs over: all
+axes but the batch ("example"), or the last one ("token").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from smartreg.config import Granularity, Norm, SMARTConfig
+from smartreg.divergences import DIVERGENCES
+
+Array = NDArray[Any]
+Forward = Callable[[Array], tuple[Array, Callable[[Array], Array]]]
+
+
+def normalize(g: ArrayLike, norm: Norm = "inf", granularity: Granularity = "example") -> Array:
+    """g / ||g||_p, and 0 where g = 0.
+
+    Divided by max|g| first, so that no square underflows: finite for gradients of 1e-30 in float32.
+
+    Args:
+        g: (n, ..., d).
+
+    Source: paper, Algorithm 1.
+
+    Example:
+        >>> normalize([[3e-30, 4e-30]], "2")
+        array([[0.6, 0.8]])
+    """
+    g = _floating(g)
+    rows = _rows(g, granularity)
+    largest = np.max(np.abs(rows), axis=-1, keepdims=True)
+    unit = rows / np.where(largest > 0, largest, 1)
+    if norm != "inf":
+        length = _length(unit, norm)
+        unit = unit / np.where(length > 0, length, 1)
+    return unit.reshape(g.shape)
+
+
+def project_linf_ball(delta: ArrayLike, epsilon: ArrayLike, granularity: Granularity = "example") -> Array:
+    """The nearest point of {delta: ||delta||_inf <= epsilon}: every entry clipped.
+
+    Args:
+        delta: (n, ..., d).
+        epsilon: the radius, one number or one an example, (n,).
+        granularity: makes no difference here; kept so that the three balls are called alike.
+
+    Source: paper, Algorithm 1 (p = inf).
+
+    Example:
+        >>> project_linf_ball([[3.0, -0.5]], 1.0)
+        array([[ 1. , -0.5]])
+    """
+    delta = _floating(delta)
+    radius = _radius(epsilon, delta)
+    return np.clip(delta, -radius, radius)
+
+
+def project_l2_ball(delta: ArrayLike, epsilon: ArrayLike, granularity: Granularity = "example") -> Array:
+    """The nearest point of {delta: ||delta||_2 <= epsilon}: delta min(1, epsilon / ||delta||_2).
+
+    Args: as `project_linf_ball`.
+
+    Example:
+        >>> project_l2_ball([[3.0, 4.0]], 1.0).round(12)
+        array([[0.6, 0.8]])
+    """
+    delta = _floating(delta)
+    rows = _rows(delta, granularity)
+    return _shrink(rows, _radius(epsilon, rows), "2").reshape(delta.shape)
+
+
+def project_l1_ball(delta: ArrayLike, epsilon: ArrayLike, granularity: Granularity = "example") -> Array:
+    """The Euclidean projection onto {delta: ||delta||_1 <= epsilon}: sign(delta) max(|delta| - tau, 0).
+
+    tau is found by sorting (Duchi et al. 2008, figure 1). Not a rescaling: small entries become 0.
+
+    Args: as `project_linf_ball`.
+
+    Example:
+        >>> project_l1_ball([[3.0, 2.5, 0.1]], 1.0).round(12)
+        array([[0.75, 0.25, 0.  ]])
+    """
+    delta = _floating(delta)
+    rows = _rows(delta, granularity)
+    radius = _radius(epsilon, rows)
+    size = np.abs(rows)
+    descending = -np.sort(-size, axis=-1)
+    over = np.cumsum(descending, axis=-1) - radius
+    count = np.arange(1, rows.shape[-1] + 1)
+    kept = np.maximum(np.sum(descending * count > over, axis=-1, keepdims=True), 1)
+    tau = np.take_along_axis(over, kept - 1, -1) / kept
+    inside = np.sum(size, axis=-1, keepdims=True) <= radius
+    shrunk = np.where(inside, rows, np.sign(rows) * np.maximum(size - tau, 0).astype(rows.dtype))
+    return _shrink(shrunk, radius, "1").reshape(delta.shape)
+
+
+_PROJECTIONS = {"inf": project_linf_ball, "2": project_l2_ball, "1": project_l1_ball}
+
+
+def ascend(
+    forward: Forward,
+    x: ArrayLike,
+    target: ArrayLike,
+    config: SMARTConfig,
+    noise: ArrayLike | None,
+    mask: ArrayLike | None = None,
+    divergence: str = "symmetric_kl",
+) -> Array:
+    """The perturbation delta of R_s: T_x steps of projected ascent from the configured start.
+
+    delta <- Proj_{||delta||_p <= epsilon}( delta + eta g / ||g||_p ),   g = grad_delta l_s(f(x), f(x + delta))
+
+    Args:
+        forward: x~ -> (outputs, vjp), vjp taking the gradient at the outputs to the one at x~.
+        x: embeddings, (n, ..., d).
+        target: the clean outputs f(x).
+        config: epsilon, sigma, eta, ascent_steps, norm, granularity, start, scale, projection.
+        noise: standard normal, of the shape of x for the Gaussian start; of the outputs for the margin start, where
+            only its sign is used and only in regression (None does elsewhere).
+        mask: true where a position may be perturbed, of x's leading axes. Outputs with that position axis are
+            averaged over its true positions.
+        divergence: the name of l_s in `smartreg.divergences`.
+
+    Returns:
+        delta, of the shape of x, ||delta||_p <= epsilon unless `config.projection` is "rescale".
+
+    Source: paper, Algorithm 1, lines 5 to 10. The margin start: docs/math.md.
+
+    Example:
+        >>> w = np.array([[1.0, -1.0], [0.0, 2.0]])
+        >>> linear = lambda x: (x @ w, lambda g: g @ w.T)
+        >>> config = SMARTConfig(scale="absolute", epsilon=0.1, start="margin", ascent_steps=0)
+        >>> ascend(linear, [[1.0, 1.0]], [[1.0, 1.0]], config, None).round(3)
+        array([[-0.1,  0.1]])
+    """
+    x, target = _floating(x), np.asarray(target)
+    keep = 1 if mask is None else expand_mask(mask, x)
+    scale = rms(x, mask) if config.scale == "rms" else np.ones(len(x), x.dtype)
+    epsilon, sigma, eta = (value * scale for value in (config.epsilon, config.sigma, config.eta))
+    positions = output_mask(target, mask)
+
+    if config.start == "gaussian":
+        if noise is None:
+            raise ValueError("ascend: start='gaussian' needs noise of the shape of x, got None")
+        delta = keep * (_each(sigma, x) * np.asarray(noise, x.dtype))
+    else:
+        _, vjp = forward(x)
+        direction = keep * vjp(margin_gradient(target, noise, positions, divergence))
+        delta = _steepest(direction, epsilon, config)
+    delta = _project(delta, epsilon, config) if config.projection == "ball" else delta
+
+    for _ in range(config.ascent_steps):
+        outputs, vjp = forward(x + delta)
+        g = keep * vjp(DIVERGENCES[divergence].grad(target, outputs, positions)[1])
+        if config.projection == "ball":
+            step = _each(eta, x) * normalize(g, config.norm, config.granularity)
+        else:
+            step = _each(eta, x) * g
+        delta = _project(delta + step, epsilon, config)
+    return delta
+
+
+def margin_gradient(
+    outputs: ArrayLike, noise: ArrayLike | None = None, mask: ArrayLike | None = None, divergence: str = "symmetric_kl"
+) -> Array:
+    """Which way the outputs should move to meet the model's nearest decision boundary: the gradient at the outputs.
+
+    -(e_top1 - e_top2) for classes; -sign(z_k) e_k of the least certain label k; the sign of the noise in regression.
+
+    Args:
+        outputs: (n, ..., C). noise: of that shape, in regression. mask: of that shape less the last axis.
+
+    Example:
+        >>> margin_gradient([[3.0, 1.0, 2.0]])
+        array([[-1.,  0.,  1.]])
+    """
+    z = _floating(outputs)
+    gradient = np.zeros_like(z)
+    if divergence == "symmetric_kl":
+        if z.shape[-1] < 2:
+            raise ValueError(f"margin start: symmetric_kl needs at least 2 classes, got outputs of shape {z.shape}")
+        order = np.argsort(-z, axis=-1, kind="stable")
+        np.put_along_axis(gradient, order[..., :1], -1, -1)
+        np.put_along_axis(gradient, order[..., 1:2], 1, -1)
+    elif divergence == "bernoulli_symmetric_kl":
+        least = np.argmin(np.abs(z), axis=-1, keepdims=True)
+        np.put_along_axis(gradient, least, np.where(np.take_along_axis(z, least, -1) < 0, 1, -1), -1)
+    else:
+        if noise is None:
+            raise ValueError("margin start: squared_error needs noise of the outputs' shape for its sign, got None")
+        gradient = np.where(np.asarray(noise) < 0, -1, 1).astype(z.dtype)
+    return gradient if mask is None else gradient * (np.asarray(mask) != 0)[..., None]
+
+
+def rms(x: ArrayLike, mask: ArrayLike | None = None) -> Array:
+    """Root mean square of each x_i over its own unmasked entries, (n,); 0 where there are none.
+
+    Example:
+        >>> rms([[[3.0, 3.0], [9.0, 9.0]]], [[1, 0]])
+        array([3.])
+    """
+    x = _floating(x)
+    keep = np.broadcast_to(np.ones((), bool) if mask is None else expand_mask(mask, x), x.shape)
+    axes = tuple(range(1, x.ndim))
+    count = np.maximum(keep.sum(axis=axes), 1).astype(x.dtype)
+    result: Array = np.sqrt(np.sum(np.where(keep, x * x, 0), axis=axes) / count)
+    return result
+
+
+def expand_mask(mask: ArrayLike, x: Array) -> NDArray[np.bool_]:
+    """The mask of x's leading axes as booleans with trailing axes of length 1; ValueError where it does not fit."""
+    keep = np.asarray(mask) != 0
+    if keep.ndim >= x.ndim or keep.shape != x.shape[: keep.ndim]:
+        raise ValueError(f"the mask must have the leading axes of x, {x.shape[:-1]}, got {keep.shape}")
+    return keep.reshape(keep.shape + (1,) * (x.ndim - keep.ndim))
+
+
+def output_mask(outputs: Array, mask: ArrayLike | None) -> ArrayLike | None:
+    """The mask, where the outputs have its axes (one output a position); else None (one output an example)."""
+    if mask is None or outputs.ndim < 3 or np.shape(mask) != outputs.shape[:-1]:
+        return None
+    return mask
+
+
+def _steepest(g: Array, epsilon: Array, config: SMARTConfig) -> Array:
+    """argmax_{||delta||_p <= epsilon} <g, delta>, 0 where g = 0."""
+    if config.norm == "inf":
+        return _each(epsilon, g) * np.sign(g)
+    if config.norm == "2":
+        return _each(epsilon, g) * normalize(g, "2", config.granularity)
+    rows = _rows(g, config.granularity)
+    at = np.argmax(np.abs(rows), axis=-1, keepdims=True)
+    corner = np.zeros_like(rows)
+    np.put_along_axis(corner, at, np.sign(np.take_along_axis(rows, at, -1)), -1)
+    return _each(epsilon, g) * corner.reshape(g.shape)
+
+
+def _project(delta: Array, epsilon: Array, config: SMARTConfig) -> Array:
+    if config.projection == "ball":
+        return _PROJECTIONS[config.norm](delta, epsilon, config.granularity)
+    rows = _rows(delta, config.granularity)
+    guard = _radius(epsilon, rows)
+    return (rows / (np.max(np.abs(rows), axis=-1, keepdims=True) + guard)).reshape(delta.shape)
+
+
+def _shrink(rows: Array, radius: Array, norm: Norm) -> Array:
+    length = _scaled_length(rows, norm)
+    outside = length > radius
+    # a few ulps inside, so that the rounding of the product cannot leave the ball and a second projection does nothing
+    factor = radius * (1 - 4 * np.finfo(rows.dtype).eps) / np.where(outside, length, 1)
+    return np.where(outside, rows * factor.astype(rows.dtype), rows)
+
+
+def _scaled_length(rows: Array, norm: Norm) -> Array:
+    largest = np.max(np.abs(rows), axis=-1, keepdims=True)
+    return largest * _length(rows / np.where(largest > 0, largest, 1), norm)
+
+
+def _length(rows: Array, norm: Norm) -> Array:
+    if norm == "2":
+        return np.sqrt(np.sum(rows * rows, axis=-1, keepdims=True))
+    return np.sum(np.abs(rows), axis=-1, keepdims=True)
+
+
+def _rows(x: Array, granularity: Granularity) -> Array:
+    """x with everything that one norm runs over in the last axis."""
+    if x.ndim < 2:
+        raise ValueError(f"expected embeddings of shape (n, ..., d), got {x.shape}")
+    return x.reshape(len(x), -1) if granularity == "example" else x
+
+
+def _radius(epsilon: ArrayLike, rows: Array) -> Array:
+    radius = np.asarray(epsilon, rows.dtype)
+    return _each(radius, rows) if radius.ndim else radius
+
+
+def _each(values: Array, x: Array) -> Array:
+    """One value an example, (n,), against (n, ..., d)."""
+    return values.reshape((-1,) + (1,) * (x.ndim - 1))
+
+
+def _floating(x: ArrayLike) -> Array:
+    x = np.asarray(x)
+    return x.astype(np.result_type(x, np.float32), copy=False)

@@ -1,0 +1,90 @@
+"""The Bregman proximal point term and its momentum (paper: section 3.2, equations 3 and 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from smartreg.config import SMARTConfig
+from smartreg.divergences import DIVERGENCES
+from smartreg.perturbation import output_mask
+
+Array = NDArray[Any]
+
+
+def momentum(step: int, config: SMARTConfig) -> float:
+    """beta at an optimiser step: `beta_early` for the first `early_fraction` of `total_steps`, then `beta_late`.
+
+    Args:
+        step: optimiser steps taken so far, this one included: 1, 2, ...
+
+    Raises:
+        ValueError: beta is scheduled and `config.total_steps` is None.
+
+    Source: paper, section 4.1.
+
+    Example:
+        >>> config = SMARTConfig(total_steps=100)
+        >>> momentum(10, config), momentum(11, config)
+        (0.99, 0.999)
+    """
+    if config.early_fraction == 0 or config.beta_early == config.beta_late:
+        return config.beta_late
+    if config.early_fraction == 1:
+        return config.beta_early
+    config.check_total_steps("momentum")
+    # round: 0.29 * 100 is 28.999999999999996, and step 29 is still early
+    last_early = round(config.early_fraction * (config.total_steps or 0), 9)
+    return config.beta_early if step <= last_early else config.beta_late
+
+
+def ema_update(teacher: Mapping[str, Array], theta: Mapping[str, Array], beta: float) -> dict[str, Array]:
+    """theta~ <- (1 - beta) theta + beta theta~, kept in float32 or wider.
+
+    Source: paper, Algorithm 1, line 14.
+
+    Example:
+        >>> ema_update({"w": np.array(0.0)}, {"w": np.array(1.0)}, 0.75)
+        {'w': np.float64(0.25)}
+    """
+    return {name: (1 - beta) * theta[name] + beta * average for name, average in teacher.items()}
+
+
+def bregman_divergence(
+    outputs: ArrayLike,
+    teacher_outputs: ArrayLike,
+    divergence: str = "symmetric_kl",
+    mask: ArrayLike | None = None,
+    sample_weight: ArrayLike | None = None,
+) -> float:
+    """D_Breg(theta, theta~) = 1/n sum_i w_i l_s( f(x_i; theta), f(x_i; theta~) ).
+
+    Args:
+        outputs, teacher_outputs: (n, ..., C). mask: of the position axis. sample_weight: w_i, (n,), 1 by default.
+
+    Source: paper, equation 3.
+
+    Example:
+        >>> bregman_divergence([[1.0], [2.0]], [[1.0], [0.0]], "squared_error")
+        2.0
+    """
+    positions = output_mask(np.asarray(outputs), mask)
+    return mean_examples(DIVERGENCES[divergence].value(outputs, teacher_outputs, positions), sample_weight)
+
+
+def mean_examples(values: Array, sample_weight: ArrayLike | None = None) -> float:
+    """1/n sum_i w_i v_i: the mean over the batch that R_s and D_Breg take.
+
+    Example:
+        >>> mean_examples(np.array([1.0, 3.0]), [1.0, 0.0])
+        0.5
+    """
+    if sample_weight is not None:
+        weight = np.asarray(sample_weight)
+        if weight.shape != values.shape:
+            raise ValueError(f"sample_weight must have one weight an example, {values.shape}, got {weight.shape}")
+        values = values * weight
+    return float(np.mean(values))
