@@ -110,18 +110,19 @@ class SMARTConfig:
             got = getattr(self, name)
             if isinstance(got, bool) or not isinstance(got, Real):
                 raise TypeError(f"SMARTConfig: {name} must be a number, got {got!r}")
-            inside = low <= got <= high if closed else low < got <= high
-            if not (inside and math.isfinite(got)):
+            value = float(got)
+            inside = low <= value <= high if closed else low < value <= high
+            if not (inside and math.isfinite(value)):
                 bound = f"in [{low:g}, {high:g}]" if math.isfinite(high) else f"{'>=' if closed else '>'} {low:g}"
                 raise ValueError(f"SMARTConfig: {name} must be a finite number {bound}, got {got!r}")
-            object.__setattr__(self, name, float(got))
+            object.__setattr__(self, name, value)
         for name, least in _INTEGERS.items():
             got = getattr(self, name)
             if name == "total_steps" and got is None:
                 continue
             if isinstance(got, bool) or not isinstance(got, Integral):
                 raise TypeError(f"SMARTConfig: {name} must be a whole number, got {got!r}")
-            if got < least:
+            if int(got) < least:
                 raise ValueError(f"SMARTConfig: {name} must be at least {least}, got {got!r}")
             object.__setattr__(self, name, int(got))
         if self.lambda_s > 0 and self.start == "gaussian" and self.sigma == 0:

@@ -170,7 +170,8 @@ def _pair(call: str, a: ArrayLike, b: ArrayLike) -> tuple[Array, Array]:
 
 
 def _sum(values: Array) -> Array:
-    return np.sum(values, axis=-1, keepdims=True)
+    result: Array = np.sum(values, axis=-1, keepdims=True)
+    return result
 
 
 def _symmetric_kl_terms(a: Array, b: Array) -> tuple[Array, Array, Array, Array, Callable[[Array], Array]]:
@@ -191,7 +192,8 @@ def _symmetric_kl_terms(a: Array, b: Array) -> tuple[Array, Array, Array, Array,
     low = (a - (high - (high - a))) - (b + (high - a))
 
     def d_from(at: Array) -> Array:
-        return (high - np.take_along_axis(high, at, -1)) + (low - np.take_along_axis(low, at, -1))
+        result: Array = (high - np.take_along_axis(high, at, -1)) + (low - np.take_along_axis(low, at, -1))
+        return result
 
     # r = d - log Z, Z = sum q exp(d). Over the classes N where |d| < 1 that sum is 1 - q_F + sum_N q expm1(d); the far
     # ones, F, have Z p_F of it. So log Z = log1p(sum_N q expm1(d) - q_F) - log1p(-p_F): nothing cancels, and no large

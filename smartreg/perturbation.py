@@ -149,7 +149,7 @@ def ascend(
     if config.start == "gaussian":
         if noise is None:
             raise ValueError("ascend: start='gaussian' needs noise of the shape of x, got None")
-        delta = keep * (_each(sigma, x) * np.asarray(noise, x.dtype))
+        delta: Array = keep * (_each(sigma, x) * np.asarray(noise, x.dtype))
     else:
         _, vjp = forward(x)
         direction = keep * vjp(margin_gradient(target, noise, positions, divergence))
@@ -216,7 +216,7 @@ def rms(x: ArrayLike, mask: ArrayLike | None = None) -> Array:
 
 def expand_mask(mask: ArrayLike, x: Array) -> NDArray[np.bool_]:
     """The mask of x's leading axes as booleans with trailing axes of length 1; ValueError where it does not fit."""
-    keep = np.asarray(mask) != 0
+    keep: NDArray[np.bool_] = np.asarray(mask) != 0
     if keep.ndim >= x.ndim or keep.shape != x.shape[: keep.ndim]:
         raise ValueError(f"the mask must have the leading axes of x, {x.shape[:-1]}, got {keep.shape}")
     return keep.reshape(keep.shape + (1,) * (x.ndim - keep.ndim))
@@ -247,7 +247,8 @@ def _project(delta: Array, epsilon: Array, config: SMARTConfig) -> Array:
         return _PROJECTIONS[config.norm](delta, epsilon, config.granularity)
     rows = _rows(delta, config.granularity)
     guard = _radius(epsilon, rows)
-    return (rows / (np.max(np.abs(rows), axis=-1, keepdims=True) + guard)).reshape(delta.shape)
+    rescaled: Array = rows / (np.max(np.abs(rows), axis=-1, keepdims=True) + guard)
+    return rescaled.reshape(delta.shape)
 
 
 def _shrink(rows: Array, radius: Array, norm: Norm) -> Array:
@@ -260,13 +261,14 @@ def _shrink(rows: Array, radius: Array, norm: Norm) -> Array:
 
 def _scaled_length(rows: Array, norm: Norm) -> Array:
     largest = np.max(np.abs(rows), axis=-1, keepdims=True)
-    return largest * _length(rows / np.where(largest > 0, largest, 1), norm)
+    length: Array = largest * _length(rows / np.where(largest > 0, largest, 1), norm)
+    return length
 
 
 def _length(rows: Array, norm: Norm) -> Array:
-    if norm == "2":
-        return np.sqrt(np.sum(rows * rows, axis=-1, keepdims=True))
-    return np.sum(np.abs(rows), axis=-1, keepdims=True)
+    square = norm == "2"
+    total: Array = np.sum(rows * rows if square else np.abs(rows), axis=-1, keepdims=True)
+    return np.sqrt(total) if square else total
 
 
 def _rows(x: Array, granularity: Granularity) -> Array:

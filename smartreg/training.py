@@ -282,6 +282,6 @@ class _Update:
         v = self.v[name] = beta_2 * self.v.get(name, np.zeros_like(g)) + (1 - beta_2) * g * g
         rate = self.learning_rate / (1 - beta_1**self.t)
         correction = np.sqrt(1 - beta_2**self.t)
-        if self.optimizer == "adam_torch":
-            return rate * m / (np.sqrt(v) / correction + epsilon)
-        return rate * correction * m / (np.sqrt(v) + epsilon)
+        after = self.optimizer == "adam_torch"
+        step: Array = rate * m / (np.sqrt(v) / correction + (epsilon if after else epsilon / correction))
+        return step
