@@ -1,0 +1,96 @@
+"""The Bregman proximal point term for PyTorch: `smartreg.proximal`, native (paper: section 3.2, equations 3 and 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from smartreg.proximal import momentum
+from smartreg_torch.divergences import DIVERGENCES
+from smartreg_torch.perturbation import output_mask
+
+__all__ = ["bregman_divergence", "ema_update", "mean_examples", "momentum", "swapped"]
+
+
+@torch.no_grad()
+def ema_update(teacher: Mapping[str, Tensor], theta: Mapping[str, Tensor], beta: float) -> None:
+    """theta~ <- (1 - beta) theta + beta theta~, in place, in theta~'s own dtype (float32 or wider).
+
+    Source: paper, Algorithm 1, line 14.
+
+    Example:
+        >>> teacher = {"w": torch.tensor(0.0)}
+        >>> ema_update(teacher, {"w": torch.tensor(1.0)}, 0.75)
+        >>> teacher["w"]
+        tensor(0.2500)
+    """
+    averages = list(teacher.values())
+    values = [theta[name].detach().to(average) for name, average in teacher.items()]
+    if averages:
+        torch._foreach_lerp_(averages, values, 1 - beta)
+
+
+def bregman_divergence(
+    outputs: Tensor,
+    teacher_outputs: Tensor,
+    divergence: str = "symmetric_kl",
+    mask: Tensor | None = None,
+    sample_weight: Tensor | None = None,
+) -> Tensor:
+    """D_Breg(theta, theta~) = 1/n sum_i w_i l_s( f(x_i; theta), f(x_i; theta~) ), no gradient through theta~.
+
+    Args:
+        outputs, teacher_outputs: (n, ..., C). mask: of the position axis. sample_weight: w_i, (n,), 1 by default.
+
+    Source: paper, equation 3.
+
+    Example:
+        >>> bregman_divergence(torch.tensor([[1.0], [2.0]]), torch.tensor([[1.0], [0.0]]), "squared_error")
+        tensor(2.)
+    """
+    positions = output_mask(outputs, mask)
+    return mean_examples(DIVERGENCES[divergence](outputs, teacher_outputs.detach(), positions), sample_weight)
+
+
+def mean_examples(values: Tensor, sample_weight: Tensor | None = None) -> Tensor:
+    """1/n sum_i w_i v_i: the mean over the batch that R_s and D_Breg take.
+
+    Example:
+        >>> mean_examples(torch.tensor([1.0, 3.0]), torch.tensor([1.0, 0.0]))
+        tensor(0.5000)
+    """
+    if sample_weight is None:
+        return values.mean()
+    if sample_weight.shape != values.shape:
+        raise ValueError(
+            f"sample_weight must have one weight an example, {tuple(values.shape)}, got {tuple(sample_weight.shape)}"
+        )
+    return (values * sample_weight.to(values)).mean()
+
+
+@contextmanager
+def swapped(theta: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> Iterator[None]:
+    """The parameters theta hold the values of theta~ inside the block.
+
+    The tensors themselves stay, only their storage changes: tied weights, references that modules keep of their own
+    and a graph recorded outside the block are all as they should be.
+
+    Example:
+        >>> w = torch.nn.Parameter(torch.tensor(1.0))
+        >>> with swapped({"w": w}, {"w": torch.tensor(2.0)}):
+        ...     print(w.item())
+        2.0
+        >>> w.item()
+        1.0
+    """
+    kept = {name: theta[name].data for name in teacher}
+    try:
+        for name, average in teacher.items():
+            theta[name].data = average.to(kept[name])
+        yield
+    finally:
+        for name, data in kept.items():
+            theta[name].data = data

@@ -1,0 +1,225 @@
+"""Where the perturbation enters a model: a hook on its embedding (or on its input), idle unless a pass arms it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_POSITIONAL = ("position", "segment", "token_type")
+
+
+class Call:
+    """One call of the site in the clean pass.
+
+    Attributes:
+        x: what the site gave, the x of the paper, on the clean pass's graph.
+        padding: true at tokens that are not the embedding's `padding_idx`, or None where the site does not know.
+    """
+
+    def __init__(self, x: Tensor, padding: Tensor | None) -> None:
+        self.x = x
+        self.padding = padding
+
+
+class Site:
+    """The place in a module where x is read and x + delta is put in.
+
+    Args:
+        model: any module. The hook is installed here and stays until `remove`.
+        site: the dotted name of a submodule that returns one floating-point tensor, or "input" or "input.NAME" for
+            the model's own (first, or so named) argument. By default the model's `get_input_embeddings()`, else its
+            only `nn.Embedding` that is not for positions or segments, else "input".
+
+    Raises:
+        ValueError: there is no such submodule, or the default is not clear.
+
+    Example:
+        >>> model = nn.Sequential(nn.Embedding(9, 4), nn.Flatten(), nn.Linear(8, 2))
+        >>> Site(model).name
+        '0'
+    """
+
+    def __init__(self, model: nn.Module, site: str | None = None) -> None:
+        self.name, module = _find(model, site)
+        self._pass: Callable[[Tensor, Tensor | None], Tensor] | None = None
+        if module is None:
+            self._signature = inspect.signature(model.forward)
+            self._handle = model.register_forward_pre_hook(self._on_input, with_kwargs=True)
+        else:
+            self._handle = module.register_forward_hook(self._on_output)
+
+    def remove(self) -> None:
+        """Take the hook off."""
+        self._handle.remove()
+
+    @contextmanager
+    def recording(self, differentiable: bool) -> Iterator[list[Call]]:
+        """The clean pass: every call is noted; with `differentiable`, so that its graph reaches x in any case."""
+        calls: list[Call] = []
+
+        def record(output: Tensor, padding: Tensor | None) -> Tensor:
+            self._check(output)
+            x = output
+            if differentiable and not x.requires_grad:
+                x = x.detach().requires_grad_()
+            calls.append(Call(x, padding))
+            return x.clone()  # a model may add to its embeddings in place
+
+        with self._armed(record):
+            yield calls
+        if not calls:
+            raise ValueError(
+                f"SMART: the site {self.name!r} was not run by the model's forward. Name the module that gives the "
+                "embeddings: SMART(model, config, site='...'). For T5 and BART that is the encoder's embedding."
+            )
+
+    @contextmanager
+    def replaced(self, points: list[Tensor]) -> Iterator[None]:
+        """An ascent pass: the k-th call gives points[k]."""
+        with self._counted(points, lambda output, point: point.clone()):
+            yield
+
+    @contextmanager
+    def shifted(self, deltas: list[Tensor]) -> Iterator[None]:
+        """The perturbed pass: the k-th call gives its own output plus deltas[k]."""
+        with self._counted(deltas, shift):
+            yield
+
+    @contextmanager
+    def _counted(self, values: list[Tensor], put: Callable[[Tensor, Tensor], Tensor]) -> Iterator[None]:
+        run = 0
+
+        def substitute(output: Tensor, padding: Tensor | None) -> Tensor:
+            nonlocal run
+            self._check(output)
+            run += 1
+            if run > len(values):
+                self._miscounted(len(values), f"{run} times or more")
+            if output.shape != values[run - 1].shape:
+                raise ValueError(
+                    f"SMART: the site {self.name!r} gave a tensor of shape {tuple(output.shape)} where the clean pass "
+                    f"gave {tuple(values[run - 1].shape)}: the model must do the same in every pass over one batch"
+                )
+            return put(output, values[run - 1])
+
+        with self._armed(substitute):
+            yield
+        if run != len(values):
+            self._miscounted(len(values), f"{run} times")
+
+    def _miscounted(self, expected: int, got: str) -> None:
+        raise ValueError(
+            f"SMART: the site {self.name!r} ran {expected} times in the clean pass and {got} in a later pass over the "
+            "same batch. Is it inside a checkpointed region, or called at random (layer drop)? Name another with site=."
+        )
+
+    @contextmanager
+    def _armed(self, on_call: Callable[[Tensor, Tensor | None], Tensor]) -> Iterator[None]:
+        self._pass = on_call
+        try:
+            yield
+        finally:
+            self._pass = None
+
+    def _on_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if self._pass is None:
+            return output
+        padding = None
+        index = getattr(module, "padding_idx", None)
+        if isinstance(module, nn.Embedding) and index is not None and args and isinstance(args[0], Tensor):
+            padding = args[0] != index
+        return self._pass(output, padding)
+
+    def _on_input(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._pass is None:
+            return None
+        bound = self._signature.bind(*args, **kwargs)
+        name = self.name.removeprefix("input").removeprefix(".") or next(iter(bound.arguments), "")
+        where = bound.arguments if name in bound.arguments else bound.arguments.get("kwargs", {})
+        if name not in where:
+            raise ValueError(f"SMART: the model was called without the argument {name!r}, which the site names")
+        where[name] = self._pass(where[name], None)
+        return bound.args, bound.kwargs
+
+    def _check(self, output: Any) -> None:
+        if not isinstance(output, Tensor):
+            raise TypeError(
+                f"SMART: the site {self.name!r} must give one tensor, got {type(output).__name__}. Name a module that "
+                "does with site=, such as the embedding itself."
+            )
+        if not output.is_floating_point():
+            raise TypeError(
+                f"SMART: the site {self.name!r} gave {output.dtype}, which cannot be perturbed: it must be floating "
+                "point. Name the module that turns token ids into embeddings with site=."
+            )
+        if output.ndim < 2 or len(output) == 0:
+            raise ValueError(
+                f"SMART: the site {self.name!r} must give (n, ..., d) with n > 0, got {tuple(output.shape)}"
+            )
+        if output.is_inference():
+            raise RuntimeError(
+                f"SMART: the site {self.name!r} gave an inference tensor, which no gradient can pass. Make the model's "
+                "weights and inputs outside torch.inference_mode(), or .clone() them."
+            )
+        hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        if not torch.is_grad_enabled() or (hooks and "_checkpoint_hook" in hooks[0].__qualname__):
+            raise RuntimeError(
+                f"SMART: the site {self.name!r} runs inside a checkpointed or no_grad region. Checkpointing runs it "
+                "again in the backward pass, without its perturbation, which would be silently wrong. Checkpoint the "
+                "layers above the embedding only, or name a module outside the region with site=."
+            )
+
+
+def shift(x: Tensor, delta: Tensor) -> Tensor:
+    """x + delta, rounded once to x's dtype.
+
+    Example:
+        >>> shift(torch.ones(1, dtype=torch.bfloat16), torch.full((1,), 0.5))
+        tensor([1.5000], dtype=torch.bfloat16)
+    """
+    return (x.to(delta.dtype) + delta).to(x.dtype)
+
+
+def _find(model: nn.Module, site: str | None) -> tuple[str, nn.Module | None]:
+    names = dict(model.named_modules())
+    if site is not None:
+        if names.get(site) is not None and site:
+            return site, names[site]
+        if site == "input" or site.startswith("input."):
+            return site, None
+        embeddings = [name for name, module in names.items() if isinstance(module, nn.Embedding)]
+        raise ValueError(
+            f"SMART: the model has no submodule {site!r}. It is a dotted name of model.named_modules(), or 'input'; "
+            f"the embeddings among them are {embeddings}"
+        )
+    found = _input_embeddings(model)
+    if found is not None:
+        return next((name for name, module in names.items() if module is found), "get_input_embeddings()"), found
+    candidates = {
+        name: module
+        for name, module in names.items()
+        if isinstance(module, nn.Embedding) and not any(word in name.lower() for word in _POSITIONAL)
+    }
+    if len(candidates) > 1:
+        raise ValueError(
+            f"SMART: the model has several embeddings, {list(candidates)}: say which one to perturb with site=, or the "
+            "module in which they are added up"
+        )
+    return next(iter(candidates.items()), ("input", None))
+
+
+def _input_embeddings(model: nn.Module) -> nn.Module | None:
+    """What a Hugging Face model calls its input embeddings; the encoder's where there is an encoder."""
+    hugging_face: Any = model
+    try:
+        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+            hugging_face = hugging_face.get_encoder()
+        found = hugging_face.get_input_embeddings()
+    except (AttributeError, NotImplementedError, TypeError):
+        return None
+    return found if isinstance(found, nn.Module) else None

@@ -1,0 +1,537 @@
+"""SMART for any PyTorch module in any training loop (paper: equation 1 and Algorithm 1)."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from smartreg.config import SMARTConfig, SMARTWarning
+from smartreg_torch.divergences import DIVERGENCES
+from smartreg_torch.perturbation import ascend, output_mask
+from smartreg_torch.proximal import bregman_divergence, ema_update, mean_examples, momentum, swapped
+from smartreg_torch.site import Call, Site, shift
+
+Outputs = str | int | Sequence[str | int] | Callable[[Any], Tensor | Sequence[Tensor]]
+Masks = str | Callable[..., Tensor | Sequence[Tensor | None]]
+
+# What Hugging Face calls the loss that goes with the outputs, and the l_s that goes with that.
+_PROBLEM_TYPES = {
+    "single_label_classification": "symmetric_kl",
+    "multi_label_classification": "bernoulli_symmetric_kl",
+    "regression": "squared_error",
+}
+
+
+class SMART:
+    """The penalty lambda_s R_s(theta) + mu D_Breg(theta, theta~) of a model, beside its own output.
+
+    F(theta) = L(theta) + lambda_s R_s(theta) + mu D_Breg(theta, theta~)
+
+    The model stays as it is, but for one idle hook. All passes over a batch use the same dropout masks, leave BatchNorm
+    statistics to the model's own pass, and the global random stream where plain training would leave it. Make it after
+    the model is on its device and before the first optimiser step: theta~ starts as the weights are then.
+
+    Args:
+        model: any module.
+        config: the settings; `total_steps` is needed where beta is scheduled, which the default does.
+        site: where x is, see `smartreg_torch.site.Site`.
+        outputs: which of the model's outputs f(x) are: a name or index, several (they add up), or a function from
+            the model's output to a tensor or several. By default a plain tensor, "logits", "start_logits" with
+            "end_logits", or the only floating-point tensor there is.
+        divergence: l_s, "symmetric_kl", "bernoulli_symmetric_kl" or "squared_error", one for all outputs or one for
+            each. By default what the model's `config.problem_type` says, else "symmetric_kl".
+        mask: which positions are real: the name of a keyword argument, or a function of the model's arguments. By
+            default `attention_mask` where there is one, else the tokens that are not the embedding's `padding_idx`.
+        noise: like -> standard normal tensor of that shape; by default drawn from a generator of its own, seeded with
+            `torch.initial_seed()`.
+
+    Attributes:
+        step: optimiser steps taken, counted by `update`.
+        teacher: theta~ by parameter name, in float32 or wider.
+
+    Raises:
+        TypeError, ValueError: bad arguments; the message says which and what to do.
+
+    Source: paper, section 3 and Algorithm 1.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> model = nn.Sequential(nn.Embedding(9, 4), nn.Flatten(), nn.Linear(8, 2))
+        >>> optimizer = torch.optim.AdamW(model.parameters())
+        >>> ids, y = torch.randint(9, (16, 2)), torch.randint(2, (16,))
+        >>> with SMART(model, SMARTConfig(total_steps=3)) as smart:
+        ...     for _ in range(3):
+        ...         logits, penalty = smart(ids)
+        ...         loss = nn.functional.cross_entropy(logits, y) + penalty
+        ...         loss.backward()
+        ...         optimizer.step()
+        ...         optimizer.zero_grad()
+        ...         smart.update()
+        >>> sorted(smart.metrics)
+        ['D_Breg', 'R_s', 'beta', 'max_delta', 'skipped', 'vanished']
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: SMARTConfig | None = None,
+        *,
+        site: str | None = None,
+        outputs: Outputs | None = None,
+        divergence: str | Sequence[str] | None = None,
+        mask: Masks | None = None,
+        noise: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"SMART: model must be a torch.nn.Module, got {type(model).__name__}")
+        config = SMARTConfig() if config is None else config
+        if not isinstance(config, SMARTConfig):
+            raise TypeError(f"SMART: config must be a SMARTConfig, got {type(config).__name__}")
+        config.check_total_steps("SMART")
+        for name in [divergence] if isinstance(divergence, str) else divergence or []:
+            if name not in DIVERGENCES:
+                raise ValueError(f"SMART: divergence must be one of {', '.join(DIVERGENCES)}, got {name!r}")
+        self.model = model
+        self.config = config
+        self.step = 0
+        self.teacher: dict[str, Tensor] = {}
+        self._outputs, self._divergence, self._mask, self._noise = outputs, divergence, mask, noise
+        self._seed = torch.initial_seed()
+        self._generator: torch.Generator | None = None
+        self._metrics: dict[str, Tensor | float] = {}
+        self._skipped = 0
+        self._calls_since_update = 0
+        self._warned: set[str] = set()
+        self._forwards_weight = "sample_weight" in inspect.signature(model.forward).parameters
+        self._optimizer_hook: torch.utils.hooks.RemovableHandle | None = None
+        self._site = Site(model, site) if config.lambda_s > 0 else None
+        self._removed = False
+        if config.mu > 0:
+            self._follow_new_parameters()
+
+    def __call__(self, *args: Any, sample_weight: Tensor | None = None, **kwargs: Any) -> tuple[Any, Tensor]:
+        """The model's own output, and the penalty to add to the loss.
+
+        In eval mode and under `torch.no_grad()` this is the model's own call, and the penalty is 0.
+
+        Args:
+            sample_weight: w_i, (n,): weighs R_s and D_Breg, 1/n sum_i w_i l_s. Everything else goes to the model (and
+                this too, where its forward takes it).
+
+        Raises:
+            FloatingPointError: the penalty is NaN or infinite and `config.non_finite` is "raise".
+            RuntimeError, TypeError, ValueError: the site, the outputs or the mask are not what they should be.
+        """
+        if self._removed:
+            raise RuntimeError("SMART: called after remove(); make a new SMART(model, config)")
+        if self._forwards_weight and sample_weight is not None:
+            kwargs["sample_weight"] = sample_weight
+        config = self.config
+        if not (self.model.training and torch.is_grad_enabled()) or config.lambda_s == config.mu == 0:
+            output = self.model(*args, **kwargs)
+            return output, _zero(self.model)
+
+        if config.mu > 0:
+            self._follow_new_parameters()
+        draws = _RandomState(self.model)
+        calls: list[Call] = []
+        with ExitStack() as clean:
+            if self._site is not None:
+                calls = clean.enter_context(self._site.recording(differentiable=config.start == "margin"))
+            output = self.model(*args, **kwargs)
+        targets = self._select(output, len(calls[0].x) if calls else None)
+        divergences = self._divergences(targets)
+        masks = self._masks(calls, targets, args, kwargs)
+
+        def passes() -> list[Tensor]:
+            with draws.replayed(), _frozen_statistics(self.model):
+                return self._select(self.model(*args, **kwargs), None)
+
+        terms: dict[str, Tensor] = {}
+        stages = {"clean": targets}
+        if self._site is not None:
+            delta = self._ascend(passes, calls, targets, masks, divergences)
+            with self._site.shifted(delta):
+                perturbed = passes()
+            stages |= {"ascent": delta, "perturbed": perturbed}
+            terms["R_s"] = _total(
+                mean_examples(DIVERGENCES[name](z_perturbed, z, output_mask(z, masks)), sample_weight)
+                for name, z_perturbed, z in zip(divergences, perturbed, targets, strict=True)
+            )
+            self._observe(calls, delta)
+        if config.mu > 0:
+            with torch.no_grad(), self.swap_teacher():
+                taught = passes()
+            stages["teacher"] = taught
+            terms["D_Breg"] = _total(
+                bregman_divergence(z, z_taught, name, output_mask(z, masks), sample_weight)
+                for name, z, z_taught in zip(divergences, targets, taught, strict=True)
+            )
+        self._metrics |= {name: term.detach() for name, term in terms.items()}
+        penalty = _total(
+            weight * terms[name] for name, weight in (("R_s", config.lambda_s), ("D_Breg", config.mu)) if name in terms
+        )
+        if not penalty.isfinite():
+            penalty = self._on_non_finite(terms, stages)
+        self._check_updates()
+        return output, penalty
+
+    def update(self) -> None:
+        """Count an optimiser step, and every `proximal_steps` of them move theta~: call it after `optimizer.step()`.
+
+        theta~ <- (1 - beta) theta + beta theta~   (paper, Algorithm 1, line 14)
+        """
+        self.step += 1
+        self._calls_since_update = 0
+        if self.config.mu > 0 and self.step % self.config.proximal_steps == 0:
+            beta = momentum(self.step, self.config)
+            ema_update(self.teacher, self._parameters(), beta)
+            self._metrics["beta"] = beta
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> Self:
+        """Call `update` after every step of this optimiser, so that the loop need not.
+
+        Example:
+            >>> model = nn.Sequential(nn.Linear(2, 2))
+            >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            >>> smart = SMART(model, SMARTConfig(total_steps=10)).attach(optimizer)
+            >>> optimizer.step()
+            >>> smart.step
+            1
+        """
+        if self._optimizer_hook is not None:
+            raise RuntimeError("SMART: attach() was called before; one optimiser moves theta~")
+        self._optimizer_hook = optimizer.register_step_post_hook(lambda *_: self.update())
+        return self
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Of the last step: R_s, D_Breg, beta, max_delta = max|delta|, and vanished, the fraction of the entries with
+        delta != 0 in which x + delta == x; and skipped, how many steps had no finite penalty. Reading it synchronises.
+        """
+        return {name: float(value) for name, value in self._metrics.items()} | {"skipped": float(self._skipped)}
+
+    @contextmanager
+    def swap_teacher(self) -> Iterator[None]:
+        """The model has the averaged weights theta~ inside the block, to evaluate or save them.
+
+        Example:
+            >>> model = nn.Linear(2, 2)
+            >>> smart = SMART(model, SMARTConfig(total_steps=10))
+            >>> with smart.swap_teacher():
+            ...     averaged = {name: value.clone() for name, value in model.state_dict().items()}
+        """
+        with swapped(self._parameters(), self.teacher):
+            yield
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a run needs to go on bit for bit: step, theta~ and the noise generator. Loads with `weights_only`."""
+        return {
+            "step": self.step,
+            "skipped": self._skipped,
+            "teacher": {name: average.clone() for name, average in self.teacher.items()},
+            "generator": None if self._generator is None else self._generator.get_state(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` left off; ValueError where the state is not of this model."""
+        expected = {"step", "skipped", "teacher", "generator"}
+        if set(state) != expected:
+            raise ValueError(f"SMART.load_state_dict: expected the keys {sorted(expected)}, got {sorted(state)}")
+        shapes = {name: tuple(average.shape) for name, average in state["teacher"].items()}
+        own = {name: tuple(average.shape) for name, average in self.teacher.items()}
+        if shapes != own:
+            differing = sorted(name for name in shapes.keys() | own.keys() if shapes.get(name) != own.get(name))
+            raise ValueError(
+                "SMART.load_state_dict: theta~ in the state is not of this model's trainable parameters: "
+                f"{differing[:5]} differ. Make SMART after freezing layers or adding adapters, as it was made then."
+            )
+        self.step, self._skipped = state["step"], state["skipped"]
+        for name, average in self.teacher.items():
+            average.copy_(state["teacher"][name])
+        if state["generator"] is not None:
+            self._generator = torch.Generator(_device(self.model))
+            self._generator.set_state(state["generator"].cpu())
+
+    def remove(self) -> None:
+        """Undo everything: the model and the optimiser are as they were without SMART."""
+        if self._site is not None:
+            self._site.remove()
+        if self._optimizer_hook is not None:
+            self._optimizer_hook.remove()
+        self._removed = True
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.remove()
+
+    def _ascend(
+        self,
+        passes: Callable[[], list[Tensor]],
+        calls: list[Call],
+        targets: list[Tensor],
+        masks: list[Tensor | None],
+        divergences: list[str],
+    ) -> list[Tensor]:
+        site = self._site
+        assert site is not None
+
+        def outputs_at(points: list[Tensor]) -> list[Tensor]:
+            with site.replaced(points):
+                return passes()
+
+        xs = [call.x for call in calls]
+        noise: list[Tensor | None] = [None] * len(targets)
+        if self.config.start == "gaussian":
+            noise = [self._draw(x) for x in xs]
+        elif "squared_error" in divergences:
+            noise = [self._draw(z) for z in targets]
+        try:
+            with _frozen_weights(self.model):
+                return ascend(outputs_at, xs, targets, self.config, noise, masks, divergences)
+        except RuntimeError as error:
+            if "use_reentrant" in str(error):
+                raise RuntimeError(
+                    "SMART: reentrant checkpointing cannot work: it allows no gradient with respect to embeddings. "
+                    "Use use_reentrant=False (gradient_checkpointing_kwargs={'use_reentrant': False} in Hugging Face)."
+                ) from error
+            raise
+
+    def _draw(self, like: Tensor) -> Tensor:
+        """Standard normal, from a generator of our own: the global stream stays as plain training leaves it."""
+        like = like.detach().to(torch.promote_types(like.dtype, torch.float32))
+        if self._noise is not None:
+            drawn = self._noise(like)
+            if drawn.shape != like.shape:
+                raise ValueError(
+                    f"SMART: noise must give a tensor of shape {tuple(like.shape)}, got {tuple(drawn.shape)}"
+                )
+            return drawn
+        if self._generator is None:
+            self._generator = torch.Generator(like.device).manual_seed(self._seed)
+        return torch.randn(like.shape, generator=self._generator, dtype=like.dtype, device=like.device)
+
+    def _select(self, output: Any, n: int | None) -> list[Tensor]:
+        """The outputs that are compared, as (n, ..., C)."""
+        found = _chosen(output, self._outputs)
+        for z in found:
+            if not (isinstance(z, Tensor) and z.is_floating_point() and z.ndim > 0):
+                got = f"{z.dtype} of shape {tuple(z.shape)}" if isinstance(z, Tensor) else type(z).__name__
+                raise TypeError(f"SMART: outputs must be floating-point tensors (n, ..., C), got {got}; see outputs=")
+            if n is not None and len(z) != n:
+                raise ValueError(
+                    f"SMART: the first axis must be the batch: the site gave {n} rows and the outputs have {len(z)}"
+                )
+        return [z.unsqueeze(-1) if z.ndim == 1 else z for z in found]
+
+    def _divergences(self, targets: list[Tensor]) -> list[str]:
+        given = self._divergence
+        if given is not None:
+            names = [given] * len(targets) if isinstance(given, str) else list(given)
+            if len(names) != len(targets):
+                raise ValueError(f"SMART: divergence= names {len(names)}, but there are {len(targets)} outputs")
+            return names
+        settings = getattr(self.model, "config", None)
+        problem = getattr(settings, "problem_type", None)
+        if problem is None and getattr(settings, "num_labels", None) == 1:
+            problem = "regression"  # as Hugging Face decides
+        names = [_PROBLEM_TYPES.get(problem or "", "symmetric_kl")] * len(targets)
+        for name, z in zip(names, targets, strict=True):
+            if name == "symmetric_kl" and z.shape[-1] == 1:
+                raise ValueError(
+                    f"SMART: an output of shape {tuple(z.shape)} has one value an example, of which symmetric_kl is "
+                    "always 0. Say divergence='squared_error' (regression) or 'bernoulli_symmetric_kl' (one logit)."
+                )
+        return names
+
+    def _masks(
+        self, calls: list[Call], targets: list[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> list[Tensor | None]:
+        masks: list[Tensor | None]
+        given: Any
+        if callable(self._mask):
+            given = self._mask(*args, **kwargs)
+            masks = [given] * len(calls) if isinstance(given, Tensor) else list(given)
+        else:
+            name = self._mask or "attention_mask"
+            given = kwargs.get(name)
+            if given is None and self._mask is not None:
+                raise ValueError(f"SMART: mask={name!r}, but the model was called without that keyword argument")
+            if given is None:
+                masks = [call.padding for call in calls]
+            else:
+                masks = [given] * len(calls)
+                for call in calls:
+                    if call.x.ndim < 3 or given.shape != call.x.shape[:-1]:
+                        raise ValueError(
+                            f"SMART: {name} has the shape {tuple(given.shape)}, but the site gives "
+                            f"{tuple(call.x.shape)}. Give mask=, a function of the model's arguments that returns "
+                            "(n, tokens), one for each call of the site."
+                        )
+        if not calls:  # D_Breg alone: the mask is only for outputs with a position axis
+            return [given] if isinstance(given, Tensor) else []
+        if len(masks) != len(calls):
+            raise ValueError(f"SMART: mask= gave {len(masks)} masks, but the site ran {len(calls)} times")
+        return masks
+
+    def _observe(self, calls: list[Call], deltas: list[Tensor]) -> None:
+        with torch.no_grad():
+            moved = torch.stack([(delta != 0).sum() for delta in deltas]).sum()
+            lost = torch.stack(
+                [
+                    ((delta != 0) & (shift(call.x, delta) == call.x)).sum()
+                    for call, delta in zip(calls, deltas, strict=True)
+                ]
+            ).sum()
+            vanished = lost / moved.clamp(min=1)
+            self._metrics["vanished"] = vanished
+            self._metrics["max_delta"] = torch.stack([delta.abs().max() for delta in deltas]).max()
+        if "vanished" not in self._warned and vanished > 0.5:
+            self._warn(
+                "vanished",
+                f"SMART: adding the perturbation leaves {float(vanished):.0%} of the entries as they were: it is below "
+                f"the precision of {calls[0].x.dtype}, and R_s measures nothing there. Use a larger epsilon, or "
+                "float32 embeddings.",
+            )
+
+    def _on_non_finite(self, terms: dict[str, Tensor], stages: dict[str, list[Tensor]]) -> Tensor:
+        if self.config.non_finite == "skip":
+            self._skipped += 1
+            return _zero(self.model)
+        first = next(
+            (name for name, tensors in stages.items() if not all(bool(z.isfinite().all()) for z in tensors)),
+            "divergence",
+        )
+        values = ", ".join(f"{name} = {float(term):g}" for name, term in terms.items())
+        raise FloatingPointError(
+            f"SMART: the penalty of step {self.step + 1} is not finite ({values}); the first values that are not "
+            f"finite are in the {first} pass. Look at the learning rate and the loss before it, or let such steps go "
+            "without a penalty: SMARTConfig(non_finite='skip')."
+        )
+
+    def _check_updates(self) -> None:
+        self._calls_since_update += 1
+        if self._calls_since_update == 200 and self.config.mu > 0:
+            self._warn(
+                "updates",
+                "SMART: 200 batches without smart.update(), so theta~ has not moved. Call it after optimizer.step(), "
+                "or smart.attach(optimizer) once.",
+            )
+
+    def _warn(self, what: str, message: str) -> None:
+        if what not in self._warned:
+            self._warned.add(what)
+            warnings.warn(message, SMARTWarning, stacklevel=4)
+
+    def _parameters(self) -> dict[str, nn.Parameter]:
+        return dict(self.model.named_parameters())
+
+    def _follow_new_parameters(self) -> None:
+        """theta~ of a parameter starts when it is first trainable, at its value then."""
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad and name not in self.teacher:
+                wide = torch.promote_types(parameter.dtype, torch.float32)
+                self.teacher[name] = parameter.detach().to(wide, copy=True)
+
+
+class _RandomState:
+    """The global random state before the clean pass, to be replayed in the others: the same dropout masks in all."""
+
+    def __init__(self, model: nn.Module) -> None:
+        device = _device(model)
+        self._type = device.type
+        self._devices = [] if device.type == "cpu" else [device]
+        self._cpu = torch.get_rng_state()
+        self._others = [torch.get_device_module(self._type).get_rng_state(device) for device in self._devices]
+
+    @contextmanager
+    def replayed(self) -> Iterator[None]:
+        kind = "cuda" if self._type == "cpu" else self._type
+        with torch.random.fork_rng(self._devices, device_type=kind):
+            torch.set_rng_state(self._cpu)
+            for device, state in zip(self._devices, self._others, strict=True):
+                torch.get_device_module(self._type).set_rng_state(state, device)
+            yield
+
+
+@contextmanager
+def _frozen_statistics(model: nn.Module) -> Iterator[None]:
+    """BatchNorm normalises as in training, but its running statistics stay."""
+    layers = [module for module in model.modules() if isinstance(module, _NormBase) and module.track_running_stats]
+    try:
+        for layer in layers:
+            if layer.training:
+                layer.track_running_stats = False
+        yield
+    finally:
+        for layer in layers:
+            layer.track_running_stats = True
+
+
+@contextmanager
+def _frozen_weights(model: nn.Module) -> Iterator[None]:
+    """No graph is built for the weights, nor are the activations kept that it would need."""
+    weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for weight in weights:
+            weight.requires_grad_(False)
+        yield
+    finally:
+        for weight in weights:
+            weight.requires_grad_(True)
+
+
+def _chosen(output: Any, outputs: Outputs | None) -> list[Any]:
+    if callable(outputs):
+        found = outputs(output)
+        return [found] if isinstance(found, Tensor) else list(found)
+    if isinstance(output, Tensor):
+        if outputs is not None:
+            raise ValueError(f"SMART: the model returns one tensor; outputs={outputs!r} chooses nothing in it")
+        return [output]
+    if isinstance(output, Mapping):
+        fields = dict(output)
+    elif isinstance(output, Sequence):
+        fields = dict(enumerate(output))
+    else:
+        fields = vars(output) if hasattr(output, "__dict__") else {}
+    if outputs is not None:
+        keys = [outputs] if isinstance(outputs, (str, int)) else list(outputs)
+        missing = [key for key in keys if key not in fields]
+        if missing:
+            raise ValueError(f"SMART: the model's output has no {missing[0]!r}; it has {list(fields)}")
+        return [fields[key] for key in keys]
+    for names in (["logits"], ["start_logits", "end_logits"]):
+        if all(isinstance(fields.get(name), Tensor) for name in names):
+            return [fields[name] for name in names]
+    found = [z for z in fields.values() if isinstance(z, Tensor) and z.is_floating_point() and z.ndim > 0]
+    if len(found) == 1:
+        return found
+    raise ValueError(
+        f"SMART: cannot tell which of the model's outputs {list(fields)} ({type(output).__name__}) to compare: say "
+        "outputs='logits', outputs=1, a list of them, or a function from the model's output to the tensor"
+    )
+
+
+def _total(terms: Any) -> Tensor:
+    return torch.stack(list(terms)).sum()
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
+
+
+def _zero(model: nn.Module) -> Tensor:
+    return torch.zeros((), device=_device(model))
