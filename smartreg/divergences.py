@@ -85,7 +85,8 @@ def bernoulli_symmetric_kl(a: ArrayLike, b: ArrayLike, mask: ArrayLike | None = 
     """
     a, b = _pair("bernoulli_symmetric_kl", a, b)
     d, difference = _bernoulli_terms(a, b)
-    return mean_positions(_sum(difference * d)[..., 0], mask)
+    with np.errstate(over="ignore"):  # logits of 1e38 are infinitely far apart
+        return mean_positions(_sum(difference * d)[..., 0], mask)
 
 
 def bernoulli_symmetric_kl_grad(a: ArrayLike, b: ArrayLike, mask: ArrayLike | None = None) -> tuple[Array, Array]:

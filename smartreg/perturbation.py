@@ -96,7 +96,7 @@ def project_l1_ball(delta: ArrayLike, epsilon: ArrayLike, granularity: Granulari
     count = np.arange(1, rows.shape[-1] + 1)
     kept = np.maximum(np.sum(descending * count > over, axis=-1, keepdims=True), 1)
     tau = np.take_along_axis(over, kept - 1, -1) / kept
-    inside = np.sum(size, axis=-1, keepdims=True) <= radius
+    inside = _scaled_length(rows, "1") <= radius
     shrunk = np.where(inside, rows, np.sign(rows) * np.maximum(size - tau, 0).astype(rows.dtype))
     return _shrink(shrunk, radius, "1").reshape(delta.shape)
 

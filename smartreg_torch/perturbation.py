@@ -91,7 +91,7 @@ def project_l1_ball(delta: Tensor, epsilon: Tensor | float, granularity: Granula
     count = torch.arange(1, rows.shape[-1] + 1, device=rows.device)
     kept = (descending * count > over).sum(-1, keepdim=True).clamp(min=1)
     tau = over.gather(-1, kept - 1) / kept
-    inside = size.sum(-1, keepdim=True) <= radius
+    inside = _scaled_length(rows, "1") <= radius
     shrunk = torch.where(inside, rows, rows.sign() * (size - tau).clamp(min=0))
     return _shrink(shrunk, radius, "1").view_as(delta)
 
@@ -305,12 +305,16 @@ def _project(delta: Tensor, epsilon: Tensor | float, config: SMARTConfig) -> Ten
 
 
 def _shrink(rows: Tensor, radius: Tensor, norm: Norm) -> Tensor:
-    largest = rows.abs().amax(-1, keepdim=True)
-    length = largest * _length(rows / largest.where(largest > 0, 1), norm)
+    length = _scaled_length(rows, norm)
     outside = length > radius
     # a few ulps inside, so that the rounding of the product cannot leave the ball and a second projection does nothing
     factor = radius * (1 - 4 * torch.finfo(rows.dtype).eps) / length.where(outside, 1)
     return torch.where(outside, rows * factor, rows)
+
+
+def _scaled_length(rows: Tensor, norm: Norm) -> Tensor:
+    largest = rows.abs().amax(-1, keepdim=True)
+    return largest * _length(rows / largest.where(largest > 0, 1), norm)
 
 
 def _length(rows: Tensor, norm: Norm) -> Tensor:

@@ -1,0 +1,49 @@
+"""Which backends are tested, and how."""
+
+import importlib.util
+import os
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("KERAS_BACKEND", "tensorflow")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import hypothesis
+import pytest
+
+FRAMEWORKS = {"torch": "torch"}
+
+# SMARTREG_BACKENDS="torch tf" requests backends: one that is missing then fails. By default, those installed.
+_requested = os.environ.get("SMARTREG_BACKENDS")
+BACKENDS = (
+    _requested.split()
+    if _requested is not None
+    else [name for name, module in FRAMEWORKS.items() if importlib.util.find_spec(module)]
+)
+collect_ignore_glob = [f"test_{name}_*.py" for name in FRAMEWORKS if name not in BACKENDS]
+
+hypothesis.settings.register_profile("default", deadline=None, derandomize=True, max_examples=60)
+hypothesis.settings.register_profile("nightly", deadline=None, max_examples=2000)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+def pytest_report_header() -> str:
+    return f"smartreg backends: numpy {' '.join(BACKENDS)}"
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "backend" in metafunc.fixturenames:
+        metafunc.parametrize("backend", ["numpy", *BACKENDS], indirect=True)
+
+
+@pytest.fixture(scope="session")
+def backend(request: pytest.FixtureRequest):
+    """A backend's functions on NumPy arrays, see tests/backends.py."""
+    import backends
+
+    return backends.load(request.param)
+
+
+if "torch" in BACKENDS:
+    import torch
+
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))

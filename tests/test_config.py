@@ -1,0 +1,121 @@
+import dataclasses
+import json
+import math
+import warnings
+
+import numpy as np
+import pytest
+
+from smartreg import SMARTConfig, SMARTWarning
+
+
+def test_paper_has_the_published_values():
+    config = SMARTConfig.paper(total_steps=500)
+    assert (config.epsilon, config.sigma, config.eta, config.ascent_steps) == (1e-5, 1e-5, 1e-3, 1)
+    assert (config.norm, config.start, config.scale, config.granularity) == ("inf", "gaussian", "absolute", "example")
+    assert (config.lambda_s, config.mu, config.proximal_steps) == (1, 1, 1)
+    assert (config.beta_early, config.beta_late, config.early_fraction) == (0.99, 0.999, 0.1)
+    assert config.projection == "ball"
+    assert config.total_steps == 500
+
+
+def test_mtdnn_is_the_released_update():
+    config = SMARTConfig.mtdnn()
+    assert (config.projection, config.granularity, config.epsilon, config.mu) == ("rescale", "token", 1e-6, 0)
+    assert SMARTConfig.mtdnn(lambda_s=5).lambda_s == 5
+
+
+def test_default_is_relative_to_the_embeddings():
+    assert SMARTConfig().scale == "rms"
+    assert SMARTConfig().lambda_s > 0
+    assert SMARTConfig().mu > 0
+
+
+def test_round_trips():
+    config = SMARTConfig(norm="2", lambda_s=3, total_steps=np.int64(10), epsilon=np.float32(0.5))
+    assert SMARTConfig.from_dict(config.to_dict()) == config
+    assert SMARTConfig.from_json(config.to_json()) == config
+    assert type(config.total_steps) is int
+    assert json.loads(config.to_json())["norm"] == "2"
+    assert hash(config) == hash(SMARTConfig.from_dict(config.to_dict()))
+
+
+def test_is_frozen_and_replaceable():
+    config = SMARTConfig()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.mu = 2.0
+    assert config.replace(mu=2).mu == 2
+    assert config.mu == 1
+    with pytest.raises(ValueError, match="mu must be a finite number"):
+        config.replace(mu=-2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"lambda_s": -1}, ValueError, r"lambda_s must be a finite number >= 0, got -1"),
+        ({"lambda_s": math.nan}, ValueError, r"lambda_s must be a finite number >= 0, got nan"),
+        ({"mu": math.inf}, ValueError, r"mu must be a finite number >= 0, got inf"),
+        ({"epsilon": 0}, ValueError, r"epsilon must be a finite number > 0, got 0"),
+        ({"eta": 0}, ValueError, r"eta must be a finite number > 0, got 0"),
+        ({"sigma": -0.1}, ValueError, r"sigma must be a finite number >= 0"),
+        ({"beta_late": 1.5}, ValueError, r"beta_late must be a finite number in \[0, 1\], got 1.5"),
+        ({"early_fraction": -0.1}, ValueError, r"early_fraction must be a finite number in \[0, 1\]"),
+        ({"mu": "1"}, TypeError, r"mu must be a number, got '1'"),
+        ({"mu": True}, TypeError, r"mu must be a number, got True"),
+        ({"ascent_steps": -1}, ValueError, r"ascent_steps must be at least 0, got -1"),
+        ({"ascent_steps": 1.5}, TypeError, r"ascent_steps must be a whole number, got 1.5"),
+        ({"proximal_steps": 0}, ValueError, r"proximal_steps must be at least 1, got 0"),
+        ({"total_steps": 0}, ValueError, r"total_steps must be at least 1, got 0"),
+        ({"norm": 2}, ValueError, r"norm must be one of 'inf', '2', '1', got 2"),
+        ({"granularity": "word"}, ValueError, r"granularity must be one of 'example', 'token', got 'word'"),
+        ({"start": "zero"}, ValueError, r"start must be one of 'gaussian', 'margin'"),
+        ({"scale": "std"}, ValueError, r"scale must be one of 'absolute', 'rms'"),
+        ({"projection": "none"}, ValueError, r"projection must be one of 'ball', 'rescale'"),
+        ({"non_finite": "ignore"}, ValueError, r"non_finite must be one of 'raise', 'skip'"),
+    ],
+)
+def test_bad_settings_are_named(settings, error, message):
+    with pytest.raises(error, match="SMARTConfig: " + message):
+        SMARTConfig(**settings)
+
+
+def test_unknown_settings_are_named():
+    with pytest.raises(ValueError, match="no setting is called 'lamda_s'; did you mean 'lambda_s'"):
+        SMARTConfig.from_dict({"lamda_s": 1})
+    with pytest.raises(ValueError, match="expected a JSON object, got '\\[1\\]'"):
+        SMARTConfig.from_json("[1]")
+
+
+def test_warns_where_a_term_would_do_nothing():
+    with pytest.warns(SMARTWarning, match="R_s stays 0 for ever") as caught:
+        SMARTConfig(sigma=0)
+    assert caught[0].filename == __file__
+    with pytest.warns(SMARTWarning, match="D_Breg and its gradient are exactly 0"):
+        SMARTConfig(beta_early=0, beta_late=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        SMARTConfig(sigma=0, start="margin")
+        SMARTConfig(sigma=0, lambda_s=0)
+        SMARTConfig(beta_early=0, beta_late=0, proximal_steps=3)
+        SMARTConfig(beta_early=0, beta_late=0, mu=0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "needed"),
+    [
+        ({}, True),
+        ({"mu": 0}, False),
+        ({"beta_early": 0.9, "beta_late": 0.9}, False),
+        ({"early_fraction": 0}, False),
+        ({"early_fraction": 1}, False),
+    ],
+)
+def test_total_steps_is_needed_where_beta_is_scheduled(settings, needed):
+    config = SMARTConfig(**settings)
+    assert config.needs_total_steps == needed
+    if needed:
+        with pytest.raises(ValueError, match="caller: mu > 0 and beta changes from 0.99 to 0.999"):
+            config.check_total_steps("caller")
+    else:
+        config.check_total_steps("caller")

@@ -1,0 +1,189 @@
+"""Values and gradients of l_s on every backend, against mpmath and against each other."""
+
+import exact
+import numpy as np
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+import smartreg.divergences as reference
+
+BOUND = {np.float32: 1e-5, np.float64: 1e-12}  # SPEC section 2
+DTYPES = [np.float32, np.float64]
+NAMES = list(reference.DIVERGENCES)
+
+pairs = st.fixed_dictionaries(
+    {
+        "seed": st.integers(0, 2**32 - 1),
+        "classes": st.sampled_from([2, 2, 3, 5, 20, 1000]),
+        "logits": st.floats(-1, 4),  # powers of ten
+        "distance": st.floats(-7, 4),
+        "shift": st.sampled_from([0, 0, 1e-7, 1.0, 1e2, 1e4]),
+        "spread": st.sampled_from(["even", "few", "mixed"]),
+        "masked": st.integers(0, 2),
+    }
+)
+
+
+def draw(pair, dtype):
+    """Two rows of logits: of any size, any distance apart, equal in some classes or shifted in all."""
+    rng = np.random.default_rng(pair["seed"])
+    classes = pair["classes"]
+    b = (rng.normal(size=classes) * 10 ** pair["logits"]).astype(dtype)
+    d = rng.normal(size=classes) * 10 ** pair["distance"]
+    if pair["spread"] == "few":
+        d *= rng.random(classes) < 0.3
+    elif pair["spread"] == "mixed":
+        d *= 10 ** rng.uniform(-6, 0, size=classes)
+    a = (b + d + pair["shift"] * rng.normal()).astype(dtype)
+    for at in rng.permutation(classes)[: min(pair["masked"], classes - 2)]:
+        a[at] = b[at] = -np.inf
+    return a, b
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@given(pair=pairs)
+@example(pair={"seed": 1, "classes": 1000, "logits": 0, "distance": -7, "shift": 0, "spread": "even", "masked": 0})
+@example(pair={"seed": 2, "classes": 2, "logits": 0, "distance": -7, "shift": 1e4, "spread": "even", "masked": 0})
+@example(pair={"seed": 3, "classes": 3, "logits": 4, "distance": 4, "shift": 0, "spread": "even", "masked": 0})
+@example(pair={"seed": 4, "classes": 5, "logits": 0.5, "distance": 3.3, "shift": 1e4, "spread": "mixed", "masked": 1})
+def test_symmetric_kl_meets_its_bounds(backend, dtype, pair):
+    a, b = draw(pair, dtype)
+    j, grad_a, grad_b = exact.symmetric_kl(a, b)
+    value = backend.value("symmetric_kl", a[None], b[None])
+    got_a, got_b = backend.grad("symmetric_kl", a[None], b[None])
+    assert value.dtype == got_a.dtype == dtype
+    assert value[0] >= 0
+    assert exact.relative_error(value, [j], dtype) <= BOUND[dtype]
+    assert exact.relative_error(got_a[0], grad_a, dtype) <= BOUND[dtype]
+    assert exact.relative_error(got_b[0], grad_b, dtype) <= BOUND[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@given(pair=pairs)
+def test_bernoulli_symmetric_kl_meets_its_bounds(backend, dtype, pair):
+    a, b = draw({**pair, "masked": 0}, dtype)
+    j, grad_a, grad_b = exact.bernoulli_symmetric_kl(a, b)
+    value = backend.value("bernoulli_symmetric_kl", a[None], b[None])
+    got_a, got_b = backend.grad("bernoulli_symmetric_kl", a[None], b[None])
+    assert exact.relative_error(value, [j], dtype) <= BOUND[dtype]
+    assert exact.relative_error(got_a[0], grad_a, dtype) <= BOUND[dtype]
+    assert exact.relative_error(got_b[0], grad_b, dtype) <= BOUND[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_many_classes(backend, dtype):
+    rng = np.random.default_rng(0)
+    b = rng.normal(size=50_000).astype(dtype)
+    a = (b + 1e-4 * rng.normal(size=50_000)).astype(dtype)
+    j, grad_a, _ = exact.symmetric_kl(a, b)
+    assert exact.relative_error(backend.value("symmetric_kl", a[None], b[None]), [j], dtype) <= BOUND[dtype]
+    assert exact.relative_error(backend.grad("symmetric_kl", a[None], b[None])[0][0], grad_a, dtype) <= BOUND[dtype]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_equal_rows_give_exactly_zero(backend, name, dtype):
+    a = np.array([[1.5, -3.0, 1e4], [-np.inf, 0.0, 2.0]] if name != "squared_error" else [[1.0, 2.0]], dtype)
+    assert np.array_equal(backend.value(name, a, a), np.zeros(len(a)))
+    for gradient in backend.grad(name, a, a):
+        assert np.array_equal(gradient, np.zeros_like(a))
+
+
+@pytest.mark.parametrize("name", ["symmetric_kl", "bernoulli_symmetric_kl"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@given(
+    rows=st.lists(st.tuples(*[st.floats(width=32, allow_nan=False, allow_infinity=False)] * 2), min_size=2, max_size=5)
+)
+@example(rows=[(3e38, -3e38), (-3e38, 3e38)])
+@example(rows=[(1e-45, 0.0), (0.0, -1e-45)])
+def test_finite_logits_never_give_nan_or_less_than_zero(backend, name, dtype, rows):
+    a, b = np.array(rows, dtype).T[:, None, :]
+    value = backend.value(name, a, b)
+    assert value[0] >= 0
+    for gradient in backend.grad(name, a, b):
+        assert not np.isnan(gradient).any()
+
+
+def test_infinite_and_nan_logits_are_not_hidden(backend):
+    inf, nan = np.inf, np.nan
+    a = np.array([[-inf, 0.0, 1.0], [nan, 0.0, 1.0], [inf, 0.0, 1.0], [inf, 0.0, 1.0]])
+    b = np.array([[0.0, 0.0, 1.0], [0.0, 0.0, 1.0], [0.0, 0.0, 1.0], [inf, 0.0, 1.0]])
+    value = backend.value("symmetric_kl", a, b)
+    assert value[0] == inf
+    assert not np.isfinite(value).any()
+    assert np.isnan(value[[1, 3]]).all()
+
+
+def test_known_values(backend):
+    # p = (3/4, 1/4), q = (1/2, 1/2): (1/4) log 3 of each class together
+    a, b = np.array([[np.log(3.0), 0.0]]), np.array([[0.0, 0.0]])
+    assert backend.value("symmetric_kl", a, b)[0] == pytest.approx(0.25 * np.log(3), rel=1e-14)
+    # sigma(log 3) = 3/4, sigma(0) = 1/2, for each of two labels
+    assert backend.value("bernoulli_symmetric_kl", a, b)[0] == pytest.approx(0.25 * np.log(3), rel=1e-14)
+    assert backend.value("squared_error", np.array([[1.0, 4.0]]), np.array([[3.0, 1.0]]))[0] == 13
+    # shifts of all the logits change nothing
+    assert backend.value("symmetric_kl", a + 100, b - 3)[0] == pytest.approx(0.25 * np.log(3), rel=1e-13)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_positions_and_mask(backend, name):
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(2, 3, 4, 5))
+    mask = np.array([[1, 1, 0, 1], [1, 0, 0, 0], [0, 0, 0, 0]])
+    each = backend.value(name, a.reshape(12, 5), b.reshape(12, 5)).reshape(3, 4)
+    expected = [each[0, [0, 1, 3]].mean(), each[1, 0], 0.0]
+    assert backend.value(name, a, b, mask) == pytest.approx(expected, rel=1e-13)
+    assert backend.value(name, a, b) == pytest.approx(each.mean(1), rel=1e-13)
+    each_grad = backend.grad(name, a.reshape(12, 5), b.reshape(12, 5))[0].reshape(3, 4, 5)
+    gradient = backend.grad(name, a, b, mask)[0]
+    assert np.all(gradient[mask == 0] == 0)
+    assert gradient[0, 3] == pytest.approx(each_grad[0, 3] / 3, rel=1e-13)
+    broken = a.copy()
+    broken[mask == 0] = np.nan  # what is masked out cannot poison the mean
+    assert backend.value(name, broken, b, mask) == pytest.approx(expected, rel=1e-13)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_against_finite_differences(backend, name):
+    rng = np.random.default_rng(1)
+    a, b, h = *rng.normal(size=(2, 1, 4)), 1e-6
+    for which, gradient in enumerate(backend.grad(name, a, b)):
+        for k in range(4):
+            step = h * np.eye(4)[k]
+            up, down = ((a + s * step, b) if which == 0 else (a, b + s * step) for s in (1, -1))
+            slope = (backend.value(name, *up) - backend.value(name, *down))[0] / (2 * h)
+            assert gradient[0, k] == pytest.approx(slope, rel=1e-7, abs=1e-8)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@given(seed=st.integers(0, 2**32 - 1), distance=st.floats(-6, 2))
+def test_backends_agree(backend, name, seed, distance):
+    rng = np.random.default_rng(seed)
+    b = rng.normal(size=(3, 2, 4))
+    a = b + 10**distance * rng.normal(size=b.shape)
+    mask = rng.random((3, 2)) < 0.7
+    numpy = reference.DIVERGENCES[name]
+    assert backend.value(name, a, b, mask) == pytest.approx(numpy.value(a, b, mask), rel=1e-12, abs=0)
+    for got, want in zip(backend.grad(name, a, b, mask), numpy.grad(a, b, mask), strict=True):
+        assert got == pytest.approx(want, rel=1e-12, abs=1e-12 * np.abs(want).max())
+
+
+def test_half_precision_is_computed_in_float32(backend):
+    rng = np.random.default_rng(0)
+    b = rng.normal(size=(4, 3)).astype(np.float16)
+    a = (b + 0.01 * rng.normal(size=(4, 3))).astype(np.float16)
+    value = backend.value("symmetric_kl", a, b)
+    assert value.dtype == np.float32
+    assert np.array_equal(value, backend.value("symmetric_kl", a.astype(np.float32), b.astype(np.float32)))
+
+
+def test_bad_shapes_are_named(backend):
+    a = np.zeros((2, 3))
+    for name in NAMES:
+        with pytest.raises(ValueError, match=rf"{name}.*one shape \(n, ..., C\), got \(2, 3\) and \(3, 2\)"):
+            backend.value(name, a, np.zeros((3, 2)))
+        with pytest.raises(ValueError, match=r"one shape \(n, ..., C\), got \(2,\)"):
+            backend.value(name, a[:, 0], a[:, 0])
+        with pytest.raises(ValueError, match=r"without the last axis, \(2,\), got \(3,\)"):
+            backend.value(name, a, a, np.ones(3))

@@ -1,0 +1,282 @@
+"""Norms, projections and the ascent on every backend: their laws, and each against the NumPy reference."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import smartreg.perturbation as reference
+from smartreg import SMARTConfig
+
+DTYPES = [np.float32, np.float64]
+NORMS = ["inf", "2", "1"]
+GRANULARITIES = ["example", "token"]
+BALLS = {"inf": "project_linf_ball", "2": "project_l2_ball", "1": "project_l1_ball"}
+ORDER = {"inf": np.inf, "2": 2, "1": 1}
+
+settings = {"norm": st.sampled_from(NORMS), "granularity": st.sampled_from(GRANULARITIES)}
+seeds = st.integers(0, 2**32 - 1)
+
+
+def norms(delta, norm, granularity):
+    """The norm of everything that one norm runs over, in float64."""
+    rows = np.asarray(delta, np.float64)
+    rows = rows.reshape(len(rows), -1) if granularity == "example" else rows
+    return np.linalg.norm(rows, ORDER[norm], axis=-1)
+
+
+def per_example(values, like):
+    return values.reshape((-1,) + (1,) * (like.ndim - 1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@given(seed=seeds, size=st.floats(-30, 30), **settings)
+def test_normalize_gives_length_1(backend, dtype, seed, size, norm, granularity):
+    g = (10**size * np.random.default_rng(seed).normal(size=(3, 4, 5))).astype(dtype)
+    unit = backend.call("normalize", g, norm=norm, granularity=granularity)
+    assert unit.dtype == dtype
+    assert norms(unit, norm, granularity) == pytest.approx(1, abs=20 * float(np.finfo(dtype).eps))
+    assert np.all(np.sign(unit) == np.sign(g))
+    assert unit == pytest.approx(reference.normalize(g, norm, granularity), rel=20 * float(np.finfo(dtype).eps))
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_normalize_at_zero_is_a_zero_step(backend, norm, granularity):
+    g = np.zeros((2, 3, 4), np.float32)
+    g[1, 0] = [1e-30, -1e-30, 0, 0]
+    unit = backend.call("normalize", g, norm=norm, granularity=granularity)
+    assert np.all(unit[0] == 0)
+    assert np.all(unit[1, 1:] == 0)
+    assert norms(unit, norm, granularity).max() == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@given(seed=seeds, epsilon=st.floats(0.01, 30), scaled=st.booleans(), **settings)
+def test_projection_laws(backend, dtype, seed, epsilon, scaled, norm, granularity):
+    rng = np.random.default_rng(seed)
+    u, v = (rng.normal(size=(2, 4, 3, 5)) * 10 ** rng.uniform(-2, 2, size=(2, 4, 1, 1))).astype(dtype)
+    radius = (epsilon * rng.uniform(0.5, 2, size=4)).astype(dtype) if scaled else epsilon
+    ball = BALLS[norm]
+    once = backend.call(ball, u, epsilon=radius, granularity=granularity)
+    eps = float(np.finfo(dtype).eps)
+    limit = np.full(4, dtype(epsilon)) if not scaled else radius
+    limit = limit.astype(np.float64).reshape((-1,) + (1,) * (norms(u, norm, granularity).ndim - 1))
+    assert once.dtype == dtype
+    assert np.all(norms(once, norm, granularity) <= limit * (1 + eps))  # inside, to one ulp
+    assert np.array_equal(backend.call(ball, once, epsilon=radius, granularity=granularity), once)  # idempotent
+    inside = np.broadcast_to((norms(u, norm, granularity) <= limit * (1 - 20 * eps)).reshape((4, -1, 1)), u.shape)
+    assert np.array_equal(once[inside], u[inside])  # the identity inside
+    other = backend.call(ball, v, epsilon=radius, granularity=granularity)
+    shorter = norms(once.astype(np.float64) - other, "2", granularity)
+    assert np.all(shorter <= norms(u.astype(np.float64) - v, "2", granularity) * (1 + 100 * eps))  # non-expansive
+    want = getattr(reference, ball)(u, radius, granularity)
+    assert once == pytest.approx(want, rel=0, abs=30 * eps * float(max(np.abs(u).max(), 1)))
+
+
+@given(seed=seeds, epsilon=st.floats(0.05, 5))
+def test_l1_projection_is_the_nearest_point(backend, seed, epsilon):
+    """The optimality condition of the projection P(v): <v - P(v), z - P(v)> <= 0 for every corner z of the ball."""
+    v = np.random.default_rng(seed).normal(size=(1, 6))
+    nearest = backend.call("project_l1_ball", v, epsilon=epsilon)
+    for corner in epsilon * np.vstack([np.eye(6), -np.eye(6)]):
+        assert (v - nearest)[0] @ (corner - nearest[0]) <= 1e-12
+
+
+def test_projections_by_hand(backend):
+    delta = np.array([[3.0, -4.0], [0.3, 0.4]])
+    assert backend.call("project_linf_ball", delta, epsilon=1.0) == pytest.approx(np.array([[1, -1], [0.3, 0.4]]))
+    assert backend.call("project_l2_ball", delta, epsilon=1.0) == pytest.approx(np.array([[0.6, -0.8], [0.3, 0.4]]))
+    assert backend.call("project_l1_ball", delta, epsilon=1.0) == pytest.approx(np.array([[0, -1], [0.3, 0.4]]))
+    assert backend.call("project_l1_ball", delta, epsilon=3.0) == pytest.approx(np.array([[1, -2], [0.3, 0.4]]))
+    for ball in BALLS.values():
+        assert np.all(backend.call(ball, delta, epsilon=0.0) == 0)
+        assert np.isnan(backend.call(ball, np.array([[np.nan, 1.0]]), epsilon=1.0)).any()
+
+
+def test_rms_is_of_the_unmasked_entries_of_each_example(backend):
+    x = np.array([[[3.0, 4.0], [100.0, 100.0]], [[1.0, 1.0], [7.0, 7.0]], [[5.0, 5.0], [5.0, 5.0]]])
+    mask = np.array([[1, 0], [1, 1], [0, 0]])
+    assert backend.call("rms", x, mask=mask) == pytest.approx([np.sqrt(12.5), 5.0, 0.0])
+    assert backend.call("rms", x) == pytest.approx([np.sqrt(20025 / 4), 5.0, 5.0])
+
+
+def test_margin_gradient(backend):
+    z = np.array([[3.0, 1.0, 2.0], [0.1, -4.0, 0.2]])
+    margin = backend.call("margin_gradient", z)
+    assert np.array_equal(margin, [[-1, 0, 1], [1, 0, -1]])
+    least = backend.call("margin_gradient", np.array([[3.0, -1.0], [0.5, 2.0]]), divergence="bernoulli_symmetric_kl")
+    assert np.array_equal(least, [[0, 1], [-1, 0]])
+    signs = backend.call("margin_gradient", z, noise=np.array([[1.0, -2.0, 0.0]] * 2), divergence="squared_error")
+    assert np.array_equal(signs, [[1, -1, 1]] * 2)
+    masked = backend.call("margin_gradient", np.stack([z, z]), mask=np.array([[1, 0], [0, 1]]))
+    assert np.array_equal(masked, [[[-1, 0, 1], [0, 0, 0]], [[0, 0, 0], [1, 0, -1]]])
+    with pytest.raises(ValueError, match=r"at least 2 classes, got outputs of shape \(2, 1\)"):
+        backend.call("margin_gradient", z[:, :1])
+    with pytest.raises(ValueError, match="squared_error needs noise of the outputs' shape"):
+        backend.call("margin_gradient", z, divergence="squared_error")
+
+
+class Problem:
+    """A small smooth model, embeddings of very different sizes, and a padded example."""
+
+    def __init__(self, seed=0, dtype=np.float64, outputs=3):
+        rng = np.random.default_rng(seed)
+        self.x = (rng.normal(size=(4, 5, 6)) * np.array([1, 0.1, 10, 1])[:, None, None]).astype(dtype)
+        self.w1 = (0.3 * rng.normal(size=(6, 7))).astype(dtype)
+        self.w2 = rng.normal(size=(7, outputs)).astype(dtype)
+        self.mask = np.array([[1] * 5, [1, 1, 1, 0, 0], [1] * 5, [1, 0, 0, 0, 0]])
+        self.noise = rng.normal(size=self.x.shape).astype(dtype)
+        self.signs = rng.normal(size=(4, outputs)).astype(dtype)
+
+    def ascend(self, backend, config, divergence="symmetric_kl", **changes):
+        noise = self.noise if config.start == "gaussian" else self.signs
+        arguments = {"x": self.x, "noise": noise, "mask": self.mask, **changes}
+        return backend.ascend_tanh(
+            arguments["x"], self.w1, self.w2, config, arguments["noise"], arguments["mask"], divergence
+        )
+
+
+ascents = {
+    **settings,
+    "start": st.sampled_from(["gaussian", "margin"]),
+    "scale": st.sampled_from(["absolute", "rms"]),
+    "ascent_steps": st.sampled_from([0, 1, 3]),
+    "epsilon": st.sampled_from([1e-5, 0.01, 0.3]),
+    "eta": st.sampled_from([1e-3, 0.05, 1.0]),
+    "divergence": st.sampled_from(list(reference.DIVERGENCES)),
+}
+
+
+@given(seed=seeds, **ascents)
+def test_ascent_agrees_with_numpy_and_stays_in_the_ball(backend, seed, divergence, **chosen):
+    problem = Problem(seed)
+    config = SMARTConfig(sigma=chosen["epsilon"], **chosen)
+    delta, _ = problem.ascend(backend, config, divergence)
+    want, _ = problem.ascend(load_numpy(), config, divergence)
+    # where the ball is small, the forward's own rounding against the difference of two outputs decides
+    assert delta == pytest.approx(want, rel=0, abs=(1e-12 + 1e-14 / config.epsilon) * float(np.abs(want).max()))
+    radius = config.epsilon * (reference.rms(problem.x, problem.mask) if config.scale == "rms" else np.ones(4))
+    reached = norms(delta, config.norm, config.granularity)
+    limit = radius if config.granularity == "example" else radius[:, None]
+    assert np.all(reached <= limit * (1 + 2 * np.finfo(float).eps))
+    assert np.all(delta[problem.mask == 0] == 0)
+    assert np.any(delta != 0)
+
+
+def load_numpy():
+    import backends
+
+    return backends.load("numpy")
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gaussian_start_is_projected(backend, norm, granularity, dtype):
+    problem = Problem(dtype=dtype)
+    config = SMARTConfig(scale="absolute", epsilon=0.01, sigma=1.0, ascent_steps=0, norm=norm, granularity=granularity)
+    delta, _ = problem.ascend(backend, config)
+    binding = norms(delta, norm, granularity)
+    assert np.all(binding <= np.float64(dtype(0.01)) * (1 + np.finfo(dtype).eps))
+    kept = binding if granularity == "example" else binding[problem.mask == 1]
+    assert kept == pytest.approx(0.01, rel=1e-5)  # the radius binds
+
+
+def test_gaussian_start_has_standard_deviation_sigma(backend):
+    problem = Problem()
+    config = SMARTConfig(scale="absolute", epsilon=100, sigma=0.25, ascent_steps=0)
+    delta, _ = problem.ascend(backend, config, mask=None)
+    assert delta == pytest.approx(0.25 * problem.noise, rel=1e-14)
+    config = SMARTConfig(scale="rms", epsilon=100, sigma=0.25, ascent_steps=0)
+    delta, _ = problem.ascend(backend, config, mask=None)
+    scale = np.sqrt((problem.x**2).mean((1, 2)))
+    assert delta == pytest.approx(0.25 * per_example(scale, delta) * problem.noise, rel=1e-13)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_one_step_by_hand(backend, norm):
+    """f(x) = tanh(x W1) W2 with squared error: delta_1 = Proj(sigma nu + eta g / ||g||), written out."""
+    problem = Problem()
+    config = SMARTConfig(scale="absolute", epsilon=0.5, sigma=0.2, eta=0.3, norm=norm)
+    start = BALLS[norm]
+    delta = getattr(reference, start)(0.2 * problem.noise, 0.5)
+    h = np.tanh((problem.x + delta) @ problem.w1)
+    difference = h.sum(1) @ problem.w2 - np.tanh(problem.x @ problem.w1).sum(1) @ problem.w2
+    g = (2 * (difference @ problem.w2.T)[:, None, :] * (1 - h * h)) @ problem.w1.T
+    g = g / per_example(norms(g, norm, "example"), g)
+    want = getattr(reference, start)(delta + 0.3 * g, 0.5)
+    got, _ = problem.ascend(backend, config, "squared_error", mask=None)
+    assert got == pytest.approx(want, rel=1e-12)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_margin_start_is_the_best_linear_move(backend, norm, granularity):
+    """No point of the ball lowers the linearised margin further, and for a small ball the margin really falls."""
+    problem = Problem()
+    config = SMARTConfig(
+        scale="absolute", epsilon=1e-4, start="margin", ascent_steps=0, norm=norm, granularity=granularity
+    )
+    delta, after = problem.ascend(backend, config, mask=None)
+    h = np.tanh(problem.x @ problem.w1)
+    before = h.sum(1) @ problem.w2
+    top = np.argsort(-before, axis=-1)[:, :2]
+    rows = np.arange(4)
+    towards = problem.w2.T[top[:, 1]] - problem.w2.T[top[:, 0]]
+    g = (towards[:, None, :] * (1 - h * h)) @ problem.w1.T
+    dual = {"inf": "1", "2": "2", "1": "inf"}[norm]  # max <g, delta> over the ball is epsilon ||g||_dual
+    best = 1e-4 * norms(g, dual, granularity)
+    gained = (g * delta).sum((1, 2)) if granularity == "example" else (g * delta).sum(2)
+    assert gained == pytest.approx(best, rel=1e-9)
+    margin = before[rows, top[:, 0]] - before[rows, top[:, 1]]
+    assert np.all(after[rows, top[:, 0]] - after[rows, top[:, 1]] < margin)
+
+
+@given(seed=seeds, norm=settings["norm"], granularity=settings["granularity"])
+def test_a_small_step_never_lowers_the_divergence(backend, seed, norm, granularity):
+    problem = Problem(seed)
+    clean = np.tanh(problem.x @ problem.w1).sum(1) @ problem.w2
+    reached = []
+    for steps in (0, 1):
+        config = SMARTConfig(
+            scale="absolute", epsilon=1, sigma=0.01, eta=1e-5, ascent_steps=steps, norm=norm, granularity=granularity
+        )
+        _, after = problem.ascend(backend, config)
+        reached.append(backend.value("symmetric_kl", clean, after))
+    assert np.all(reached[1] >= reached[0])
+
+
+def test_released_update(backend):
+    """mt-dnn: delta <- (delta + eta g) / (||delta + eta g||_inf + 1e-6) a token, from noise that is not projected."""
+    problem = Problem()
+    config = SMARTConfig.mtdnn()
+    start = 1e-5 * problem.noise
+    h = np.tanh((problem.x + start) @ problem.w1)
+    clean = np.tanh(problem.x @ problem.w1).sum(1) @ problem.w2
+    g_outputs = reference.DIVERGENCES["symmetric_kl"].grad(clean, h.sum(1) @ problem.w2)[1]
+    g = ((g_outputs @ problem.w2.T)[:, None, :] * (1 - h * h)) @ problem.w1.T
+    moved = start + 1e-3 * g
+    want = moved / (np.abs(moved).max(-1, keepdims=True) + 1e-6)
+    delta, _ = problem.ascend(backend, config, mask=None)
+    assert delta == pytest.approx(want, rel=1e-8)
+    assert np.abs(delta).max() > 0.9  # what the released code calls epsilon is no radius
+
+
+def test_noise_has_to_be_there(backend):
+    with pytest.raises(ValueError, match="start='gaussian' needs noise of the shape of x, got None"):
+        Problem().ascend(backend, SMARTConfig(), noise=None)
+
+
+@pytest.mark.parametrize("shape", [(4, 4), (5,), (4, 5, 6)])
+def test_masks_that_do_not_fit_are_named(backend, shape):
+    with pytest.raises(ValueError, match=r"the mask must have the leading axes of x, \(4, 5\), got"):
+        Problem().ascend(backend, SMARTConfig(), mask=np.ones(shape))
+
+
+def test_examples_do_not_depend_on_each_other(backend):
+    problem = Problem()
+    config = SMARTConfig(epsilon=0.1, sigma=0.1, eta=0.05, ascent_steps=2, norm="2")
+    together, _ = problem.ascend(backend, config)
+    alone, _ = problem.ascend(backend, config, x=problem.x[1:2], noise=problem.noise[1:2], mask=problem.mask[1:2])
+    assert alone[0] == pytest.approx(together[1], rel=1e-12)
