@@ -1,0 +1,54 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from smartreg import SMARTConfig
+from smartreg.proximal import bregman_divergence, ema_update, mean_examples, momentum
+
+
+@given(total=st.integers(1, 10_000), percent=st.integers(1, 99))
+def test_momentum_switches_after_the_early_fraction(total, percent):
+    config = SMARTConfig(total_steps=total, early_fraction=percent / 100, beta_early=0.25, beta_late=0.75)
+    switch = total * percent // 100  # in whole numbers: t <= fraction * T
+    for step in {1, switch, switch + 1, total}:
+        assert momentum(step, config) == (0.25 if step <= switch else 0.75)
+
+
+def test_momentum_edges():
+    assert momentum(29, SMARTConfig(total_steps=100, early_fraction=0.29)) == 0.99
+    assert momentum(30, SMARTConfig(total_steps=100, early_fraction=0.29)) == 0.999
+    assert momentum(1, SMARTConfig(early_fraction=0)) == 0.999
+    assert momentum(10**6, SMARTConfig(early_fraction=1)) == 0.99
+    assert momentum(5, SMARTConfig(beta_early=0.5, beta_late=0.5)) == 0.5
+    with pytest.raises(ValueError, match="momentum: .* total_steps is needed, got None"):
+        momentum(1, SMARTConfig())
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.25, 0.999, 1.0])
+def test_ema_update(beta):
+    rng = np.random.default_rng(0)
+    theta, teacher = {"w": rng.normal(size=3)}, {"w": rng.normal(size=3)}
+    kept = teacher["w"].copy()
+    moved = ema_update(teacher, theta, beta)["w"]
+    assert moved == pytest.approx((1 - beta) * theta["w"] + beta * kept, rel=1e-15)
+    assert np.array_equal(teacher["w"], kept)
+    if beta in (0.0, 1.0):
+        assert np.array_equal(moved, theta["w"] if beta == 0 else kept)
+
+
+def test_bregman_divergence_is_the_weighted_mean():
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(2, 3, 2))
+    each = [(x - y) @ (x - y) for x, y in zip(a, b, strict=True)]
+    assert bregman_divergence(a, b, "squared_error") == pytest.approx(np.mean(each))
+    weights = np.array([1.0, 0.0, 2.0])
+    assert bregman_divergence(a, b, "squared_error", sample_weight=weights) == pytest.approx(weights @ each / 3)
+    with pytest.raises(ValueError, match=r"one weight an example, \(3,\), got \(2,\)"):
+        mean_examples(np.ones(3), np.ones(2))
+
+
+def test_bregman_divergence_leaves_masked_positions_out():
+    a, b = np.zeros((2, 3, 1)), np.array([[[1.0], [2.0], [9.0]], [[3.0], [9.0], [9.0]]])
+    mask = np.array([[1, 1, 0], [1, 0, 0]])
+    assert bregman_divergence(a, b, "squared_error", mask) == pytest.approx(((1 + 4) / 2 + 9) / 2)

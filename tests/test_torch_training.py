@@ -1,0 +1,177 @@
+"""Algorithm 1 in PyTorch, through SMART, against the NumPy reference: the same noise, every intermediate."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from test_training import make_batch, make_theta
+from torch import nn
+
+from smartreg import SMARTConfig
+from smartreg.training import fit_reference
+from smartreg_torch import SMART
+
+
+class Network(nn.Module):
+    """The reference network of `smartreg.training`."""
+
+    def __init__(self, theta, pooled=True):
+        super().__init__()
+        self.embedding = nn.Embedding.from_pretrained(torch.from_numpy(theta["E"].copy()), freeze=False)
+        self.W1, self.b1, self.W2, self.b2 = (
+            nn.Parameter(torch.from_numpy(theta[name].copy())) for name in ("W1", "b1", "W2", "b2")
+        )
+        self.pooled = pooled
+
+    def forward(self, ids, attention_mask):
+        h = (self.embedding(ids) @ self.W1 + self.b1).tanh()
+        if self.pooled:
+            weight = attention_mask.to(h.dtype) / attention_mask.sum(1, keepdim=True)
+            h = (weight.unsqueeze(-1) * h).sum(1)
+        return h @ self.W2 + self.b2
+
+    def named(self):
+        return {"E": "embedding.weight"} | {name: name for name in ("W1", "b1", "W2", "b2")}
+
+
+LOSSES = {
+    "symmetric_kl": lambda z, y: nn.functional.cross_entropy(z.movedim(-1, 1), y, reduction="none"),
+    "bernoulli_symmetric_kl": lambda z, y: nn.functional.binary_cross_entropy_with_logits(z, y, reduction="none").sum(
+        -1
+    ),
+    "squared_error": lambda z, y: (z - y).square().sum(-1),
+}
+
+
+def fit_torch(theta, batches, config, noise, *, divergence="symmetric_kl", optimizer="adam_torch", pooled=True):
+    """The intermediates of a run of SMART in an ordinary loop, named as `smartreg.training.Step` names them."""
+    model = Network(theta, pooled)
+    make = torch.optim.Adam if optimizer == "adam_torch" else torch.optim.SGD
+    update = make(model.parameters(), lr=1e-2)
+    draws = iter(noise)
+    smart = SMART(model, config, divergence=divergence, noise=lambda like: torch.from_numpy(next(draws)))
+    recorded = []
+    original = smart._ascend
+
+    def ascend_and_note(*arguments):
+        recorded.append(original(*arguments)[0])
+        return [recorded[-1]]
+
+    smart._ascend = ascend_and_note
+    steps = []
+    for batch in batches:
+        ids, y, mask, weight = (torch.from_numpy(value) for value in batch)
+        outputs, penalty = smart(ids, attention_mask=mask, sample_weight=weight)
+        losses = LOSSES[divergence](outputs, y)
+        if not pooled:
+            losses = (losses * mask).sum(1) / mask.sum(1)
+        loss = (losses * weight).mean()
+        update.zero_grad()
+        (loss + penalty).backward()
+        parameters = dict(model.named_parameters())
+        gradients = {name: parameters[key].grad.clone() for name, key in model.named().items()}
+        update.step()
+        smart.update()
+        steps.append(
+            {
+                "outputs": outputs.detach(),
+                "loss": loss.detach(),
+                "delta": recorded[-1] if recorded else None,
+                "R_s": smart.metrics.get("R_s", 0.0),
+                "D_Breg": smart.metrics.get("D_Breg", 0.0),
+                "objective": (loss + penalty).detach(),
+                "gradients": gradients,
+                "theta": {name: parameters[key].detach().clone() for name, key in model.named().items()},
+                "teacher": {name: smart.teacher[key].clone() for name, key in model.named().items()}
+                if config.mu > 0
+                else None,
+            }
+        )
+    return steps
+
+
+def compare(steps, reference, tolerance):
+    """Every intermediate of every step, in order; the message names the first that differs."""
+    for t, (got, want) in enumerate(zip(steps, reference, strict=True), start=1):
+        for name, value in got.items():
+            expected = getattr(want, name)
+            if value is None:
+                continue
+            for key, v in value.items() if isinstance(value, dict) else [("", value)]:
+                w = expected[key] if key else expected
+                v, w = np.asarray(v), np.asarray(w)
+                scale = max(np.abs(w).max(), 1e-6)
+                worst = np.abs(v - w).max() / scale
+                assert worst <= tolerance, f"step {t}: {name} {key} differs by {worst:.1e}"
+
+
+def run_both(seed, config, steps=50, divergence="symmetric_kl", optimizer="adam_torch", pooled=True):
+    rng = np.random.default_rng(seed)
+    theta = make_theta(rng)
+    batches = [make_batch(rng, divergence, pooled) for _ in range(steps)]
+    shape = (4, 5, 4) if config.start == "gaussian" else (4, 3) if pooled else (4, 5, 3)
+    noise = rng.normal(size=(steps, *shape))
+    settings = {"divergence": divergence, "optimizer": optimizer, "pooled": pooled}
+    reference = fit_reference(theta, batches, config, noise, learning_rate=1e-2, **settings)
+    return fit_torch(theta, batches, config, noise, **settings), reference
+
+
+CROSS = list(
+    itertools.product(
+        [1, 3], [0, 1, 3], ["inf", "2", "1"], ["example", "token"], ["gaussian", "margin"], ["sgd", "adam_torch"]
+    )
+)
+
+
+@pytest.mark.parametrize("betas", [(0.9, 0.99), (0.5, 0.5)])
+@pytest.mark.parametrize(("S", "T_x", "norm", "granularity", "start", "optimizer"), CROSS)
+def test_fifty_steps_equal_the_reference(S, T_x, norm, granularity, start, optimizer, betas):
+    config = SMARTConfig(
+        proximal_steps=S,
+        ascent_steps=T_x,
+        norm=norm,
+        granularity=granularity,
+        start=start,
+        epsilon=0.1,
+        sigma=0.1,
+        eta=0.15,
+        beta_early=betas[0],
+        beta_late=betas[1],
+        total_steps=50,
+    )
+    steps, reference = run_both(0, config, optimizer=optimizer)
+    compare(steps, reference, 1e-9)
+    assert reference[-1].D_Breg > 0
+
+
+@pytest.mark.parametrize("divergence", list(LOSSES))
+@pytest.mark.parametrize("pooled", [True, False])
+@pytest.mark.parametrize("start", ["gaussian", "margin"])
+def test_every_kind_of_output(divergence, pooled, start):
+    config = SMARTConfig(start=start, epsilon=0.1, sigma=0.1, eta=0.15, lambda_s=2, mu=3, total_steps=50)
+    compare(*run_both(1, config, divergence=divergence, pooled=pooled), 1e-9)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        SMARTConfig(beta_early=0, beta_late=0, proximal_steps=3, epsilon=0.1, sigma=0.1, eta=0.15),
+        SMARTConfig(scale="absolute", epsilon=0.05, sigma=0.05, eta=0.1, total_steps=50),
+        SMARTConfig(lambda_s=0, total_steps=50),
+        SMARTConfig(mu=0, epsilon=0.1, sigma=0.1, eta=0.15),
+        SMARTConfig(lambda_s=0, mu=0),
+        SMARTConfig.mtdnn(),
+    ],
+    ids=["VBPP", "absolute", "proximal", "R_s", "plain", "mtdnn"],
+)
+def test_other_settings(config):
+    compare(*run_both(2, config), 1e-9)
+
+
+def test_the_published_values():
+    """At epsilon = 1e-5 the direction g / ||g|| carries the forward's rounding over 1e-5: see docs/math.md."""
+    steps, reference = run_both(3, SMARTConfig.paper(total_steps=50))
+    compare(steps, reference, 1e-6)
+    for got, want in zip(steps, reference, strict=True):
+        assert float(got["R_s"]) == pytest.approx(want.R_s, rel=1e-6)

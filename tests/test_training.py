@@ -1,0 +1,143 @@
+"""The NumPy reference of Algorithm 1 against finite differences and against its own definition."""
+
+import numpy as np
+import pytest
+
+from smartreg import SMARTConfig
+from smartreg.divergences import DIVERGENCES
+from smartreg.perturbation import output_mask
+from smartreg.proximal import bregman_divergence, mean_examples, momentum
+from smartreg.training import Batch, fit_reference, forward, init_parameters, task_loss
+
+NAMES = list(DIVERGENCES)
+
+
+def make_batch(rng, divergence="symmetric_kl", pooled=True, outputs=3, n=4, tokens=5):
+    shape = (n,) if pooled else (n, tokens)
+    labels = {
+        "symmetric_kl": rng.integers(outputs, size=shape),
+        "bernoulli_symmetric_kl": rng.integers(2, size=(*shape, outputs)).astype(float),
+        "squared_error": rng.normal(size=(*shape, outputs)),
+    }
+    mask = np.arange(tokens) < rng.integers(1, tokens + 1, size=(n, 1))
+    return Batch(rng.integers(11, size=(n, tokens)), labels[divergence], mask, rng.uniform(0.5, 2, size=n))
+
+
+def make_theta(rng, outputs=3):
+    return init_parameters(rng, vocabulary=11, d=4, hidden=6, outputs=outputs)
+
+
+def objective(theta, teacher, delta, batch, config, divergence, pooled):
+    """F(theta) at a fixed perturbation and theta~, from the definitions alone."""
+    ids, y, mask, weight = batch
+    x = theta["E"][ids]
+    clean, perturbed = forward(theta, x, mask, pooled)[0], forward(theta, x + delta, mask, pooled)[0]
+    taught = forward(teacher, teacher["E"][ids], mask, pooled)[0]
+    loss, _ = task_loss(clean, y, divergence, mask, weight)
+    values = DIVERGENCES[divergence].value(perturbed, clean, output_mask(clean, mask))
+    r_s = mean_examples(values, weight)
+    return loss + config.lambda_s * r_s + config.mu * bregman_divergence(clean, taught, divergence, mask, weight)
+
+
+@pytest.mark.parametrize("divergence", NAMES)
+@pytest.mark.parametrize("pooled", [True, False])
+def test_gradients_against_finite_differences(divergence, pooled):
+    rng = np.random.default_rng(0)
+    theta = make_theta(rng)
+    batches = [make_batch(rng, divergence, pooled) for _ in range(2)]
+    config = SMARTConfig(lambda_s=2, mu=3, epsilon=0.3, sigma=0.2, eta=0.1, total_steps=2, early_fraction=0)
+    noise = rng.normal(size=(2, 4, 5, 4))
+    first, second = fit_reference(
+        theta, batches, config, noise, divergence=divergence, optimizer="sgd", learning_rate=0.5, pooled=pooled
+    )
+    at = {name: value.copy() for name, value in first.theta.items()}
+    for name in theta:
+        for k in rng.choice(theta[name].size, size=min(6, theta[name].size), replace=False):
+            slopes = []
+            for h in (1e-6, -1e-6):
+                moved = {key: value.copy() for key, value in at.items()}
+                moved[name].flat[k] += h
+                slopes.append(
+                    objective(moved, first.teacher, second.delta, batches[1], config, divergence, pooled)
+                    / (2e-6)
+                    * np.sign(h)
+                )
+            assert second.gradients[name].flat[k] == pytest.approx(sum(slopes), rel=2e-6, abs=1e-8), name
+    total = objective(at, first.teacher, second.delta, batches[1], config, divergence, pooled)
+    assert second.objective == pytest.approx(total, rel=1e-14)
+    assert second.D_Breg > 0
+    assert second.R_s > 0
+
+
+def test_theta_tilde_moves_every_S_steps_with_the_scheduled_beta():
+    rng = np.random.default_rng(0)
+    theta = make_theta(rng)
+    config = SMARTConfig(proximal_steps=3, total_steps=12, early_fraction=0.5, beta_early=0.2, beta_late=0.6)
+    steps = fit_reference(theta, [make_batch(rng) for _ in range(12)], config, rng.normal(size=(12, 4, 5, 4)))
+    teacher = theta
+    for t, step in enumerate(steps, start=1):
+        if t % 3:
+            assert step.beta is None
+            assert all(step.teacher[name] is value for name, value in teacher.items()) or t < 3
+        else:
+            assert step.beta == momentum(t, config) == (0.2 if t <= 6 else 0.6)
+            for name, value in step.teacher.items():
+                expected = (1 - step.beta) * step.theta[name] + step.beta * teacher[name]
+                assert value == pytest.approx(expected, rel=1e-14)
+        teacher = step.teacher
+
+
+def test_vanilla_proximal_steps():
+    """beta = 0: theta~ is theta; with S = 1 the gradient of D_Breg is exactly 0, with S > 1 it is not."""
+    rng = np.random.default_rng(0)
+    theta, batches = make_theta(rng), [make_batch(rng) for _ in range(4)]
+    vanilla = {"lambda_s": 0, "beta_early": 0, "beta_late": 0}
+    plain = fit_reference(theta, batches, SMARTConfig(lambda_s=0, mu=0))
+    with pytest.warns(UserWarning, match="exactly 0"):
+        once = SMARTConfig(**vanilla)
+    for a, b in zip(fit_reference(theta, batches, once), plain, strict=True):
+        assert b.D_Breg == a.D_Breg == 0
+        assert all(np.array_equal(a.gradients[name], b.gradients[name]) for name in theta)
+    twice = fit_reference(theta, batches, SMARTConfig(**vanilla, proximal_steps=2))
+    assert [step.D_Breg > 0 for step in twice] == [False, True, False, True]
+
+
+def test_optimizers_by_hand():
+    rng = np.random.default_rng(0)
+    theta, batches = make_theta(rng), [make_batch(rng) for _ in range(3)]
+    plain = SMARTConfig(lambda_s=0, mu=0)
+    sgd = fit_reference(theta, batches, plain, optimizer="sgd", learning_rate=0.1)
+    assert sgd[0].theta["W1"] == pytest.approx(theta["W1"] - 0.1 * sgd[0].gradients["W1"], rel=1e-15)
+    # one entry, three steps, as Kingma and Ba write it; Keras' epsilon is torch's over the square root of 1 - 0.999^t
+    for optimizer in ("adam_torch", "adam_keras"):
+        steps = fit_reference(theta, batches, plain, optimizer=optimizer, learning_rate=0.1)
+        value, m, v = theta["b1"][0], 0.0, 0.0
+        for t, step in enumerate(steps, start=1):
+            g = step.gradients["b1"][0]
+            m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
+            epsilon = 1e-8 if optimizer == "adam_torch" else 1e-8 / np.sqrt(1 - 0.999**t)
+            value -= 0.1 * (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.999**t)) + epsilon)
+            assert step.theta["b1"][0] == pytest.approx(value, rel=1e-13)
+    with pytest.raises(ValueError, match="optimizer must be 'sgd', 'adam_torch' or 'adam_keras', got 'adam'"):
+        fit_reference(theta, batches, plain, optimizer="adam")
+
+
+def test_padding_and_the_callers_arrays_are_left_alone():
+    rng = np.random.default_rng(0)
+    theta, batch = make_theta(rng), make_batch(rng)
+    kept = {name: value.copy() for name, value in theta.items()}
+    config = SMARTConfig(total_steps=1)
+    noise = rng.normal(size=(1, 4, 5, 4))
+    (step,) = fit_reference(theta, [batch], config, noise)
+    assert np.all(step.delta[~batch.mask] == 0)
+    assert all(np.array_equal(theta[name], value) for name, value in kept.items())
+    # what stands in the padding does not matter
+    other = batch._replace(ids=np.where(batch.mask, batch.ids, 0))
+    (same,) = fit_reference(theta, [other], config, noise)
+    assert same.objective == step.objective
+
+
+def test_total_steps_is_asked_for():
+    rng = np.random.default_rng(0)
+    with pytest.raises(ValueError, match="fit_reference: .* total_steps is needed"):
+        fit_reference(make_theta(rng), [make_batch(rng)], SMARTConfig())
