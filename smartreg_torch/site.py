@@ -32,8 +32,9 @@ class Site:
     Args:
         model: any module. The hook is installed here and stays until `remove`.
         site: the dotted name of a submodule that returns one floating-point tensor, or "input" or "input.NAME" for
-            the model's own (first, or so named) argument. By default the model's `get_input_embeddings()`, else its
-            only `nn.Embedding` that is not for positions or segments, else "input".
+            the model's own (first, or so named) argument. By default what a Hugging Face model (here or inside)
+            calls its input embeddings, else the only `nn.Embedding` that is not for positions or segments, else
+            "input".
 
     Raises:
         ValueError: there is no such submodule, or the default is not clear.
@@ -197,29 +198,42 @@ def _find(model: nn.Module, site: str | None) -> tuple[str, nn.Module | None]:
             f"SMART: the model has no submodule {site!r}. It is a dotted name of model.named_modules(), or 'input'; "
             f"the embeddings among them are {embeddings}"
         )
-    found = _input_embeddings(model)
-    if found is not None:
-        return next((name for name, module in names.items() if module is found), "get_input_embeddings()"), found
-    candidates = {
-        name: module
-        for name, module in names.items()
-        if isinstance(module, nn.Embedding) and not any(word in name.lower() for word in _POSITIONAL)
-    }
-    if len(candidates) > 1:
+    named = _hugging_face_embeddings(names)
+    if not named:
+        named = [
+            name
+            for name, module in names.items()
+            if isinstance(module, nn.Embedding) and not any(word in name.lower() for word in _POSITIONAL)
+        ]
+    if len(named) > 1:
         raise ValueError(
-            f"SMART: the model has several embeddings, {list(candidates)}: say which one to perturb with site=, or the "
-            "module in which they are added up"
+            f"SMART: the model has several embeddings, {named}: say which one to perturb with site=, or the module in "
+            "which they are added up"
         )
-    return next(iter(candidates.items()), ("input", None))
+    return (named[0], names[named[0]]) if named else ("input", None)
 
 
-def _input_embeddings(model: nn.Module) -> nn.Module | None:
-    """What a Hugging Face model calls its input embeddings; the encoder's where there is an encoder."""
-    hugging_face: Any = model
+def _hugging_face_embeddings(names: dict[str, nn.Module]) -> list[str]:
+    """What each outermost Hugging Face model in here calls its input embeddings; the encoder's where there is one."""
+    found: list[str] = []
+    outermost: list[str] = []
+    for name, module in names.items():
+        if not hasattr(module, "get_input_embeddings") or any(name.startswith(f"{above}.") for above in outermost):
+            continue
+        if outermost == [""]:
+            break
+        outermost.append(name)
+        for model in (_called(module, "get_encoder"), module):
+            embeddings = _called(model, "get_input_embeddings")
+            at = next((key for key, value in names.items() if value is embeddings), None)
+            if at is not None:
+                found.append(at)
+                break
+    return found
+
+
+def _called(model: Any, method: str) -> Any:
     try:
-        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-            hugging_face = hugging_face.get_encoder()
-        found = hugging_face.get_input_embeddings()
+        return getattr(model, method)()
     except (AttributeError, NotImplementedError, TypeError):
         return None
-    return found if isinstance(found, nn.Module) else None

@@ -288,7 +288,12 @@ class SMART:
         site = self._site
         assert site is not None
 
+        frozen = ExitStack()
+
         def outputs_at(points: list[Tensor]) -> list[Tensor]:
+            # not before the first pass of the ascent: the margin start still has a gradient to take of the clean graph,
+            # which checkpointed layers rebuild as it was
+            frozen.enter_context(_frozen_weights(self.model))
             with site.replaced(points):
                 return passes()
 
@@ -299,7 +304,7 @@ class SMART:
         elif "squared_error" in divergences:
             noise = [self._draw(z) for z in targets]
         try:
-            with _frozen_weights(self.model):
+            with frozen:
                 return ascend(outputs_at, xs, targets, self.config, noise, masks, divergences)
         except RuntimeError as error:
             if "use_reentrant" in str(error):
@@ -414,7 +419,7 @@ class SMART:
             (name for name, tensors in stages.items() if not all(bool(z.isfinite().all()) for z in tensors)),
             "divergence",
         )
-        values = ", ".join(f"{name} = {float(term):g}" for name, term in terms.items())
+        values = ", ".join(f"{name} = {float(term.detach()):g}" for name, term in terms.items())
         raise FloatingPointError(
             f"SMART: the penalty of step {self.step + 1} is not finite ({values}); the first values that are not "
             f"finite are in the {first} pass. Look at the learning rate and the loss before it, or let such steps go "

@@ -1,0 +1,190 @@
+"""What must hold for every architecture, in train mode with dropout."""
+
+import pytest
+import torch
+from architectures import ARCHITECTURES, N
+from torch import nn
+
+from smartreg_torch import SMART, SMARTConfig
+from smartreg_torch.divergences import symmetric_kl
+
+
+def logits_of(output):
+    return output if isinstance(output, torch.Tensor) else output.logits
+
+
+def started(name, config, dtype=torch.float32, **changes):
+    torch.manual_seed(0)
+    architecture = ARCHITECTURES[name]
+    model = architecture.make().train().to(dtype)
+    inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in architecture.inputs().items()}
+    return model, inputs, SMART(model, config, **{**architecture.settings, **changes})
+
+
+def state_of(model):
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def name(request):
+    return request.param
+
+
+def test_the_perturbed_pass_at_zero_is_the_clean_pass_bit_for_bit(name):
+    """The smallest sigma there is: with delta = 0, only different dropout masks could make R_s differ from 0."""
+    config = SMARTConfig(scale="absolute", epsilon=1e-30, sigma=1e-30, ascent_steps=0, mu=0)
+    zeros = {"noise": torch.zeros_like}
+    model, inputs, smart = started(name, config, **zeros)
+    plain, _, _ = started(name, config, **zeros)
+    torch.manual_seed(1)
+    expected = logits_of(plain(**inputs))
+    torch.manual_seed(1)
+    output, penalty = smart(**inputs)
+    assert torch.equal(logits_of(output), expected)
+    assert penalty.item() == smart.metrics["R_s"] == smart.metrics["max_delta"] == 0
+    # and there is dropout: another draw gives other logits
+    assert not torch.equal(logits_of(model(**inputs)), expected)
+
+
+def test_the_teacher_at_theta_0_gives_rounding_at_most(name):
+    """The same masks and weights; without a graph, a kernel may round otherwise (`nn.LSTM` does)."""
+    config = SMARTConfig(lambda_s=0, total_steps=10)
+    _, inputs, smart = started(name, config)
+    _, penalty = smart(**inputs)
+    assert 0 <= penalty.item() <= 1e-13
+
+
+@pytest.mark.parametrize("start", ["gaussian", "margin"])
+def test_a_step_leaves_everything_else_alone(name, start):
+    """The global random stream, BatchNorm statistics, training flags and `.grad` are as after a plain forward."""
+    config = SMARTConfig(start=start, total_steps=10, ascent_steps=2)
+    model, inputs, smart = started(name, config)
+    plain, _, _ = started(name, config)
+    torch.manual_seed(1)
+    plain(**inputs)
+    after_plain, state_plain = torch.get_rng_state(), state_of(plain)
+    torch.manual_seed(1)
+    smart(**inputs)
+    assert torch.equal(torch.get_rng_state(), after_plain)
+    assert all(torch.equal(value, state_plain[key]) for key, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert all(module.training for module in model.modules())
+    assert smart.metrics["max_delta"] > 0
+    assert smart.metrics["R_s"] > 0
+
+
+def test_padding_is_not_perturbed(name):
+    model, inputs, smart = started(name, SMARTConfig(mu=0, ascent_steps=1))
+    deltas = []
+    original = smart._ascend
+    smart._ascend = lambda *arguments: deltas.append(original(*arguments)) or deltas[-1]
+    smart(**inputs)
+    masks = (
+        [inputs["attention_mask"]] if "attention_mask" in inputs else [v != 0 for v in inputs.values() if v.ndim == 2]
+    )
+    if name in ("ViT", "CNN"):
+        assert all((delta != 0).any() for delta in deltas[0])
+        return
+    assert len(deltas[0]) == len(masks)
+    for delta, mask in zip(deltas[0], masks, strict=True):
+        assert (mask == 0).any()
+        assert torch.all(delta[mask == 0] == 0)
+        assert torch.any(delta[mask == 1] != 0)
+
+
+@pytest.mark.parametrize("start", ["gaussian", "margin"])
+def test_gradient_of_the_penalty_against_finite_differences(name, start):
+    """d/dw of lambda_s R_s + mu D_Breg at a fixed delta, in float64, along a random direction of all the weights."""
+    config = SMARTConfig(start=start, ascent_steps=1, total_steps=10, epsilon=0.05, sigma=0.05, mu=2.0)
+    model, inputs, smart = started(name, config, torch.float64)
+    with torch.no_grad():
+        for average in smart.teacher.values():
+            average.add_(0.05 * torch.randn_like(average))
+    deltas = []
+    original = smart._ascend
+
+    def frozen_delta(*arguments):
+        if not deltas:
+            deltas.append(original(*arguments))
+        return deltas[0]
+
+    smart._ascend = frozen_delta
+
+    def penalty():
+        torch.manual_seed(1)
+        return smart(**inputs)[1]
+
+    penalty().backward()
+    direction = [torch.randn_like(parameter) for parameter in model.parameters()]
+    padding = {id(m.weight): m.padding_idx for m in model.modules() if isinstance(m, nn.Embedding)}
+    for p, d in zip(model.parameters(), direction, strict=True):
+        if padding.get(id(p)) is not None:
+            d[padding[id(p)]] = 0  # torch gives the padding's row no gradient
+    slope = sum(
+        float((p.grad * d).sum()) for p, d in zip(model.parameters(), direction, strict=True) if p.grad is not None
+    )
+
+    def moved(h):
+        with torch.no_grad():
+            for p, d in zip(model.parameters(), direction, strict=True):
+                p.add_(h * d)
+        value = penalty().item()
+        with torch.no_grad():
+            for p, d in zip(model.parameters(), direction, strict=True):
+                p.sub_(h * d)
+        return value
+
+    # Llama and T5 normalise in float32 whatever the dtype, and the CNN has kinks: no one step suits all
+    slopes = [(moved(h) - moved(-h)) / (2 * h) for h in (1e-3, 1e-4, 1e-5, 1e-6)]
+    assert min(abs(slope / value - 1) for value in slopes) <= 1e-4
+
+
+def test_r_s_is_the_divergence_at_the_perturbed_embeddings(name):
+    """R_s, recomputed from outside: a hook of our own adds the same delta, dropout off."""
+    model, inputs, smart = started(name, SMARTConfig(mu=0, ascent_steps=1))
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(module, nn.LSTM):
+            module.dropout = 0.0
+    for module in model.modules():
+        for attribute in ("attention_dropout", "dropout_prob"):
+            if isinstance(getattr(module, attribute, None), float):
+                setattr(module, attribute, 0.0)
+    deltas = []
+    original = smart._ascend
+    smart._ascend = lambda *arguments: deltas.extend(original(*arguments)) or list(deltas)
+    torch.manual_seed(1)
+    output, penalty = smart(**inputs)
+    smart.remove()
+    rest = iter(deltas)
+    if name == "CNN":
+        perturbed = model(inputs["input"] + next(rest))
+    else:
+        site = dict(model.named_modules())[smart._site.name]
+        handle = site.register_forward_hook(lambda _module, _inputs, given: given + next(rest))
+        torch.manual_seed(1)
+        perturbed = logits_of(model(**inputs))
+        handle.remove()
+    value = symmetric_kl(perturbed, logits_of(output)).mean()
+    assert value.item() == pytest.approx(penalty.item(), rel=1e-5)
+
+
+def test_without_penalties_training_is_bit_identical(name):
+    config = SMARTConfig(lambda_s=0, mu=0)
+    weights = []
+    for wrapped in (True, False):
+        model, inputs, smart = started(name, config)
+        y = torch.randint(3, (N,))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        torch.manual_seed(1)
+        for _ in range(3):
+            output, penalty = smart(**inputs) if wrapped else (model(**inputs), 0)
+            loss = nn.functional.cross_entropy(logits_of(output), y) + penalty
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            smart.update()
+        weights.append(state_of(model))
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
