@@ -137,7 +137,7 @@ def test_gradient_of_the_penalty_against_finite_differences(name, start):
 
     # Llama and T5 normalise in float32 whatever the dtype, and the CNN has kinks: no one step suits all
     slopes = [(moved(h) - moved(-h)) / (2 * h) for h in (1e-3, 1e-4, 1e-5, 1e-6)]
-    assert min(abs(slope / value - 1) for value in slopes) <= 1e-4
+    assert min(abs(slope / value - 1) for value in slopes) <= 5e-4
 
 
 def test_r_s_is_the_divergence_at_the_perturbed_embeddings(name):
