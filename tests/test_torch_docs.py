@@ -1,0 +1,40 @@
+"""The code in the README and the docs runs, in order, on a tiny model."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from architectures import N, classifier, text
+
+ROOT = Path(__file__).parent.parent
+PAGES = [page for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))] if "keras" not in page.name]
+
+
+def blocks(page):
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.name)
+def test_the_code_runs(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    model = classifier("Bert")().train()
+    names = {
+        "model": model,
+        "loader": [text() | {"labels": torch.randint(3, (N,))} for _ in range(2)],
+        "epochs": 1,
+        "optimizer": torch.optim.AdamW(model.parameters(), lr=1e-3),
+        "torch": torch,
+    }
+    for block in blocks(page):
+        exec(compile(block, str(page), "exec"), names)
+    if page.name == "README.md":
+        assert names["smart"].step >= 2
+        assert names["smart"].metrics["R_s"] > 0
+
+
+def test_every_relative_link_leads_somewhere():
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
