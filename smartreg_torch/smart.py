@@ -444,30 +444,30 @@ class SMART:
         return dict(self.model.named_parameters())
 
     def _follow_new_parameters(self) -> None:
-        """theta~ of a parameter starts when it is first trainable, at its value then."""
+        """theta~ of a parameter starts when it is first trainable, at its value then, and stays on its device."""
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad and name not in self.teacher:
                 wide = torch.promote_types(parameter.dtype, torch.float32)
                 self.teacher[name] = parameter.detach().to(wide, copy=True)
+            elif name in self.teacher:  # where the model has moved since
+                self.teacher[name] = self.teacher[name].to(parameter.device)
 
 
 class _RandomState:
     """The global random state before the clean pass, to be replayed in the others: the same dropout masks in all."""
 
     def __init__(self, model: nn.Module) -> None:
-        device = _device(model)
-        self._type = device.type
-        self._devices = [] if device.type == "cpu" else [device]
+        devices = {parameter.device for parameter in model.parameters()} - {torch.device("cpu")}
         self._cpu = torch.get_rng_state()
-        self._others = [torch.get_device_module(self._type).get_rng_state(device) for device in self._devices]
+        self._others = {device: torch.get_device_module(device).get_rng_state(device) for device in devices}
 
     @contextmanager
     def replayed(self) -> Iterator[None]:
-        kind = "cuda" if self._type == "cpu" else self._type
-        with torch.random.fork_rng(self._devices, device_type=kind):
+        kind = next((device.type for device in self._others), "cuda")
+        with torch.random.fork_rng(list(self._others), device_type=kind):
             torch.set_rng_state(self._cpu)
-            for device, state in zip(self._devices, self._others, strict=True):
-                torch.get_device_module(self._type).set_rng_state(state, device)
+            for device, state in self._others.items():
+                torch.get_device_module(device).set_rng_state(state, device)
             yield
 
 
