@@ -15,7 +15,7 @@ NAMES = list(reference.DIVERGENCES)
 pairs = st.fixed_dictionaries(
     {
         "seed": st.integers(0, 2**32 - 1),
-        "classes": st.sampled_from([2, 2, 3, 5, 20, 1000]),
+        "classes": st.sampled_from([2, 2, 3, 5, 20, 100]),
         "logits": st.floats(-1, 4),  # powers of ten
         "distance": st.floats(-7, 4),
         "shift": st.sampled_from([0, 0, 1e-7, 1.0, 1e2, 1e4]),
