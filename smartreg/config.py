@@ -132,7 +132,9 @@ class SMARTConfig:
                 SMARTWarning,
                 stacklevel=3,
             )
-        if self.mu > 0 and self.proximal_steps == 1 and self.beta_early == self.beta_late == 0:
+        betas = {self.beta_early if self.early_fraction > 0 else self.beta_late}
+        betas |= {self.beta_late} if self.early_fraction < 1 else set()
+        if self.mu > 0 and self.proximal_steps == 1 and betas == {0}:
             warnings.warn(
                 "SMARTConfig: with beta=0 and proximal_steps=1 theta~ equals theta whenever the gradient is taken, so "
                 "D_Breg and its gradient are exactly 0. Give proximal_steps > 1 (VBPP) or beta > 0 (MBPP), or mu=0.",

@@ -247,7 +247,8 @@ def _project(delta: Array, epsilon: Array, config: SMARTConfig) -> Array:
         return _PROJECTIONS[config.norm](delta, epsilon, config.granularity)
     rows = _rows(delta, config.granularity)
     guard = _radius(epsilon, rows)
-    rescaled: Array = rows / (np.max(np.abs(rows), axis=-1, keepdims=True) + guard)
+    divisor = np.max(np.abs(rows), axis=-1, keepdims=True) + guard
+    rescaled: Array = rows / np.where(divisor > 0, divisor, 1)
     return rescaled.reshape(delta.shape)
 
 

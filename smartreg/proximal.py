@@ -22,7 +22,7 @@ def momentum(step: int, config: SMARTConfig) -> float:
         step: optimiser steps taken so far, this one included: 1, 2, ...
 
     Raises:
-        ValueError: beta is scheduled and `config.total_steps` is None.
+        ValueError: mu > 0, beta is scheduled and `config.total_steps` is None.
 
     Source: paper, section 4.1.
 
@@ -47,10 +47,14 @@ def ema_update(teacher: Mapping[str, Array], theta: Mapping[str, Array], beta: f
     Source: paper, Algorithm 1, line 14.
 
     Example:
-        >>> ema_update({"w": np.array(0.0)}, {"w": np.array(1.0)}, 0.75)
-        {'w': np.float64(0.25)}
+        >>> ema_update({"w": np.zeros(1)}, {"w": np.ones(1)}, 0.75)
+        {'w': array([0.25])}
     """
-    return {name: (1 - beta) * theta[name] + beta * average for name, average in teacher.items()}
+    moved = {}
+    for name, average in teacher.items():
+        wide = np.result_type(average, np.float32)
+        moved[name] = (1 - beta) * theta[name].astype(wide) + beta * average.astype(wide)
+    return moved
 
 
 def bregman_divergence(

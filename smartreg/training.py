@@ -188,7 +188,7 @@ def fit_reference(
     """
     config.check_total_steps("fit_reference")
     theta = {name: np.array(value) for name, value in theta.items()}
-    teacher = dict(theta)
+    teacher = ema_update(theta, theta, 1.0)  # a copy, in float32 or wider
     update = _Update(optimizer, learning_rate)
     steps = []
     for t, batch in enumerate(batches, start=1):

@@ -107,6 +107,7 @@ def ascend(
     noise: Tensor | Sequence[Tensor | None] | None,
     mask: Tensor | Sequence[Tensor | None] | None = None,
     divergence: str | Sequence[str] = "symmetric_kl",
+    positions: Sequence[Tensor | None] | None = None,
 ) -> T:
     """The perturbation delta of R_s: T_x steps of projected ascent from the configured start.
 
@@ -126,6 +127,7 @@ def ascend(
         mask: true where a position may be perturbed, of x's leading axes. Outputs with that position axis are
             averaged over its true positions.
         divergence: the name of l_s in `smartreg_torch.divergences`.
+        positions: for each output, which of its positions count, where that is not as `mask` says.
 
     Returns:
         delta, of the shape of x, ||delta||_p <= epsilon unless `config.projection` is "rescale"; float32 or wider. No
@@ -152,7 +154,7 @@ def ascend(
 
     clean = [point.detach().to(_wide(point)) for point in xs]
     keep = [None if m is None else expand_mask(m, point) for m, point in zip(masks, clean, strict=True)]
-    positions = [output_mask(z, masks) for z in targets]
+    positions = [output_mask(z, masks) for z in targets] if positions is None else positions
     scale = [
         rms(point, m) if config.scale == "rms" else point.new_ones(len(point))
         for point, m in zip(clean, masks, strict=True)
@@ -301,7 +303,8 @@ def _project(delta: Tensor, epsilon: Tensor | float, config: SMARTConfig) -> Ten
     if config.projection == "ball":
         return _PROJECTIONS[config.norm](delta, epsilon, config.granularity)
     rows = _rows(delta, config.granularity)
-    return (rows / (rows.abs().amax(-1, keepdim=True) + _radius(epsilon, rows))).view_as(delta)
+    divisor = rows.abs().amax(-1, keepdim=True) + _radius(epsilon, rows)
+    return (rows / divisor.where(divisor > 0, 1)).view_as(delta)
 
 
 def _shrink(rows: Tensor, radius: Tensor, norm: Norm) -> Tensor:

@@ -87,10 +87,13 @@ def swapped(theta: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> Itera
         1.0
     """
     kept = {name: theta[name].data for name in teacher}
+    cached = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)  # its half-precision copies are of theta
     try:
         for name, average in teacher.items():
             theta[name].data = average.to(kept[name])
         yield
     finally:
+        torch.set_autocast_cache_enabled(cached)
         for name, data in kept.items():
             theta[name].data = data

@@ -49,7 +49,7 @@ class Site:
         self.name, module = _find(model, site)
         self._pass: Callable[[Tensor, Tensor | None], Tensor] | None = None
         if module is None:
-            self._signature = inspect.signature(model.forward)
+            self._positions = {name: at for at, name in enumerate(inspect.signature(model.forward).parameters)}
             self._handle = model.register_forward_pre_hook(self._on_input, with_kwargs=True)
         else:
             self._handle = module.register_forward_hook(self._on_output)
@@ -139,13 +139,13 @@ class Site:
     def _on_input(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._pass is None:
             return None
-        bound = self._signature.bind(*args, **kwargs)
-        name = self.name.removeprefix("input").removeprefix(".") or next(iter(bound.arguments), "")
-        where = bound.arguments if name in bound.arguments else bound.arguments.get("kwargs", {})
-        if name not in where:
+        name = self.name.removeprefix("input").removeprefix(".") or (None if args else next(iter(kwargs), None))
+        at = 0 if name is None else self._positions.get(name, len(args))
+        if name in kwargs:
+            return args, {**kwargs, name: self._pass(kwargs[name], None)}
+        if at >= len(args):
             raise ValueError(f"SMART: the model was called without the argument {name!r}, which the site names")
-        where[name] = self._pass(where[name], None)
-        return bound.args, bound.kwargs
+        return (*args[:at], self._pass(args[at], None), *args[at + 1 :]), kwargs
 
     def _check(self, output: Any) -> None:
         if not isinstance(output, Tensor):
@@ -158,7 +158,7 @@ class Site:
                 f"SMART: the site {self.name!r} gave {output.dtype}, which cannot be perturbed: it must be floating "
                 "point. Name the module that turns token ids into embeddings with site=."
             )
-        if output.ndim < 2 or len(output) == 0:
+        if output.ndim < 2 or output.numel() == 0:
             raise ValueError(
                 f"SMART: the site {self.name!r} must give (n, ..., d) with n > 0, got {tuple(output.shape)}"
             )
@@ -168,7 +168,7 @@ class Site:
                 "weights and inputs outside torch.inference_mode(), or .clone() them."
             )
         hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-        if not torch.is_grad_enabled() or (hooks and "_checkpoint_hook" in hooks[0].__qualname__):
+        if not torch.is_grad_enabled() or "_checkpoint_hook" in getattr(hooks and hooks[0], "__qualname__", ""):
             raise RuntimeError(
                 f"SMART: the site {self.name!r} runs inside a checkpointed or no_grad region. Checkpointing runs it "
                 "again in the backward pass, without its perturbation, which would be silently wrong. Checkpoint the "
@@ -197,6 +197,10 @@ def _find(model: nn.Module, site: str | None) -> tuple[str, nn.Module | None]:
         raise ValueError(
             f"SMART: the model has no submodule {site!r}. It is a dotted name of model.named_modules(), or 'input'; "
             f"the embeddings among them are {embeddings}"
+        )
+    if getattr(getattr(model, "config", None), "model_type", None) == "xlnet":
+        raise ValueError(
+            "SMART: XLNet's embeddings are (tokens, n, d), and the first axis must be the batch: it is not supported"
         )
     named = _hugging_face_embeddings(names)
     if not named:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+import random
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
 from types import TracebackType
 from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from smartreg.config import SMARTConfig, SMARTWarning
 from smartreg_torch.divergences import DIVERGENCES
@@ -36,8 +38,9 @@ class SMART:
     F(theta) = L(theta) + lambda_s R_s(theta) + mu D_Breg(theta, theta~)
 
     The model stays as it is, but for one idle hook. All passes over a batch use the same dropout masks, leave BatchNorm
-    statistics to the model's own pass, and the global random stream where plain training would leave it. Make it after
-    the model is on its device and before the first optimiser step: theta~ starts as the weights are then.
+    statistics (and other buffers) to the model's own pass, and the global random streams where plain training would
+    leave them. Make it after the model is on its device and before the first optimiser step: theta~ starts as the
+    weights are then.
 
     Args:
         model: any module.
@@ -48,8 +51,10 @@ class SMART:
             "end_logits", or the only floating-point tensor there is.
         divergence: l_s, "symmetric_kl", "bernoulli_symmetric_kl" or "squared_error", one for all outputs or one for
             each. By default what the model's `config.problem_type` says, else "symmetric_kl".
-        mask: which positions are real: the name of a keyword argument, or a function of the model's arguments. By
-            default `attention_mask` where there is one, else the tokens that are not the embedding's `padding_idx`.
+        mask: which positions are real: the name of an argument, or a function of the model's arguments. By default
+            `attention_mask` where there is one, else the tokens that are not the embedding's `padding_idx` (which
+            lambda_s = 0 does not read). The outputs' positions are the same, but for a decoder's: those that
+            `decoder_attention_mask` leaves, or whose label is not -100.
         noise: like -> standard normal tensor of that shape; by default drawn from a generator of its own, seeded with
             `torch.initial_seed()`.
 
@@ -110,7 +115,7 @@ class SMART:
         self._skipped = 0
         self._calls_since_update = 0
         self._warned: set[str] = set()
-        self._forwards_weight = "sample_weight" in inspect.signature(model.forward).parameters
+        self._parameter_names = list(inspect.signature(model.forward).parameters)
         self._optimizer_hook: torch.utils.hooks.RemovableHandle | None = None
         self._site = Site(model, site) if config.lambda_s > 0 else None
         self._removed = False
@@ -132,7 +137,7 @@ class SMART:
         """
         if self._removed:
             raise RuntimeError("SMART: called after remove(); make a new SMART(model, config)")
-        if self._forwards_weight and sample_weight is not None:
+        if "sample_weight" in self._parameter_names and sample_weight is not None:
             kwargs["sample_weight"] = sample_weight
         config = self.config
         if not (self.model.training and torch.is_grad_enabled()) or config.lambda_s == config.mu == 0:
@@ -141,7 +146,8 @@ class SMART:
 
         if config.mu > 0:
             self._follow_new_parameters()
-        draws = _RandomState(self.model)
+        state = _State(self.model)
+        given = _copied((args, kwargs))  # a model may change the containers that it is given
         calls: list[Call] = []
         with ExitStack() as clean:
             if self._site is not None:
@@ -149,22 +155,24 @@ class SMART:
             output = self.model(*args, **kwargs)
         targets = self._select(output, len(calls[0].x) if calls else None)
         divergences = self._divergences(targets)
-        masks = self._masks(calls, targets, args, kwargs)
+        masks = self._masks(calls, *given)
+        positions = [self._positions(z, masks, *given) for z in targets]
 
         def passes() -> list[Tensor]:
-            with draws.replayed(), _frozen_statistics(self.model):
+            args, kwargs = _copied(given)
+            with state.replayed():
                 return self._select(self.model(*args, **kwargs), None)
 
         terms: dict[str, Tensor] = {}
         stages = {"clean": targets}
         if self._site is not None:
-            delta = self._ascend(passes, calls, targets, masks, divergences)
+            delta = self._ascend(passes, calls, targets, masks, divergences, positions)
             with self._site.shifted(delta):
                 perturbed = passes()
             stages |= {"ascent": delta, "perturbed": perturbed}
             terms["R_s"] = _total(
-                mean_examples(DIVERGENCES[name](z_perturbed, z, output_mask(z, masks)), sample_weight)
-                for name, z_perturbed, z in zip(divergences, perturbed, targets, strict=True)
+                mean_examples(DIVERGENCES[name](z_perturbed, z, m), sample_weight)
+                for name, z_perturbed, z, m in zip(divergences, perturbed, targets, positions, strict=True)
             )
             self._observe(calls, delta)
         if config.mu > 0:
@@ -172,8 +180,8 @@ class SMART:
                 taught = passes()
             stages["teacher"] = taught
             terms["D_Breg"] = _total(
-                bregman_divergence(z, z_taught, name, output_mask(z, masks), sample_weight)
-                for name, z, z_taught in zip(divergences, targets, taught, strict=True)
+                bregman_divergence(z, z_taught, name, m, sample_weight)
+                for name, z, z_taught, m in zip(divergences, targets, taught, positions, strict=True)
             )
         self._metrics |= {name: term.detach() for name, term in terms.items()}
         penalty = _total(
@@ -189,6 +197,11 @@ class SMART:
 
         theta~ <- (1 - beta) theta + beta theta~   (paper, Algorithm 1, line 14)
         """
+        if self._optimizer_hook is not None:
+            raise RuntimeError("SMART: update() after attach(optimizer), which calls it: each step would count twice")
+        self._update()
+
+    def _update(self) -> None:
         self.step += 1
         self._calls_since_update = 0
         if self.config.mu > 0 and self.step % self.config.proximal_steps == 0:
@@ -209,7 +222,7 @@ class SMART:
         """
         if self._optimizer_hook is not None:
             raise RuntimeError("SMART: attach() was called before; one optimiser moves theta~")
-        self._optimizer_hook = optimizer.register_step_post_hook(lambda *_: self.update())
+        self._optimizer_hook = optimizer.register_step_post_hook(lambda *_: self._update())
         return self
 
     @property
@@ -238,12 +251,13 @@ class SMART:
             "step": self.step,
             "skipped": self._skipped,
             "teacher": {name: average.clone() for name, average in self.teacher.items()},
+            "seed": self._seed,
             "generator": None if self._generator is None else self._generator.get_state(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` left off; ValueError where the state is not of this model."""
-        expected = {"step", "skipped", "teacher", "generator"}
+        expected = {"step", "skipped", "teacher", "seed", "generator"}
         if set(state) != expected:
             raise ValueError(f"SMART.load_state_dict: expected the keys {sorted(expected)}, got {sorted(state)}")
         shapes = {name: tuple(average.shape) for name, average in state["teacher"].items()}
@@ -254,9 +268,10 @@ class SMART:
                 "SMART.load_state_dict: theta~ in the state is not of this model's trainable parameters: "
                 f"{differing[:5]} differ. Make SMART after freezing layers or adding adapters, as it was made then."
             )
-        self.step, self._skipped = state["step"], state["skipped"]
+        self.step, self._skipped, self._seed = state["step"], state["skipped"], state["seed"]
         for name, average in self.teacher.items():
             average.copy_(state["teacher"][name])
+        self._generator = None
         if state["generator"] is not None:
             self._generator = torch.Generator(_device(self.model))
             self._generator.set_state(state["generator"].cpu())
@@ -284,6 +299,7 @@ class SMART:
         targets: list[Tensor],
         masks: list[Tensor | None],
         divergences: list[str],
+        positions: list[Tensor | None],
     ) -> list[Tensor]:
         site = self._site
         assert site is not None
@@ -305,7 +321,7 @@ class SMART:
             noise = [self._draw(z) for z in targets]
         try:
             with frozen:
-                return ascend(outputs_at, xs, targets, self.config, noise, masks, divergences)
+                return ascend(outputs_at, xs, targets, self.config, noise, masks, divergences, positions)
         except RuntimeError as error:
             if "use_reentrant" in str(error):
                 raise RuntimeError(
@@ -326,7 +342,8 @@ class SMART:
             return drawn
         if self._generator is None:
             self._generator = torch.Generator(like.device).manual_seed(self._seed)
-        return torch.randn(like.shape, generator=self._generator, dtype=like.dtype, device=like.device)
+        device = self._generator.device
+        return torch.randn(like.shape, generator=self._generator, dtype=like.dtype, device=device).to(like.device)
 
     def _select(self, output: Any, n: int | None) -> list[Tensor]:
         """The outputs that are compared, as (n, ..., C)."""
@@ -337,8 +354,11 @@ class SMART:
                 raise TypeError(f"SMART: outputs must be floating-point tensors (n, ..., C), got {got}; see outputs=")
             if n is not None and len(z) != n:
                 raise ValueError(
-                    f"SMART: the first axis must be the batch: the site gave {n} rows and the outputs have {len(z)}"
+                    f"SMART: the first axis must be the batch: the site gave {n} rows and the outputs have {len(z)}. "
+                    "Models that work time-major, or fold several choices into the batch, are not supported"
                 )
+            if len(z) == 0:
+                raise ValueError(f"SMART: the batch is empty: the outputs have the shape {tuple(z.shape)}")
         return [z.unsqueeze(-1) if z.ndim == 1 else z for z in found]
 
     def _divergences(self, targets: list[Tensor]) -> list[str]:
@@ -361,35 +381,45 @@ class SMART:
                 )
         return names
 
-    def _masks(
-        self, calls: list[Call], targets: list[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> list[Tensor | None]:
-        masks: list[Tensor | None]
+    def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The model's arguments by name, however they were given."""
+        return dict(zip(self._parameter_names, args, strict=False)) | kwargs
+
+    def _masks(self, calls: list[Call], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor | None]:
+        """One mask for each call of the site; where there is no site, those that there are."""
+        count = max(len(calls), 1)
         given: Any
         if callable(self._mask):
             given = self._mask(*args, **kwargs)
-            masks = [given] * len(calls) if isinstance(given, Tensor) else list(given)
-        else:
-            name = self._mask or "attention_mask"
-            given = kwargs.get(name)
-            if given is None and self._mask is not None:
-                raise ValueError(f"SMART: mask={name!r}, but the model was called without that keyword argument")
-            if given is None:
-                masks = [call.padding for call in calls]
-            else:
-                masks = [given] * len(calls)
-                for call in calls:
-                    if call.x.ndim < 3 or given.shape != call.x.shape[:-1]:
-                        raise ValueError(
-                            f"SMART: {name} has the shape {tuple(given.shape)}, but the site gives "
-                            f"{tuple(call.x.shape)}. Give mask=, a function of the model's arguments that returns "
-                            "(n, tokens), one for each call of the site."
-                        )
-        if not calls:  # D_Breg alone: the mask is only for outputs with a position axis
-            return [given] if isinstance(given, Tensor) else []
-        if len(masks) != len(calls):
-            raise ValueError(f"SMART: mask= gave {len(masks)} masks, but the site ran {len(calls)} times")
-        return masks
+            masks: list[Tensor | None] = [given] * count if given is None or isinstance(given, Tensor) else list(given)
+            if calls and len(masks) != count:
+                raise ValueError(f"SMART: mask= gave {len(masks)} masks, but the site ran {count} times")
+            return masks
+        name = self._mask or "attention_mask"
+        given = self._arguments(args, kwargs).get(name)
+        if given is None and self._mask is not None:
+            raise ValueError(f"SMART: mask={name!r}, but the model was called without that argument")
+        if given is None:
+            return [call.padding for call in calls]
+        for call in calls:
+            if call.x.ndim < 3 or given.shape != call.x.shape[:-1]:
+                raise ValueError(
+                    f"SMART: {name} has the shape {tuple(given.shape)}, but the site gives {tuple(call.x.shape)}. "
+                    "Give mask=, a function of the model's arguments: (n, tokens), one for each call of the site."
+                )
+        return [given] * count
+
+    def _positions(
+        self, z: Tensor, masks: list[Tensor | None], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Tensor | None:
+        """Which positions of an output count: those of the site, or of a decoder where there is one."""
+        if "decoder_input_ids" not in self._parameter_names:
+            return output_mask(z, masks)
+        given = self._arguments(args, kwargs)
+        mask, labels = given.get("decoder_attention_mask"), given.get("labels")
+        if mask is None and labels is not None:
+            mask = labels != -100
+        return output_mask(z, mask)
 
     def _observe(self, calls: list[Call], deltas: list[Tensor]) -> None:
         with torch.no_grad():
@@ -453,36 +483,43 @@ class SMART:
                 self.teacher[name] = self.teacher[name].to(parameter.device)
 
 
-class _RandomState:
-    """The global random state before the clean pass, to be replayed in the others: the same dropout masks in all."""
+class _State:
+    """What a forward in training mode changes, as it was before the clean pass, to be replayed in the others.
+
+    The global random streams (torch's, NumPy's and Python's): the same dropout masks in all passes. The buffers:
+    BatchNorm's statistics move once a step. The other passes get copies of them, which their graphs may keep.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         devices = {parameter.device for parameter in model.parameters()} - {torch.device("cpu")}
-        self._cpu = torch.get_rng_state()
-        self._others = {device: torch.get_device_module(device).get_rng_state(device) for device in devices}
+        self._devices = {device: torch.get_device_module(device).get_rng_state(device) for device in devices}
+        self._streams = (torch.get_rng_state(), np.random.get_state(), random.getstate())  # noqa: NPY002
+        self._buffers = [
+            (module._buffers, name, buffer, buffer.clone())
+            for module in model.modules()
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+        ]
 
     @contextmanager
     def replayed(self) -> Iterator[None]:
-        kind = next((device.type for device in self._others), "cuda")
-        with torch.random.fork_rng(list(self._others), device_type=kind):
-            torch.set_rng_state(self._cpu)
-            for device, state in self._others.items():
-                torch.get_device_module(device).set_rng_state(state, device)
-            yield
-
-
-@contextmanager
-def _frozen_statistics(model: nn.Module) -> Iterator[None]:
-    """BatchNorm normalises as in training, but its running statistics stay."""
-    layers = [module for module in model.modules() if isinstance(module, _NormBase) and module.track_running_stats]
-    try:
-        for layer in layers:
-            if layer.training:
-                layer.track_running_stats = False
-        yield
-    finally:
-        for layer in layers:
-            layer.track_running_stats = True
+        kind = next((device.type for device in self._devices), "cuda")
+        streams = (np.random.get_state(), random.getstate())  # noqa: NPY002
+        with torch.random.fork_rng(list(self._devices), device_type=kind):
+            try:
+                torch.set_rng_state(self._streams[0])
+                np.random.set_state(self._streams[1])  # noqa: NPY002
+                random.setstate(self._streams[2])
+                for device, state in self._devices.items():
+                    torch.get_device_module(device).set_rng_state(state, device)
+                for buffers, name, _, before in self._buffers:
+                    buffers[name] = before.clone()
+                yield
+            finally:
+                for buffers, name, own, _ in self._buffers:
+                    buffers[name] = own
+                np.random.set_state(streams[0])  # noqa: NPY002
+                random.setstate(streams[1])
 
 
 @contextmanager
@@ -509,7 +546,8 @@ def _chosen(output: Any, outputs: Outputs | None) -> list[Any]:
     if isinstance(output, Mapping):
         fields = dict(output)
     elif isinstance(output, Sequence):
-        fields = dict(enumerate(output))
+        names = getattr(output, "_fields", ())  # of a named tuple, whose places count too
+        fields = dict(enumerate(output)) if isinstance(outputs, int) or not names else output._asdict()  # type: ignore[attr-defined]
     else:
         fields = vars(output) if hasattr(output, "__dict__") else {}
     if outputs is not None:
@@ -528,6 +566,18 @@ def _chosen(output: Any, outputs: Outputs | None) -> list[Any]:
         f"SMART: cannot tell which of the model's outputs {list(fields)} ({type(output).__name__}) to compare: say "
         "outputs='logits', outputs=1, a list of them, or a function from the model's output to the tensor"
     )
+
+
+def _copied(value: Any) -> Any:
+    """New containers around the same tensors."""
+    if type(value) in (list, tuple):
+        return type(value)(map(_copied, value))
+    if isinstance(value, MutableMapping):
+        new = copy.copy(value)
+        for key in list(new):
+            new[key] = _copied(new[key])
+        return new
+    return value
 
 
 def _total(terms: Any) -> Tensor:

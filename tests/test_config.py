@@ -93,6 +93,8 @@ def test_warns_where_a_term_would_do_nothing():
     assert caught[0].filename == __file__
     with pytest.warns(SMARTWarning, match="D_Breg and its gradient are exactly 0"):
         SMARTConfig(beta_early=0, beta_late=0)
+    with pytest.warns(SMARTWarning, match="exactly 0"):
+        SMARTConfig(beta_late=0, early_fraction=0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         SMARTConfig(sigma=0, start="margin")

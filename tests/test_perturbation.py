@@ -264,6 +264,11 @@ def test_released_update(backend):
     assert np.abs(delta).max() > 0.9  # what the released code calls epsilon is no radius
 
 
+def test_released_update_of_a_row_that_is_all_padding(backend):
+    delta, _ = Problem().ascend(backend, SMARTConfig.mtdnn(scale="rms"), mask=np.zeros((4, 5)))
+    assert np.all(delta == 0)
+
+
 def test_noise_has_to_be_there(backend):
     with pytest.raises(ValueError, match="start='gaussian' needs noise of the shape of x, got None"):
         Problem().ascend(backend, SMARTConfig(), noise=None)

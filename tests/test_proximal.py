@@ -37,6 +37,13 @@ def test_ema_update(beta):
         assert np.array_equal(moved, theta["w"] if beta == 0 else kept)
 
 
+def test_ema_is_kept_in_float32_or_wider():
+    """In float16, 0.001 of the way from 1 to 1.1 is no way at all."""
+    moved = ema_update({"w": np.ones(1, np.float16)}, {"w": np.full(1, 1.1, np.float16)}, 0.999)["w"]
+    assert moved.dtype == np.float32
+    assert moved[0] == pytest.approx(1.0001, rel=1e-6)
+
+
 def test_bregman_divergence_is_the_weighted_mean():
     rng = np.random.default_rng(0)
     a, b = rng.normal(size=(2, 3, 2))

@@ -2,8 +2,11 @@
 
 import copy
 import io
+import random
 import warnings
+from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -13,6 +16,11 @@ from torch.utils.checkpoint import checkpoint
 
 from smartreg_torch import SMART, SMARTConfig, SMARTWarning
 from smartreg_torch.divergences import symmetric_kl
+
+
+class Named(NamedTuple):
+    hidden: torch.Tensor
+    logits: torch.Tensor
 
 
 class Model(nn.Module):
@@ -244,6 +252,85 @@ def test_a_model_that_changes_its_embeddings_in_place(ids):
         assert smart.metrics["max_delta"] <= R_S.epsilon * rms * (1 + 1e-6)  # of x as the embedding gave it
 
 
+def test_a_model_that_changes_what_it_is_given(ids):
+    """sentence-transformers writes into its features and returns them; others pop from their batch."""
+
+    class Mutates(Model):
+        def forward(self, features):
+            features["logits"] = super().forward(features.pop("ids"))
+            return features
+
+    model = Mutates()
+    smart = SMART(model, BOTH)
+    for average in smart.teacher.values():
+        average.mul_(2)
+    torch.manual_seed(1)
+    output, _ = smart({"ids": ids})
+    torch.manual_seed(1)
+    assert torch.equal(output["logits"], model({"ids": ids})["logits"])
+    assert output["logits"].requires_grad
+
+
+def test_all_random_streams_are_replayed(ids):
+    class Random(Model):
+        def forward(self, ids):
+            return super().forward(ids) * (1 + random.random()) * (1 + np.random.rand())
+
+    config = SMARTConfig(scale="absolute", epsilon=1e-30, sigma=1e-30, ascent_steps=0, mu=0)
+    model = Random()
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    model(ids)
+    after = random.getstate(), np.random.get_state()[2]
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    _, penalty = SMART(model, config, noise=torch.zeros_like)(ids)
+    assert penalty.item() == 0
+    assert (random.getstate(), np.random.get_state()[2]) == after
+
+
+def test_buffers_that_move_in_a_forward_are_replayed_and_kept(ids):
+    """Spectral normalisation takes a power iteration a forward."""
+    config = SMARTConfig(scale="absolute", epsilon=1e-30, sigma=1e-30, ascent_steps=0, mu=0)
+    model = Model()
+    nn.utils.parametrizations.spectral_norm(model.head)
+    twin = copy.deepcopy(model)
+    torch.manual_seed(1)
+    _, penalty = SMART(model, config, noise=torch.zeros_like)(ids)
+    torch.manual_seed(1)
+    twin(ids)
+    assert penalty.item() == 0
+    assert all(torch.equal(a, b) for a, b in zip(model.buffers(), twin.buffers(), strict=True))
+
+
+def test_a_frozen_batchnorm_stays_frozen(ids):
+    model = Model()
+    model.norm.eval()
+    model.dropout.p = 0.0
+    config = SMARTConfig(scale="absolute", epsilon=1e-30, sigma=1e-30, ascent_steps=0, mu=0)
+    _, penalty = SMART(model, config, noise=torch.zeros_like)(ids)
+    assert penalty.item() == 0
+    assert not model.norm.training
+
+
+def test_autocast_does_not_give_the_teacher_the_students_weights(ids):
+    model = Model()
+    model.dropout.p = 0.0
+    smart = SMART(model, SMARTConfig(lambda_s=0, total_steps=9))
+    for average in smart.teacher.values():
+        average.mul_(1.5)
+    plain = smart(ids)[1].item()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert smart(ids)[1].item() == pytest.approx(plain, rel=0.1)
+        assert torch.is_autocast_cache_enabled()
+
+
+def test_the_ascent_builds_no_graph_for_the_weights(ids):
+    model = Model()
+    seen = []
+    model.register_forward_hook(lambda *_: seen.append(model.head.weight.requires_grad))
+    SMART(model, R_S.replace(ascent_steps=2))(ids)
+    assert seen == [True, False, False, True]
+
+
 def test_the_paper_start_and_the_seed_make_a_run_reproducible():
     batches = make_batches(3)
     weights = Model().state_dict()
@@ -267,6 +354,9 @@ def test_the_paper_start_and_the_seed_make_a_run_reproducible():
         (lambda z: {"score": z}, None),
         (lambda z: {"score": z, "hidden": z[:, :2]}, "score"),
         (lambda z: (z.mean(), z), None),
+        (lambda z: Named(z[:, :1], z), "logits"),
+        (lambda z: Named(z[:, :1], z), None),
+        (lambda z: Named(z[:, :1], z), 1),
         (lambda z: (z[:, :2], z), 1),
         (lambda z: [z[:, :2], z], [1]),
         (lambda z: {"deep": [z, 1]}, lambda output: output["deep"][0]),
@@ -390,6 +480,74 @@ def test_mask_may_be_a_function_or_a_name_or_padding_idx(ids):
     assert torch.any(delta_with(bert, named)[inputs["attention_mask"] == 0] != 0)  # attention_mask has the last word
 
 
+def test_arguments_may_be_positional():
+    class Positional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding, self.head = nn.Embedding(31, 4), nn.Linear(4, 2)
+
+        def forward(self, input_ids, attention_mask=None):
+            return self.head(self.embedding(input_ids).mean(1))
+
+    smart = SMART(Positional(), R_S)
+    deltas = []
+    original = smart._ascend
+    smart._ascend = lambda *arguments: deltas.extend(original(*arguments)) or deltas
+    inputs = text()
+    smart(inputs["input_ids"], inputs["attention_mask"])
+    assert torch.equal((deltas[0] == 0).all(-1), inputs["attention_mask"] == 0)
+
+
+class Tagger(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(31, 4), nn.Linear(4, 3)
+
+    def forward(self, ids):
+        return self.head(self.embedding(ids))
+
+
+@pytest.mark.parametrize("mask", [lambda ids: ids != 0, lambda ids: [ids != 0]])
+def test_the_proximal_term_has_the_same_mask_with_and_without_r_s(mask):
+    ids = text()["input_ids"]
+    found = []
+    for lambda_s in (0, 1):
+        torch.manual_seed(1)
+        smart = SMART(Tagger(), SMARTConfig(lambda_s=lambda_s, total_steps=9), mask=mask)
+        for average in smart.teacher.values():
+            average.mul_(1.5)
+        smart(ids)
+        found.append(smart.metrics["D_Breg"])
+    assert found[0] == found[1] > 0
+
+
+def test_a_mask_function_may_give_none(ids):
+    smart = SMART(Model(), R_S, mask=lambda ids: None)
+    smart(ids)
+    assert smart.metrics["R_s"] > 0
+
+
+@pytest.mark.parametrize("length", [7, 5])
+def test_a_decoder_has_positions_of_its_own(length):
+    config = transformers.T5Config(
+        vocab_size=31, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, decoder_start_token_id=0
+    )
+    model = transformers.T5ForConditionalGeneration(config).train()
+    labels = torch.randint(2, 31, (N, length))
+    labels[:, 2:] = -100
+    smart = SMART(model, SMARTConfig(lambda_s=1, total_steps=9))
+    for average in smart.teacher.values():
+        average.mul_(1.1)
+    inputs = text()
+    torch.manual_seed(1)
+    output, _ = smart(**inputs, labels=labels)
+    torch.manual_seed(1)
+    with torch.no_grad(), smart.swap_teacher():
+        taught = model(**inputs, labels=labels).logits
+    expected = symmetric_kl(output.logits, taught, labels != -100).mean().item()
+    assert smart.metrics["D_Breg"] == pytest.approx(expected, rel=1e-3)
+
+
 def test_an_attention_mask_of_another_shape_asks_for_a_mask():
     class Prefixed(nn.Module):
         def __init__(self):
@@ -476,6 +634,8 @@ def test_empty_batches_and_inference_tensors_are_named(ids):
         SMART(Model(), R_S)(ids[:0])
     with torch.inference_mode():
         images = torch.randn(4, 5)
+    with pytest.raises(ValueError, match=r"the batch is empty: the outputs have the shape \(0, 3\)"):
+        SMART(Model(), SMARTConfig(lambda_s=0, total_steps=9))(torch.zeros(0, 5, dtype=torch.long))
     model = nn.Sequential(nn.Linear(5, 3))
     with pytest.raises(RuntimeError, match=r"gave an inference tensor.*clone"):
         SMART(model, R_S)(images)
@@ -621,6 +781,9 @@ def test_nan_can_be_skipped_and_is_counted(ids):
 
 def test_vanishing_perturbations_warn_once(ids):
     model = nn.Sequential(nn.Embedding(11, 8), nn.Flatten(), nn.Linear(40, 3)).to(torch.bfloat16)
+    some = SMART(model, SMARTConfig.paper(mu=0, epsilon=8e-3, sigma=8e-3, ascent_steps=0))
+    some(ids)  # a part of the entries: no warning
+    assert 0.1 < some.metrics["vanished"] < 0.5
     smart = SMART(model, SMARTConfig.paper(mu=0))
     with pytest.warns(SMARTWarning, match="leaves 9[0-9]% of the entries as they were.*torch.bfloat16"):
         smart(ids)
@@ -634,6 +797,9 @@ def test_vanishing_perturbations_warn_once(ids):
 def test_forgetting_update_warns(ids):
     model = nn.Sequential(nn.Embedding(11, 2), nn.Flatten(), nn.Linear(10, 2))
     smart = SMART(model, SMARTConfig(lambda_s=0, total_steps=9))
+    for _ in range(199):
+        smart(ids)
+    smart.update()
     for _ in range(199):
         smart(ids)
     with pytest.warns(SMARTWarning, match=r"200 batches without smart.update\(\)"):
@@ -651,8 +817,10 @@ def test_remove_undoes_everything(ids):
         smart(ids)[1].backward()
         optimizer.step()
         assert smart.step == 1
-        with pytest.raises(RuntimeError, match="attach\\(\\) was called before"):
+        with pytest.raises(RuntimeError, match=r"attach\(\) was called before"):
             smart.attach(optimizer)
+        with pytest.raises(RuntimeError, match=r"update\(\) after attach"):
+            smart.update()
     assert {name: dict(vars(m)["_forward_hooks"]) for name, m in model.named_modules()} == before
     assert not model._forward_pre_hooks
     optimizer.step()
@@ -700,6 +868,22 @@ def test_a_resumed_run_equals_the_unbroken_one_bit_for_bit(start):
     torch.set_rng_state(state["random"])
     assert first + train(model, smart, batches[5:], optimizer) == unbroken
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+
+
+def test_a_state_is_a_copy_and_carries_the_seed():
+    model = Model()
+    smart = SMART(model, BOTH)
+    state = smart.state_dict()
+    kept = copy.deepcopy(state["teacher"])
+    first = smart._draw(torch.zeros(3))
+    with torch.no_grad():
+        model.head.weight.add_(1)
+    smart.update()
+    assert all(torch.equal(state["teacher"][name], value) for name, value in kept.items())
+    torch.manual_seed(99)
+    for resumed in (smart, SMART(model, BOTH)):
+        resumed.load_state_dict(state)  # from before the first noise was drawn
+        assert torch.equal(resumed._draw(torch.zeros(3)), first)
 
 
 def test_a_state_of_another_model_is_refused():
