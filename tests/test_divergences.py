@@ -71,6 +71,19 @@ def test_bernoulli_symmetric_kl_meets_its_bounds(backend, dtype, pair):
     assert exact.relative_error(got_b[0], grad_b, dtype) <= BOUND[dtype]
 
 
+def test_one_far_class_does_not_spoil_the_near_ones(backend):
+    """|d| = 20 in a class of no weight: a difference of two log_softmax for the whole row (SPEC section 2) would give
+    the two classes that matter, 1e-5 apart, an error of 1e-2.
+    """
+    a, b = np.array([[0.0, 1e-5, -60.0]], np.float32), np.array([[0.0, 0.0, -80.0]], np.float32)
+    j, grad_a, _ = exact.symmetric_kl(a[0], b[0])
+    assert exact.relative_error(backend.value("symmetric_kl", a, b), [j], np.float32) <= 1e-6
+    assert exact.relative_error(backend.grad("symmetric_kl", a, b)[0][0], grad_a, np.float32) <= 1e-6
+    log_p, log_q = (z - np.log(np.sum(np.exp(z), dtype=np.float32)) for z in (a, b))
+    rowwise = np.sum((np.exp(log_p) - np.exp(log_q)) * (log_p - log_q))
+    assert exact.relative_error([rowwise], [j], np.float32) > 1e-3
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_many_classes(backend, dtype):
     rng = np.random.default_rng(0)
