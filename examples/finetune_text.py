@@ -19,7 +19,7 @@ import math
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from scipy import stats
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, get_linear_schedule_with_warmup
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 import smartreg
 from smartreg_torch import SMART, SMARTConfig
@@ -51,6 +52,8 @@ MEASURED = {"start": "margin", "ascent_steps": 5, "projection": "ball"}
 
 
 Row = tuple[tuple[str, ...], float]  # the sentences; the class number or the standardised score
+Task = tuple[list[Row], list[Row], list[str] | None]  # train, dev, the classes (None: regression)
+Batches = DataLoader[dict[str, Tensor]]
 
 
 def read_tsv(path: Path, label: str | None) -> tuple[list[tuple[str, ...]], list[str]]:
@@ -82,7 +85,7 @@ def number(text: str) -> float:
         return math.nan
 
 
-def load(train: Path, dev: Path, label: str | None) -> tuple[list[Row], list[Row], list[str] | None]:
+def load(train: Path, dev: Path, label: str | None) -> Task:
     """Both files, and the classes; None for regression, where the scores become (score - mean) / deviation."""
     (train_texts, train_labels), (dev_texts, dev_labels) = read_tsv(train, label), read_tsv(dev, label)
     if len(train_texts[0]) != len(dev_texts[0]):
@@ -129,8 +132,18 @@ def collator(tokenizer: Any, max_length: int, regression: bool) -> Callable[[lis
     return collate
 
 
+def length(row: Row) -> int:
+    return sum(map(len, row[0]))
+
+
+def moved(loader: Batches, model: Any) -> Iterator[dict[str, Tensor]]:
+    """The batches, on the model's device."""
+    for batch in loader:
+        yield {name: value.to(model.device) for name, value in batch.items()}
+
+
 def train(
-    model: Any, loader: DataLoader[Any], config: SMARTConfig, args: argparse.Namespace, tick: Callable[[], None]
+    model: Any, loader: Batches, config: SMARTConfig, args: argparse.Namespace, tick: Callable[[], None]
 ) -> list[float]:
     """Algorithm 1 of the paper as a plain PyTorch loop. Returns the seconds of each step."""
     steps = args.epochs * len(loader)
@@ -140,8 +153,7 @@ def train(
     model.train()
     with SMART(model, config.replace(total_steps=steps)) as smart:
         for _ in range(args.epochs):
-            for cpu_batch in loader:
-                batch = {name: value.to(model.device) for name, value in cpu_batch.items()}
+            for batch in moved(loader, model):
                 begin = time.perf_counter()
                 output, penalty = smart(**batch)
                 loss = output.loss + penalty
@@ -179,52 +191,43 @@ def smoothness(model: Any, batch: dict[str, Tensor], config: SMARTConfig) -> Ten
         site.remove()
 
 
-def evaluate(model: Any, loader: DataLoader[Any], config: SMARTConfig, examples: int) -> dict[str, float]:
-    """Accuracy, or Pearson and Spearman, on all of dev; R_s on its first `examples` rows."""
+def evaluate(model: Any, dev: Batches, smooth: Batches, ball: SMARTConfig) -> dict[str, float]:
+    """Accuracy, or Pearson and Spearman, on `dev`; R_s on `smooth`."""
     model.eval()
-    predicted, expected, R_s = [], [], []
-    for cpu_batch in loader:
-        batch = {name: value.to(model.device) for name, value in cpu_batch.items()}
-        with torch.no_grad():
-            predicted.append(model(**batch).logits.cpu())
-        expected.append(cpu_batch["labels"])
-        if sum(map(len, R_s)) < examples:
-            R_s.append(smoothness(model, batch, config).cpu())
-    z, y = torch.cat(predicted), torch.cat(expected)
-    result = {"R_s": float(torch.cat(R_s)[:examples].mean())}
+    with torch.no_grad():
+        outputs = [(model(**batch).logits.cpu(), batch["labels"].cpu()) for batch in moved(dev, model)]
+    z, y = (torch.cat(parts) for parts in zip(*outputs, strict=True))
+    R_s = float(torch.cat([smoothness(model, batch, ball) for batch in moved(smooth, model)]).mean())
     if model.config.num_labels > 1:
-        return {"accuracy": 100 * float((z.argmax(-1) == y).float().mean()), **result}
-    z = z.squeeze(-1)
-    return {
-        "pearson": 100 * float(stats.pearsonr(z, y).statistic),
-        "spearman": 100 * float(stats.spearmanr(z, y).statistic),
-        **result,
-    }
+        return {"accuracy": 100 * float((z.argmax(-1) == y).float().mean()), "R_s": R_s}
+    pearson, spearman = stats.pearsonr(z.squeeze(-1), y), stats.spearmanr(z.squeeze(-1), y)
+    return {"pearson": 100 * float(pearson.statistic), "spearman": 100 * float(spearman.statistic), "R_s": R_s}
 
 
 def run_once(
-    args: argparse.Namespace,
-    task: tuple[list[Row], list[Row], list[str] | None],
-    config: SMARTConfig,
-    seed: int,
-    tick: Any,
+    args: argparse.Namespace, task: Task, config: SMARTConfig, seed: int, tick: Callable[[], None]
 ) -> tuple[dict[str, Any], Any, Any]:
-    """One training run: its measurements, the model and the tokenizer."""
+    """One training run from a pre-trained model: what was measured, the model and its tokenizer."""
     train_rows, dev_rows, classes = task
-    torch.manual_seed(seed)  # the new head
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    names = {"num_labels": 1} if classes is None else {"id2label": dict(enumerate(classes))}
-    model: Any = AutoModelForSequenceClassification.from_pretrained(args.model, dtype=torch.float32, **names)
+    head = {"num_labels": 1} if classes is None else {"id2label": dict(enumerate(classes))}
+    torch.manual_seed(seed)  # the new head
+    model: Any = AutoModelForSequenceClassification.from_pretrained(args.model, dtype=torch.float32, **head)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
+
     collate = collator(tokenizer, args.max_length, classes is None)
+    rows = random.Random(seed).sample(train_rows, args.examples)
     order = torch.Generator().manual_seed(seed)
-    subset = random.Random(seed).sample(train_rows, args.examples)
-    loader = DataLoader(subset, args.batch_size, shuffle=True, collate_fn=collate, generator=order)  # type: ignore[arg-type]
-    dev = DataLoader(dev_rows, 64, collate_fn=collate)  # type: ignore[arg-type]
-    torch.manual_seed(seed)  # dropout; SMART leaves this stream as plain training would
+    # batches of like length have little padding, and padding costs as much as words
+    sampler = LengthGroupedSampler(args.batch_size, lengths=[length(row) for row in rows], generator=order)
+    loader: Batches = DataLoader(rows, args.batch_size, sampler=sampler, collate_fn=collate)  # type: ignore[arg-type]
+    dev: Batches = DataLoader(sorted(dev_rows, key=length), 32, collate_fn=collate)  # type: ignore[arg-type]
+    some = dev_rows[: args.smoothness_examples]
+    smooth: Batches = DataLoader(sorted(some, key=length), 16, collate_fn=collate)  # type: ignore[arg-type]
+    torch.manual_seed(seed)  # dropout; SMART leaves this stream where plain training would
     seconds = train(model, loader, config, args, tick)
-    ball = config.replace(**MEASURED)
-    return {"seed": seed, **evaluate(model, dev, ball, args.smoothness_examples), "seconds": seconds}, model, tokenizer
+    measured = evaluate(model, dev, smooth, config.replace(**MEASURED))
+    return {"seed": seed, **measured, "seconds": seconds}, model, tokenizer
 
 
 def interval(values: list[float]) -> dict[str, float | None]:
@@ -285,7 +288,7 @@ def report(console: Console, title: str, summary: dict[str, dict[str, Any]]) -> 
         console.print(f"{method}: {scores[0]} {shown(difference, '.1f', '+')} points against plain ({verdict}).")
 
 
-def parse() -> tuple[argparse.Namespace, tuple[list[Row], list[Row], list[str] | None], SMARTConfig]:
+def parse() -> tuple[argparse.Namespace, Task, SMARTConfig]:
     """The arguments, the data and the SMART settings; leaves with one line where they cannot be used."""
     parser = argparse.ArgumentParser(description="Fine-tune a transformer on a TSV, plain and with SMART.")
     add = parser.add_argument
@@ -298,7 +301,7 @@ def parse() -> tuple[argparse.Namespace, tuple[list[Row], list[Row], list[str] |
     )
     add("--seeds", type=int, default=5, help="runs of each method (default: %(default)s)")
     add("--examples", type=int, default=200, help="training examples, drawn anew for each seed (default: %(default)s)")
-    add("--epochs", type=int, default=10, help="default: %(default)s")
+    add("--epochs", type=int, default=5, help="default: %(default)s")
     add("--batch-size", type=int, default=16, help="default: %(default)s")
     add("--learning-rate", type=float, default=1e-4, help="peak of the schedule (default: %(default)s)")
     add("--max-length", type=int, default=64, help="tokens kept of a row (default: %(default)s)")
