@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 import transformers
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -49,7 +50,6 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 # R_s on dev is a maximum, and this is how hard it is looked for, whatever the training used: a lower bound of it.
 MEASURED = {"start": "margin", "ascent_steps": 5, "projection": "ball"}
-
 
 Row = tuple[tuple[str, ...], float]  # the sentences; the class number or the standardised score
 Task = tuple[list[Row], list[Row], list[str] | None]  # train, dev, the classes (None: regression)
@@ -87,29 +87,31 @@ def number(text: str) -> float:
 
 def load(train: Path, dev: Path, label: str | None) -> Task:
     """Both files, and the classes; None for regression, where the scores become (score - mean) / deviation."""
-    (train_texts, train_labels), (dev_texts, dev_labels) = read_tsv(train, label), read_tsv(dev, label)
-    if len(train_texts[0]) != len(dev_texts[0]):
-        raise ValueError(f"{train} has {len(train_texts[0])} sentences a row and {dev} {len(dev_texts[0])}")
-    values = [number(text) for text in train_labels]
-    if not any(math.isfinite(value) and not value.is_integer() for value in values):
-        classes = sorted(set(train_labels))
+    (texts, labels), (dev_texts, dev_labels) = read_tsv(train, label), read_tsv(dev, label)
+    if len(texts[0]) != len(dev_texts[0]):
+        raise ValueError(f"{train} has {len(texts[0])} sentences a row and {dev} {len(dev_texts[0])}")
+    scores = [number(text) for text in labels]
+    value: Callable[[str], float]
+    if any(math.isfinite(score) and not score.is_integer() for score in scores):
+        classes = None
+        for path, written in ((train, labels), (dev, dev_labels)):
+            bad = next((text for text in written if not math.isfinite(number(text))), None)
+            if bad is not None:
+                raise ValueError(f"{path}: the labels of {train} are numbers with fractions, but {bad!r} is none")
+            if len(set(written)) < 2:
+                raise ValueError(f"{path}: all scores are {written[0]}; expected at least two different ones")
+        mean, deviation = statistics.fmean(scores), statistics.pstdev(scores)
+        value = lambda text: (number(text) - mean) / deviation  # noqa: E731
+    else:
+        classes = sorted(set(labels))
         if len(classes) < 2:
             raise ValueError(f"{train}: all labels are {classes[0]!r}; expected at least two classes")
         unseen = sorted(set(dev_labels) - set(classes))
         if unseen:
             raise ValueError(f"{dev}: the label {unseen[0]!r} does not occur in {train}, which has {classes}")
-        index = {name: k for k, name in enumerate(classes)}
-        parts = [[float(index[name]) for name in labels] for labels in (train_labels, dev_labels)]
-        return [*zip(train_texts, parts[0], strict=True)], [*zip(dev_texts, parts[1], strict=True)], classes
-    for path, labels in ((train, train_labels), (dev, dev_labels)):
-        bad = next((text for text in labels if not math.isfinite(number(text))), None)
-        if bad is not None:
-            raise ValueError(f"{path}: the labels of {train} are numbers with fractions, but {bad!r} is none")
-        if len(set(labels)) < 2:
-            raise ValueError(f"{path}: all scores are {labels[0]}; expected at least two different ones")
-    mean, deviation = statistics.fmean(values), statistics.pstdev(values)
-    parts = [[(number(text) - mean) / deviation for text in labels] for labels in (train_labels, dev_labels)]
-    return [*zip(train_texts, parts[0], strict=True)], [*zip(dev_texts, parts[1], strict=True)], None
+        value = classes.index
+    rows = [[*zip(t, map(value, y), strict=True)] for t, y in ((texts, labels), (dev_texts, dev_labels))]
+    return rows[0], rows[1], classes
 
 
 def default_model() -> str:
@@ -126,7 +128,7 @@ def collator(tokenizer: Any, max_length: int, regression: bool) -> Callable[[lis
     def collate(rows: list[Row]) -> dict[str, Tensor]:
         sentences = [list(column) for column in zip(*(texts for texts, _ in rows), strict=True)]
         batch = tokenizer(*sentences, truncation=True, max_length=max_length, padding=True, return_tensors="pt")
-        labels = torch.tensor([value for _, value in rows])
+        labels = torch.tensor([float(value) for _, value in rows])
         return {**batch, "labels": labels if regression else labels.long()}
 
     return collate
@@ -266,7 +268,7 @@ def report(console: Console, title: str, summary: dict[str, dict[str, Any]]) -> 
     """The methods side by side, and in words whether the scores differ."""
     scores = [name for name in ("accuracy", "pearson", "spearman") if name in next(iter(summary.values()))]
     compared = [method for method in summary if method != "plain" and "minus_plain" in summary[method]]
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
     for name in ("method", *[f"{name} %" for name in scores], "minus plain", "R_s on dev", "s/step", "x plain"):
         if name != "minus plain" or compared:
             table.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
@@ -296,9 +298,7 @@ def parse() -> tuple[argparse.Namespace, Task, SMARTConfig]:
     add("--dev", type=Path, required=True, help="the same for evaluation, used once at the end")
     add("--label-column", help="default: label, else score")
     add("--model", help="name or folder of a pre-trained transformer (default: MiniLM-L6 of the demo extra)")
-    add(
-        "--method", nargs="+", action="extend", choices=METHODS, help="default: all; smart is r_s and proximal together"
-    )
+    add("--method", nargs="+", action="extend", choices=METHODS, help="default: all; smart is r_s and proximal in one")
     add("--seeds", type=int, default=5, help="runs of each method (default: %(default)s)")
     add("--examples", type=int, default=200, help="training examples, drawn anew for each seed (default: %(default)s)")
     add("--epochs", type=int, default=5, help="default: %(default)s")
@@ -306,16 +306,13 @@ def parse() -> tuple[argparse.Namespace, Task, SMARTConfig]:
     add("--learning-rate", type=float, default=1e-4, help="peak of the schedule (default: %(default)s)")
     add("--max-length", type=int, default=64, help="tokens kept of a row (default: %(default)s)")
     add(
-        "--smoothness-examples",
-        type=int,
-        default=128,
-        help="rows of dev on which R_s is measured (default: %(default)s)",
+        "--smoothness-examples", type=int, default=64, help="rows of dev that R_s is measured on (default: %(default)s)"
     )
     add("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
     add("--out", type=Path, help="folder to keep the model of the last method and first seed in")
     add("--json", type=Path, help="file to write all settings and measurements to")
     smart = parser.add_argument_group("SMART settings (see smartreg.SMARTConfig)")
-    fields = [field for field in dataclasses.fields(SMARTConfig) if field.name != "total_steps"]
+    fields = [field for field in dataclasses.fields(SMARTConfig) if field.default is not None]
     for field in fields:
         option = "--" + field.name.replace("_", "-")
         smart.add_argument(option, type=type(field.default), default=field.default, help="default: %(default)s")
@@ -335,8 +332,12 @@ def parse() -> tuple[argparse.Namespace, Task, SMARTConfig]:
         try:
             transformers.AutoConfig.from_pretrained(args.model)
         except (OSError, ValueError) as error:
-            raise ValueError(f"--model {args.model}: {str(error).splitlines()[0]}") from None
-    except ValueError as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"--model {args.model}: neither a model's folder nor a known name ({reason})") from None
+        for folder in (args.out, args.json and args.json.parent):  # now, not after the training
+            if folder:
+                folder.mkdir(parents=True, exist_ok=True)
+    except (ValueError, OSError) as error:
         parser.error(str(error))
     return args, task, config
 
@@ -363,8 +364,8 @@ def main() -> None:
                     tokenizer.save_pretrained(args.out)
                     (args.out / "smart_config.json").write_text(settings.replace(total_steps=steps).to_json() + "\n")
     summary = summarise(runs)
-    console = Console()
-    title = f"{args.train}: {args.examples} examples, {args.epochs} epochs, {args.seeds} seeds, mean ± 95% interval"
+    console = Console(highlight=False)
+    title = f"{args.train}\n{args.examples} examples, {args.epochs} epochs, {args.seeds} seeds; mean ± 95% interval"
     report(console, title, summary)
     if args.out:
         console.print(f"The {args.method[-1]} model of seed 0 is in {args.out}.")
@@ -377,7 +378,6 @@ def main() -> None:
             "summary": summary,
             "runs": runs,
         }
-        args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(everything, indent=1) + "\n")
 
 
