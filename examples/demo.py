@@ -55,6 +55,7 @@ CONFIG = SMARTConfig(
     total_steps=STEPS,
 )
 METHODS = {"plain": CONFIG.replace(lambda_s=0, mu=0), "SMART": CONFIG}
+ATTACK_STEPS, ATTACK_STARTS = 20, 4
 SHOWN = 6  # test images in the picture, the first ones
 RADII = (0.0, 0.025, 0.05, 0.075, 0.1, 0.125, 0.15, 0.2)
 
@@ -152,7 +153,7 @@ def pretrain(data: Digits) -> Weights:
     }
 
 
-def worst(model: nn.Module, x: Tensor, y: Tensor, radius: float, steps: int = 20, restarts: int = 4) -> Tensor:
+def worst(model: nn.Module, x: Tensor, y: Tensor, radius: float) -> Tensor:
     """x + delta, ||delta||_inf <= radius, that is misread, else of the largest cross-entropy found: sign ascent.
 
     It knows the labels and nothing of SMART. The first start is x, the others are uniform in the ball; they attack the
@@ -160,10 +161,10 @@ def worst(model: nn.Module, x: Tensor, y: Tensor, radius: float, steps: int = 20
     """
     generator = torch.Generator().manual_seed(0)
     found, largest, misread = x.clone(), torch.full(y.shape, -torch.inf), torch.zeros(y.shape, dtype=torch.bool)
-    for restart in range(restarts):
+    for restart in range(ATTACK_STARTS):
         rows = torch.nonzero(~misread).squeeze(-1)
         delta = radius * (2 * torch.rand(x.shape, generator=generator) - 1)[rows] * (restart > 0)
-        for step in range(steps + 1):
+        for step in range(ATTACK_STEPS + 1):
             point = (x[rows] + delta).requires_grad_()
             z = model(point)
             losses = cross_entropy(z, y[rows], reduction="none")
@@ -172,7 +173,8 @@ def worst(model: nn.Module, x: Tensor, y: Tensor, radius: float, steps: int = 20
             better = (wrong & ~misread[rows]) | ((wrong == misread[rows]) & (losses > largest[rows]))
             found[rows[better]], largest[rows[better]] = point.detach()[better], losses[better]
             misread[rows] |= wrong
-            length = radius * (0.5 - 0.45 * step / steps)  # long steps first, to search; short ones last, to settle
+            # long steps first, to search, and short ones last, to settle
+            length = radius * (0.5 - 0.45 * step / ATTACK_STEPS)
             delta = (delta + length * g.sign()).clamp(-radius, radius)
     return found
 
@@ -278,8 +280,8 @@ def main() -> None:
     console.print(
         f"A network pre-trained on the digits 0 to 6 is fine-tuned on all ten from {args.labels} labelled images of "
         f"each, plain and with SMART ({args.seeds} seeds). Then each of the test images is attacked: every pixel may "
-        f"move by {CONFIG.epsilon:g} of its range, in the worst direction that {worst.__defaults__[0]} gradient steps "  # type: ignore[index]
-        f"from {worst.__defaults__[1]} starts find.\n"  # type: ignore[index]
+        f"move by {CONFIG.epsilon:g} of its range, in the worst direction that {ATTACK_STEPS} gradient steps "
+        f"from {ATTACK_STARTS} starts find.\n"
     )
     accuracy, R_s, images = measure(args.seeds, args.labels)
     at = RADII.index(CONFIG.epsilon)

@@ -362,6 +362,8 @@ def main() -> None:
                 settings = config.replace(**METHODS[method])
                 result, model, tokenizer = run_once(args, task, settings, seed, lambda: progress.advance(bar))
                 runs[method].append(result)
+                scores = (f"{name} {value:.3g}" for name, value in result.items() if isinstance(value, float))
+                progress.console.print(f"seed {seed} {method}: {', '.join(scores)}", highlight=False)
                 if args.out and seed == 0 and method == args.method[-1]:
                     model.save_pretrained(args.out)
                     tokenizer.save_pretrained(args.out)
