@@ -1,0 +1,276 @@
+"""The divergences l_s of the paper in TensorFlow, with analytic gradients; `smartreg.divergences` line by line.
+
+Every function takes outputs of shape (n, ..., C), the last axis being the classes, labels or values, and gives one
+number an example, (n,): the sum over the last axis, averaged over the positions between (those the mask leaves).
+Float32 and float64 are computed as they come, narrower types in float32. Eager, `tf.function` and XLA alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import tensorflow as tf
+
+Tensor = Any
+
+
+class Divergence(NamedTuple):
+    """A divergence l_s and its gradient, as the rest of the package calls them."""
+
+    value: Callable[..., Tensor]
+    grad: Callable[..., tuple[Tensor, Tensor]]
+
+
+def symmetric_kl(a: Tensor, b: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Symmetrised KL divergence of the distributions softmax(a) and softmax(b), differentiable in both.
+
+    J(a, b) = KL(P||Q) + KL(Q||P) = sum_c (p_c - q_c) (log p_c - log q_c)
+
+    Args:
+        a, b: logits, (n, ..., C). A class that is -inf in both takes no part; in one of them, J is inf.
+        mask: which positions count, (n, ...) without the class axis.
+
+    Returns:
+        (n,), at least 0; relative error <= 1e-5 in float32 and 1e-12 in float64.
+
+    Raises:
+        ValueError: the shapes differ, or there is no class axis.
+
+    Source: paper, section 3.1.
+
+    Example:
+        >>> print(f"{symmetric_kl([[0.0, 1e-5]], [[0.0, 0.0]])[0]:.5g}")
+        2.5e-11
+    """
+    return _with_gradient("symmetric_kl", lambda a, b: _symmetric_kl_terms(a, b)[0], symmetric_kl_grad, a, b, mask)
+
+
+def symmetric_kl_grad(a: Tensor, b: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Gradients of `symmetric_kl` with respect to both arguments.
+
+    dJ/da = p (r - E_p r) + (p - q),   dJ/db = q (E_q r - r) + (q - p),   r = log p - log q
+
+    The row sums to 0; relative error, to the row's largest entry, as `symmetric_kl`'s.
+
+    Example:
+        >>> symmetric_kl_grad([[0.0, 0.0]], [[0.0, 0.0]])[0].numpy()
+        array([[0., 0.]], dtype=float32)
+    """
+    a, b = _pair("symmetric_kl_grad", a, b)
+    _, p, q, p_minus_q, d_from = _symmetric_kl_terms(a, b)
+    # r - E_p r = d - E_p d; d is centred anew, exact near the largest p as it was near the largest q
+    d_p, d_q = d_from(_argmax(a)), d_from(_argmax(b))
+    grad_a = p * (d_p - _sum(p * d_p)) + p_minus_q
+    grad_b = q * (_sum(q * d_q) - d_q) - p_minus_q
+    weight = position_weights(a, mask)
+    return weight * grad_a, weight * grad_b
+
+
+def bernoulli_symmetric_kl(a: Tensor, b: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Symmetrised KL divergence of independent Bernoullis with logits a and b, summed over the labels.
+
+    J(a, b) = sum_k (sigma(a_k) - sigma(b_k)) (a_k - b_k)
+
+    Args, Returns, Raises: as `symmetric_kl`, with labels for classes.
+
+    Source: paper, section 3.1, for each label.
+
+    Example:
+        >>> bernoulli_symmetric_kl([[0.0, 2.0]], [[0.0, 2.0]]).numpy()
+        array([0.], dtype=float32)
+    """
+
+    def value(a: Tensor, b: Tensor) -> Tensor:
+        d, difference = _bernoulli_terms(a, b)
+        return tf.reduce_sum(difference * d, -1)
+
+    return _with_gradient("bernoulli_symmetric_kl", value, bernoulli_symmetric_kl_grad, a, b, mask)
+
+
+def bernoulli_symmetric_kl_grad(a: Tensor, b: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Gradients of `bernoulli_symmetric_kl`: dJ/da = sigma'(a) d + sigma(a) - sigma(b), d = a - b.
+
+    Example:
+        >>> bernoulli_symmetric_kl_grad([[1.0]], [[1.0]])[0].numpy()
+        array([[0.]], dtype=float32)
+    """
+    a, b = _pair("bernoulli_symmetric_kl_grad", a, b)
+    d, difference = _bernoulli_terms(a, b)
+    weight = position_weights(a, mask)
+    return (
+        weight * (_sigmoid(a) * _sigmoid(-a) * d + difference),
+        -weight * (_sigmoid(b) * _sigmoid(-b) * d + difference),
+    )
+
+
+def squared_error(a: Tensor, b: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Squared error, for regression: sum_k (a_k - b_k)^2.
+
+    Args, Returns, Raises: as `symmetric_kl`, with values for classes.
+
+    Source: paper, section 3.1.
+
+    Example:
+        >>> squared_error([[1.0], [3.0]], [[1.0], [1.0]]).numpy()
+        array([0., 4.], dtype=float32)
+    """
+
+    def value(a: Tensor, b: Tensor) -> Tensor:
+        return tf.reduce_sum((a - b) ** 2, -1)
+
+    return _with_gradient("squared_error", value, squared_error_grad, a, b, mask)
+
+
+def squared_error_grad(a: Tensor, b: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Gradients of `squared_error`: 2 (a - b) and 2 (b - a).
+
+    Example:
+        >>> squared_error_grad([[3.0]], [[1.0]])[0].numpy()
+        array([[4.]], dtype=float32)
+    """
+    a, b = _pair("squared_error_grad", a, b)
+    grad = position_weights(a, mask) * 2 * (a - b)
+    return grad, -grad
+
+
+DIVERGENCES: dict[str, Divergence] = {
+    "symmetric_kl": Divergence(symmetric_kl, symmetric_kl_grad),
+    "bernoulli_symmetric_kl": Divergence(bernoulli_symmetric_kl, bernoulli_symmetric_kl_grad),
+    "squared_error": Divergence(squared_error, squared_error_grad),
+}
+
+
+def mean_positions(values: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The mean of (n, ...) over all axes but the first, where the mask is true; 0 where it is true nowhere.
+
+    Example:
+        >>> mean_positions(tf.constant([[1.0, 2.0, 9.0]]), [[1, 1, 0]]).numpy()
+        array([1.5], dtype=float32)
+    """
+    weights = position_weights(values[..., None], mask)[..., 0]
+    kept = tf.where(weights > 0, values, tf.zeros_like(values)) * weights
+    return tf.reduce_sum(kept, axis=list(range(1, values.shape.rank)))
+
+
+def position_weights(outputs: Tensor, mask: Tensor | None) -> Tensor:
+    """The weight of each position of (n, ..., C) in its example's mean, (n, ..., 1), summing to 1 an example."""
+    keep = tf.ones(tf.shape(outputs)[:-1], outputs.dtype)
+    if mask is not None:
+        mask = as_mask(mask)
+        if not outputs.shape[:-1].is_compatible_with(mask.shape):
+            raise ValueError(
+                "the mask must have the outputs' shape without the last axis, "
+                f"{tuple(outputs.shape[:-1])}, got {tuple(mask.shape)}"
+            )
+        keep = tf.cast(mask, outputs.dtype)
+    count = tf.maximum(tf.reduce_sum(keep, axis=list(range(1, keep.shape.rank)), keepdims=True), 1)
+    return (keep / count)[..., None]
+
+
+def as_mask(mask: Tensor) -> Tensor:
+    """A mask of any type as booleans: true where it is not 0."""
+    mask = tf.convert_to_tensor(mask)
+    return mask if mask.dtype == tf.bool else mask != 0
+
+
+def _with_gradient(
+    call: str, value: Callable[..., Tensor], grad: Callable[..., Any], a: Tensor, b: Tensor, mask: Tensor | None
+) -> Tensor:
+    """The mean over positions of `value`, differentiated by `grad`: autodiff of the value cancels digits away."""
+    a, b = _pair(call, a, b)
+
+    @tf.custom_gradient  # type: ignore[untyped-decorator]
+    def divergence(a: Tensor, b: Tensor) -> Any:
+        def vjp(upstream: Tensor) -> tuple[Tensor, Tensor]:
+            each = tf.reshape(upstream, [-1] + [1] * (a.shape.rank - 1))
+            grad_a, grad_b = grad(a, b, mask)
+            return each * grad_a, each * grad_b
+
+        return mean_positions(value(a, b), mask), vjp
+
+    return divergence(a, b)
+
+
+def _pair(call: str, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    a, b = tf.convert_to_tensor(a), tf.convert_to_tensor(b)
+    if a.shape.rank is None or a.shape.rank < 2 or not a.shape.is_compatible_with(b.shape):
+        raise ValueError(f"{call}: expected two tensors of one shape (n, ..., C), got {a.shape} and {b.shape}")
+    dtype = tf.float64 if tf.float64 in (a.dtype, b.dtype) else tf.float32
+    return tf.cast(a, dtype), tf.cast(b, dtype)
+
+
+def _sum(values: Tensor) -> Tensor:
+    return tf.reduce_sum(values, -1, keepdims=True)
+
+
+def _argmax(values: Tensor) -> Tensor:
+    return tf.argmax(values, -1)[..., None]
+
+
+def _take(values: Tensor, at: Tensor) -> Tensor:
+    return tf.gather(values, at, axis=-1, batch_dims=values.shape.rank - 1)
+
+
+def _symmetric_kl_terms(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Callable[[Tensor], Tensor]]:
+    """J (n, ...), p, q, p - q, and a - b less its value at a class, each to nearly full relative precision."""
+    # Logits beyond 1e37 are moved to where no difference of two overflows, which changes no probability. A class that
+    # is -inf in both then has d = 0 and p = q = 0; any other infinity or NaN makes `distance`, and with it J, so.
+    huge, zero = a.dtype.max / 16, tf.zeros_like(a)
+    masked = tf.math.is_inf(a) & (a < 0) & tf.math.is_inf(b) & (b < 0)
+    eighth = 8 * tf.cast(tf.shape(a)[-1], a.dtype)
+    # a sum, since TensorFlow's maximum may pass a NaN over
+    distance = tf.reduce_sum(tf.where(masked, zero, tf.abs(a / eighth - b / eighth)), -1)
+    a, b = tf.clip_by_value(a, -huge, huge), tf.clip_by_value(b, -huge, huge)
+    p, _ = _softmax(a)
+    q, log_q = _softmax(b)
+
+    # d = a - b up to a shift, which J does not see. A common shift may be far larger than what is left without it, so
+    # the rounding of a - b is kept (Knuth's two-sum).
+    high = a - b
+    low = (a - (high - (high - a))) - (b + (high - a))
+
+    def d_from(at: Tensor) -> Tensor:
+        return (high - _take(high, at)) + (low - _take(low, at))
+
+    # r = d - log Z, Z = sum q exp(d). Over the classes N where |d| < 1 that sum is 1 - q_F + sum_N q expm1(d); the far
+    # ones, F, have Z p_F of it. So log Z = log1p(sum_N q expm1(d) - q_F) - log1p(-p_F): nothing cancels, and no large
+    # d is exponentiated. Where F has most of the mass J is not small, and the plain forms of Z and p - q will do.
+    d = d_from(_argmax(a + b))
+    near = tf.abs(d) < 1
+    p_far, q_far = _sum(tf.where(near, zero, p)), _sum(tf.where(near, zero, q))
+    alike = p_far + q_far < 0.5
+    excess = _sum(tf.where(near, q * tf.math.expm1(tf.clip_by_value(d, -1, 1)), zero))
+    exponent = log_q + d
+    largest = tf.reduce_max(exponent, -1, keepdims=True)
+    log_z = tf.where(
+        alike,
+        tf.math.log1p(tf.where(alike, excess - q_far, 0)) - tf.math.log1p(tf.where(alike, -p_far, 0)),
+        largest + tf.math.log(_sum(tf.exp(exponent - largest))),
+    )
+    r = d - log_z
+    p_minus_q = tf.where(near & alike, q * tf.math.expm1(tf.where(near & alike, r, zero)), p - q)
+    j = tf.reduce_sum(tf.maximum(p_minus_q * r, 0), -1)
+    return tf.where(tf.math.is_finite(distance), j, distance), p, q, p_minus_q, d_from
+
+
+def _softmax(a: Tensor) -> tuple[Tensor, Tensor]:
+    shifted = a - tf.reduce_max(a, -1, keepdims=True)
+    exp = tf.exp(shifted)
+    total = _sum(exp)
+    return exp / total, shifted - tf.math.log(total)
+
+
+def _bernoulli_terms(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """d = a - b and sigma(a) - sigma(b) = sigma(max) sigma(-min) (1 - exp(-|d|)) sign(d), which cancels nothing."""
+    huge, zero = a.dtype.max, tf.zeros_like(a)
+    masked = tf.math.is_inf(a) & (a < 0) & tf.math.is_inf(b) & (b < 0)
+    a, b = tf.where(masked, zero, a), tf.where(masked, zero, b)
+    d = tf.clip_by_value(a - b, -huge, huge)
+    difference = _sigmoid(tf.maximum(a, b)) * _sigmoid(-tf.minimum(a, b)) * -tf.math.expm1(-tf.abs(d))
+    return d, tf.sign(d) * difference
+
+
+def _sigmoid(a: Tensor) -> Tensor:
+    exp = tf.exp(-tf.abs(a))
+    return tf.where(a >= 0, tf.ones_like(a), exp) / (1 + exp)

@@ -1,0 +1,322 @@
+"""The inner maximum of R_s in TensorFlow: norms, projections and Algorithm 1's projected ascent.
+
+A perturbation delta has the shape of the embeddings x, (n, ..., d). `granularity` says what one norm runs over: all
+axes but the batch ("example"), or the last one ("token"). `smartreg.perturbation` line by line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import tensorflow as tf
+
+from smartreg.config import Granularity, Norm, SMARTConfig
+from smartreg_tf.divergences import DIVERGENCES, as_mask
+
+Tensor = Any
+
+
+def normalize(g: Tensor, norm: Norm = "inf", granularity: Granularity = "example") -> Tensor:
+    """g / ||g||_p, and 0 where g = 0.
+
+    Divided by max|g| first, so that no square underflows: finite for gradients of 1e-30 in float32.
+
+    Args:
+        g: (n, ..., d).
+
+    Source: paper, Algorithm 1.
+
+    Example:
+        >>> normalize([[3e-30, 4e-30]], "2").numpy()
+        array([[0.6, 0.8]], dtype=float32)
+    """
+    g = floating(g)
+    rows = _rows(g, granularity)
+    largest = _largest(rows)
+    unit = rows / tf.where(largest > 0, largest, 1)
+    if norm != "inf":
+        length = _length(unit, norm)
+        unit = unit / tf.where(length > 0, length, 1)
+    return tf.reshape(unit, tf.shape(g))
+
+
+def project_linf_ball(delta: Tensor, epsilon: Tensor, granularity: Granularity = "example") -> Tensor:
+    """The nearest point of {delta: ||delta||_inf <= epsilon}: every entry clipped.
+
+    Args:
+        delta: (n, ..., d).
+        epsilon: the radius, one number or one an example, (n,).
+        granularity: makes no difference here; kept so that the three balls are called alike.
+
+    Source: paper, Algorithm 1 (p = inf).
+
+    Example:
+        >>> project_linf_ball([[3.0, -0.5]], 1.0).numpy()
+        array([[ 1. , -0.5]], dtype=float32)
+    """
+    delta = floating(delta)
+    radius = _radius(epsilon, delta)
+    return tf.minimum(tf.maximum(delta, -radius), radius)
+
+
+def project_l2_ball(delta: Tensor, epsilon: Tensor, granularity: Granularity = "example") -> Tensor:
+    """The nearest point of {delta: ||delta||_2 <= epsilon}: delta min(1, epsilon / ||delta||_2).
+
+    Args: as `project_linf_ball`.
+
+    Example:
+        >>> project_l2_ball([[3.0, 4.0]], 1.0).numpy().round(5)
+        array([[0.6, 0.8]], dtype=float32)
+    """
+    delta = floating(delta)
+    rows = _rows(delta, granularity)
+    return tf.reshape(_shrink(rows, _radius(epsilon, rows), "2"), tf.shape(delta))
+
+
+def project_l1_ball(delta: Tensor, epsilon: Tensor, granularity: Granularity = "example") -> Tensor:
+    """The Euclidean projection onto {delta: ||delta||_1 <= epsilon}: sign(delta) max(|delta| - tau, 0).
+
+    tau is found by sorting (Duchi et al. 2008, figure 1). Not a rescaling: small entries become 0.
+
+    Args: as `project_linf_ball`.
+
+    Example:
+        >>> project_l1_ball([[3.0, 2.5, 0.1]], 1.0).numpy().round(5)
+        array([[0.75, 0.25, 0.  ]], dtype=float32)
+    """
+    delta = floating(delta)
+    rows = _rows(delta, granularity)
+    radius = _radius(epsilon, rows)
+    size = tf.abs(rows)
+    descending = tf.sort(size, direction="DESCENDING")
+    over = tf.cumsum(descending, axis=-1) - radius
+    count = tf.cast(tf.range(1, tf.shape(rows)[-1] + 1), rows.dtype)
+    kept = tf.maximum(tf.reduce_sum(tf.cast(descending * count > over, tf.int32), -1, keepdims=True), 1)
+    tau = tf.gather(over, kept - 1, axis=-1, batch_dims=rows.shape.rank - 1) / tf.cast(kept, rows.dtype)
+    inside = tf.reduce_sum(size, -1, keepdims=True) <= radius
+    shrunk = tf.where(inside, rows, tf.sign(rows) * tf.maximum(size - tau, 0))
+    return tf.reshape(_shrink(shrunk, radius, "1"), tf.shape(delta))
+
+
+_PROJECTIONS = {"inf": project_linf_ball, "2": project_l2_ball, "1": project_l1_ball}
+
+
+def ascend(
+    forward: Callable[[Tensor], Tensor],
+    x: Tensor,
+    target: Tensor,
+    config: SMARTConfig,
+    noise: Tensor | None,
+    mask: Tensor | None = None,
+    divergence: str = "symmetric_kl",
+) -> Tensor:
+    """The perturbation delta of R_s: T_x steps of projected ascent from the configured start.
+
+    delta <- Proj_{||delta||_p <= epsilon}( delta + eta g / ||g||_p ),   g = grad_delta l_s(f(x), f(x + delta))
+
+    Args:
+        forward: x~ -> outputs, differentiable by TensorFlow.
+        x: embeddings, (n, ..., d).
+        target: the clean outputs f(x).
+        config: epsilon, sigma, eta, ascent_steps, norm, granularity, start, scale, projection.
+        noise: standard normal, of the shape of x for the Gaussian start; of the outputs for the margin start, where
+            only its sign is used and only in regression (None does elsewhere).
+        mask: true where a position may be perturbed, of x's leading axes. Outputs with that position axis are
+            averaged over its true positions.
+        divergence: the name of l_s in `smartreg_tf.divergences`.
+
+    Returns:
+        delta, of the shape of x, ||delta||_p <= epsilon unless `config.projection` is "rescale".
+
+    Source: paper, Algorithm 1, lines 5 to 10. The margin start: docs/math.md.
+
+    Example:
+        >>> w = tf.constant([[1.0, -1.0], [0.0, 2.0]])
+        >>> config = SMARTConfig(scale="absolute", epsilon=0.1, start="margin", ascent_steps=0)
+        >>> ascend(lambda x: x @ w, [[1.0, 1.0]], [[1.0, 1.0]], config, None).numpy().round(3)
+        array([[-0.1,  0.1]], dtype=float32)
+    """
+    x, target = floating(x), tf.stop_gradient(tf.convert_to_tensor(target))
+    ball = Ball(x, config, mask)
+    positions = output_mask(target, mask)
+
+    def gradient(at: Tensor, loss: Callable[[Tensor], Tensor]) -> Tensor:
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch(at)
+            value = loss(forward(at))
+        return tape.gradient(value, at, unconnected_gradients="zero")
+
+    if config.start == "gaussian":
+        if noise is None:
+            raise ValueError("ascend: start='gaussian' needs noise of the shape of x, got None")
+        delta = ball.gaussian_start(noise)
+    else:
+        upwards = margin_gradient(target, noise, positions, divergence)
+        delta = ball.margin_start(gradient(x, lambda outputs: tf.reduce_sum(tf.cast(outputs, upwards.dtype) * upwards)))
+    for _ in range(config.ascent_steps):
+        g = gradient(x + delta, lambda outputs: DIVERGENCES[divergence].value(target, outputs, positions))
+        delta = ball.step(delta, g)
+    return delta
+
+
+class Ball:
+    """Where the delta of one site may be, and how it moves there: one start, then `step` for each gradient.
+
+    Args:
+        x: the site's embeddings, (n, ..., d), float32 or float64.
+        config, mask: as `ascend` takes them.
+    """
+
+    def __init__(self, x: Tensor, config: SMARTConfig, mask: Tensor | None = None) -> None:
+        self.config = config
+        self.keep = tf.ones([], x.dtype) if mask is None else tf.cast(expand_mask(mask, x), x.dtype)
+        scale = rms(x, mask) if config.scale == "rms" else tf.ones(tf.shape(x)[:1], x.dtype)
+        self.epsilon, self.sigma, self.eta = (value * scale for value in (config.epsilon, config.sigma, config.eta))
+
+    def gaussian_start(self, noise: Tensor) -> Tensor:
+        """delta = nu, nu ~ N(0, sigma^2 I), projected; `noise` is standard normal."""
+        noise = tf.cast(noise, self.epsilon.dtype)
+        return self._project_start(self.keep * (_each(self.sigma, noise) * noise))
+
+    def margin_start(self, direction: Tensor) -> Tensor:
+        """delta = argmax_{||delta||_p <= epsilon} <direction, delta>, 0 where the direction is."""
+        return self._project_start(_steepest(self.keep * direction, self.epsilon, self.config))
+
+    def step(self, delta: Tensor, g: Tensor) -> Tensor:
+        """delta <- Proj( delta + eta g / ||g|| ), or the released code's rescaling."""
+        g = self.keep * g
+        if self.config.projection == "ball":
+            g = normalize(g, self.config.norm, self.config.granularity)
+        return _project(delta + _each(self.eta, g) * g, self.epsilon, self.config)
+
+    def _project_start(self, delta: Tensor) -> Tensor:
+        return _project(delta, self.epsilon, self.config) if self.config.projection == "ball" else delta
+
+
+def margin_gradient(
+    outputs: Tensor, noise: Tensor | None = None, mask: Tensor | None = None, divergence: str = "symmetric_kl"
+) -> Tensor:
+    """Which way the outputs should move to meet the model's nearest decision boundary: the gradient at the outputs.
+
+    -(e_top1 - e_top2) for classes; -sign(z_k) e_k of the least certain label k; the sign of the noise in regression.
+
+    Args:
+        outputs: (n, ..., C). noise: of that shape, in regression. mask: of that shape less the last axis.
+
+    Example:
+        >>> margin_gradient([[3.0, 1.0, 2.0]]).numpy()
+        array([[-1.,  0.,  1.]], dtype=float32)
+    """
+    z = floating(outputs)
+    classes = tf.shape(z)[-1]
+    if divergence == "symmetric_kl":
+        if z.shape[-1] is not None and z.shape[-1] < 2:
+            raise ValueError(f"margin start: symmetric_kl needs at least 2 classes, got outputs of shape {z.shape}")
+        order = tf.math.top_k(z, 2).indices  # the lower class first where two are equal, as a stable sort has them
+        gradient = tf.one_hot(order[..., 1], classes, dtype=z.dtype) - tf.one_hot(order[..., 0], classes, dtype=z.dtype)
+    elif divergence == "bernoulli_symmetric_kl":
+        least = tf.one_hot(tf.argmin(tf.abs(z), -1), classes, dtype=z.dtype)
+        gradient = least * tf.where(z < 0, tf.ones_like(z), -tf.ones_like(z))
+    else:
+        if noise is None:
+            raise ValueError("margin start: squared_error needs noise of the outputs' shape for its sign, got None")
+        gradient = tf.where(tf.convert_to_tensor(noise) < 0, -tf.ones_like(z), tf.ones_like(z))
+    return gradient if mask is None else gradient * tf.cast(as_mask(mask), z.dtype)[..., None]
+
+
+def rms(x: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Root mean square of each x_i over its own unmasked entries, (n,); 0 where there are none.
+
+    Example:
+        >>> rms([[[3.0, 3.0], [9.0, 9.0]]], [[1, 0]]).numpy()
+        array([3.], dtype=float32)
+    """
+    x = floating(x)
+    keep = tf.ones_like(x, tf.bool) if mask is None else tf.broadcast_to(expand_mask(mask, x), tf.shape(x))
+    axes = list(range(1, x.shape.rank))
+    count = tf.maximum(tf.reduce_sum(tf.cast(keep, x.dtype), axes), 1)
+    return tf.sqrt(tf.reduce_sum(tf.where(keep, x * x, tf.zeros_like(x)), axes) / count)
+
+
+def expand_mask(mask: Tensor, x: Tensor) -> Tensor:
+    """The mask of x's leading axes as booleans with trailing axes of length 1; ValueError where it does not fit."""
+    keep = as_mask(mask)
+    rank = keep.shape.rank
+    if rank is None or rank >= x.shape.rank or not keep.shape.is_compatible_with(x.shape[:rank]):
+        raise ValueError(f"the mask must have the leading axes of x, {tuple(x.shape[:-1])}, got {tuple(keep.shape)}")
+    return tf.reshape(keep, tf.concat([tf.shape(keep), tf.ones([x.shape.rank - rank], tf.int32)], 0))
+
+
+def output_mask(outputs: Tensor, mask: Tensor | None) -> Tensor | None:
+    """The mask, where the outputs have its axes (one output a position); else None (one output an example)."""
+    if mask is None or outputs.shape.rank < 3:
+        return None
+    mask = tf.convert_to_tensor(mask)
+    return mask if mask.shape.is_compatible_with(outputs.shape[:-1]) else None
+
+
+def floating(x: Tensor) -> Tensor:
+    """x as a tensor of float32, or of float64 where it is one."""
+    x = tf.convert_to_tensor(x)
+    return x if x.dtype == tf.float64 else tf.cast(x, tf.float32)
+
+
+def _steepest(g: Tensor, epsilon: Tensor, config: SMARTConfig) -> Tensor:
+    """argmax_{||delta||_p <= epsilon} <g, delta>, 0 where g = 0."""
+    if config.norm == "inf":
+        return _each(epsilon, g) * tf.sign(g)
+    if config.norm == "2":
+        return _each(epsilon, g) * normalize(g, "2", config.granularity)
+    rows = _rows(g, config.granularity)
+    corner = tf.one_hot(tf.argmax(tf.abs(rows), -1), tf.shape(rows)[-1], dtype=g.dtype) * tf.sign(rows)
+    return _each(epsilon, g) * tf.reshape(corner, tf.shape(g))
+
+
+def _project(delta: Tensor, epsilon: Tensor, config: SMARTConfig) -> Tensor:
+    if config.projection == "ball":
+        return _PROJECTIONS[config.norm](delta, epsilon, config.granularity)
+    rows = _rows(delta, config.granularity)
+    return tf.reshape(rows / (_largest(rows) + _radius(epsilon, rows)), tf.shape(delta))
+
+
+def _shrink(rows: Tensor, radius: Tensor, norm: Norm) -> Tensor:
+    length = _scaled_length(rows, norm)
+    outside = length > radius
+    # a few ulps inside, so that the rounding of the product cannot leave the ball and a second projection does nothing
+    ulp = 2.0**-23 if rows.dtype == tf.float32 else 2.0**-52
+    factor = radius * (1 - 4 * ulp) / tf.where(outside, length, 1)
+    return tf.where(outside, rows * factor, rows)
+
+
+def _scaled_length(rows: Tensor, norm: Norm) -> Tensor:
+    largest = _largest(rows)
+    return largest * _length(rows / tf.where(largest > 0, largest, 1), norm)
+
+
+def _length(rows: Tensor, norm: Norm) -> Tensor:
+    if norm == "2":
+        return tf.sqrt(tf.reduce_sum(rows * rows, -1, keepdims=True))
+    return tf.reduce_sum(tf.abs(rows), -1, keepdims=True)
+
+
+def _largest(rows: Tensor) -> Tensor:
+    return tf.reduce_max(tf.abs(rows), -1, keepdims=True)
+
+
+def _rows(x: Tensor, granularity: Granularity) -> Tensor:
+    """x with everything that one norm runs over in the last axis."""
+    if x.shape.rank is None or x.shape.rank < 2:
+        raise ValueError(f"expected embeddings of shape (n, ..., d), got {x.shape}")
+    return tf.reshape(x, [tf.shape(x)[0], -1]) if granularity == "example" else x
+
+
+def _radius(epsilon: Tensor, rows: Tensor) -> Tensor:
+    # a Python number straight to the dtype: tf.cast takes it through float32
+    radius = tf.cast(epsilon, rows.dtype) if tf.is_tensor(epsilon) else tf.constant(epsilon, rows.dtype)
+    return _each(radius, rows) if radius.shape.rank else radius
+
+
+def _each(values: Tensor, x: Tensor) -> Tensor:
+    """One value an example, (n,), against (n, ..., d)."""
+    return tf.reshape(values, [-1] + [1] * (x.shape.rank - 1))

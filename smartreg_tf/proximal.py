@@ -1,0 +1,102 @@
+"""The Bregman proximal point term and its momentum in TensorFlow (paper: section 3.2, equations 3 and 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import tensorflow as tf
+
+from smartreg.config import SMARTConfig
+from smartreg.proximal import momentum as _momentum
+from smartreg_tf.divergences import DIVERGENCES
+from smartreg_tf.perturbation import output_mask
+
+Tensor = Any
+
+
+def momentum(step: Tensor, config: SMARTConfig) -> Tensor:
+    """beta at an optimiser step: `beta_early` for the first `early_fraction` of `total_steps`, then `beta_late`.
+
+    Args:
+        step: optimiser steps taken so far, this one included: 1, 2, ...; a tensor, or a number.
+
+    Raises:
+        ValueError: beta is scheduled and `config.total_steps` is None.
+
+    Source: paper, section 4.1.
+
+    Example:
+        >>> config = SMARTConfig(total_steps=100)
+        >>> [round(float(momentum(step, config)), 3) for step in (10, 11)]
+        [0.99, 0.999]
+    """
+    first, last = _momentum(1, config), _momentum(config.total_steps or 1, config)
+    if first == last:
+        return tf.constant(last, tf.float64)
+    # the last early step, which is all that a tensor needs to know of the NumPy schedule
+    last_early = round(config.early_fraction * (config.total_steps or 0), 9)
+    return tf.where(tf.cast(step, tf.float64) <= last_early, tf.constant(first, tf.float64), last)
+
+
+def ema_update(teacher: Mapping[str, Tensor], theta: Mapping[str, Tensor], beta: Tensor) -> dict[str, Tensor]:
+    """theta~ <- (1 - beta) theta + beta theta~, kept in float32 or wider.
+
+    Args:
+        beta: a number, or a float64 tensor as `momentum` gives it.
+
+    Source: paper, Algorithm 1, line 14.
+
+    Example:
+        >>> ema_update({"w": tf.constant(0.0)}, {"w": tf.constant(1.0)}, 0.75)["w"].numpy()
+        np.float32(0.25)
+    """
+    # 1 - beta is taken in float64: in float32, 1 - 0.999 is off by 1e-5 of itself
+    beta = tf.convert_to_tensor(beta, tf.float64)
+    return {
+        name: tf.cast(1 - beta, average.dtype) * tf.cast(theta[name], average.dtype)
+        + tf.cast(beta, average.dtype) * average
+        for name, average in teacher.items()
+    }
+
+
+def bregman_divergence(
+    outputs: Tensor,
+    teacher_outputs: Tensor,
+    divergence: str = "symmetric_kl",
+    mask: Tensor | None = None,
+    sample_weight: Tensor | None = None,
+) -> Tensor:
+    """D_Breg(theta, theta~) = 1/n sum_i w_i l_s( f(x_i; theta), f(x_i; theta~) ); no gradient flows to theta~.
+
+    Args:
+        outputs, teacher_outputs: (n, ..., C). mask: of the position axis. sample_weight: w_i, (n,), 1 by default.
+
+    Source: paper, equation 3.
+
+    Example:
+        >>> float(bregman_divergence([[1.0], [2.0]], [[1.0], [0.0]], "squared_error"))
+        2.0
+    """
+    outputs = tf.convert_to_tensor(outputs)
+    positions = output_mask(outputs, mask)
+    return mean_examples(
+        DIVERGENCES[divergence].value(outputs, tf.stop_gradient(teacher_outputs), positions), sample_weight
+    )
+
+
+def mean_examples(values: Tensor, sample_weight: Tensor | None = None) -> Tensor:
+    """1/n sum_i w_i v_i: the mean over the batch that R_s and D_Breg take.
+
+    Example:
+        >>> float(mean_examples(tf.constant([1.0, 3.0]), [1.0, 0.0]))
+        0.5
+    """
+    if sample_weight is not None:
+        weight = tf.convert_to_tensor(sample_weight)
+        if not weight.shape.is_compatible_with(values.shape):
+            raise ValueError(
+                f"sample_weight must have one weight an example, {tuple(values.shape)}, got {tuple(weight.shape)}"
+            )
+        values = values * tf.cast(weight, values.dtype)
+    return tf.reduce_mean(values)

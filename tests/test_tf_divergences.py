@@ -1,0 +1,174 @@
+"""The TensorFlow divergences against 50-digit arithmetic and against NumPy, eager, in a graph and under XLA."""
+
+import mpmath
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+tf = pytest.importorskip("tensorflow", reason="the TensorFlow half needs the extra smartreg[tf]")
+
+from smartreg import divergences as reference  # noqa: E402
+from smartreg_tf import divergences  # noqa: E402
+
+NAMES = list(divergences.DIVERGENCES)
+BOUND = {np.float32: 1e-5, np.float64: 1e-12}
+MODES = ["eager", "graph", "xla"]
+
+
+def in_mode(mode, function, **options):
+    if mode == "eager":
+        return function
+    return tf.function(function, jit_compile=mode == "xla", **options)
+
+
+def both(name):
+    """Value, and the gradients by TensorFlow's own tape."""
+
+    def run(a, b):
+        with tf.GradientTape() as tape:
+            tape.watch((a, b))
+            value = divergences.DIVERGENCES[name].value(a, b)
+        return value, *tape.gradient(value, (a, b))
+
+    return run
+
+
+GRAPH = {
+    (name, dtype): tf.function(both(name), input_signature=[tf.TensorSpec([1, None], dtype)] * 2)
+    for name in NAMES
+    for dtype in (np.float32, np.float64)
+}
+
+
+def exact(name, a, b):
+    """l_s and its gradient by a, with 50 digits of the smallest term: 1 - 1e-300 must not be 1."""
+    with mpmath.workdps(350):
+        a, b = [mpmath.mpf(float(v)) for v in a], [mpmath.mpf(float(v)) for v in b]
+        if name == "symmetric_kl":
+
+            def log_softmax(z):
+                log_total = mpmath.log(mpmath.fsum(mpmath.exp(v) for v in z))
+                return [v - log_total for v in z]
+
+            log_p, log_q = log_softmax(a), log_softmax(b)
+            p, q = [mpmath.exp(v) for v in log_p], [mpmath.exp(v) for v in log_q]
+            r = [x - y for x, y in zip(log_p, log_q, strict=True)]
+            mean_r = mpmath.fsum(x * y for x, y in zip(p, r, strict=True))
+            value = mpmath.fsum((x - y) * z for x, y, z in zip(p, q, r, strict=True))
+            grad = [x * (z - mean_r) + x - y for x, y, z in zip(p, q, r, strict=True)]
+        elif name == "bernoulli_symmetric_kl":
+
+            def sigmoid(z):
+                return 1 / (1 + mpmath.exp(-z))
+
+            value = mpmath.fsum((sigmoid(x) - sigmoid(y)) * (x - y) for x, y in zip(a, b, strict=True))
+            grad = [sigmoid(x) * sigmoid(-x) * (x - y) + sigmoid(x) - sigmoid(y) for x, y in zip(a, b, strict=True)]
+        else:
+            value = mpmath.fsum((x - y) ** 2 for x, y in zip(a, b, strict=True))
+            grad = [2 * (x - y) for x, y in zip(a, b, strict=True)]
+        return value, grad
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    classes=st.sampled_from([2, 3, 7, 30]),
+    size=st.floats(-2, 4),
+    distance=st.floats(-7, 4),
+    shift=st.sampled_from([0.0, 100.0]),
+)
+@example(seed=0, classes=1000, size=4.0, distance=-7.0, shift=0.0)
+@example(seed=1, classes=1000, size=1.0, distance=4.0, shift=0.0)
+@example(seed=2, classes=2, size=0.0, distance=-7.0, shift=100.0)
+def test_value_and_gradient_in_a_graph_against_mpmath(name, dtype, seed, classes, size, distance, shift):
+    rng = np.random.default_rng(seed)
+    a = (10**size * rng.normal(size=(1, classes))).astype(dtype)
+    b = (a + 10**distance * rng.normal(size=a.shape) + shift).astype(dtype)
+    value, grad_a, grad_b = (tensor.numpy()[0] for tensor in GRAPH[name, dtype](a, b))
+    want, want_a = exact(name, a[0], b[0])
+    _, want_b = exact(name, b[0], a[0])
+    tiny = 1e-30 if dtype is np.float32 else 1e-290  # below it TensorFlow flushes to zero
+    assert value.dtype == dtype
+    assert value >= 0
+    if want > tiny:
+        assert abs(mpmath.mpf(float(value)) - want) <= BOUND[dtype] * want
+    for got, expected in ((grad_a, want_a), (grad_b, want_b)):
+        largest = max(abs(v) for v in expected)
+        assert np.isfinite(got).all()
+        if largest > tiny:
+            error = max(abs(mpmath.mpf(float(g)) - w) for g, w in zip(got, expected, strict=True))
+            assert error <= BOUND[dtype] * largest
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", NAMES)
+def test_float64_equals_numpy_with_masks_and_positions(name, mode):
+    rng = np.random.default_rng(0)
+    a = 3 * rng.normal(size=(4, 5, 6))
+    b = a + 10.0 ** rng.uniform(-6, 1, size=(4, 5, 1)) * rng.normal(size=a.shape)
+    mask = rng.random((4, 5)) < 0.6
+    mask[0] = False  # an example with nothing left
+
+    def run(a, b, mask):
+        with tf.GradientTape() as tape:
+            tape.watch((a, b))
+            value = divergences.DIVERGENCES[name].value(a, b, mask)
+            total = tf.reduce_sum(value * tf.constant([1.0, 2.0, 3.0, 4.0], tf.float64))
+        return value, *tape.gradient(total, (a, b))
+
+    value, grad_a, grad_b = in_mode(mode, run)(tf.constant(a), tf.constant(b), tf.constant(mask))
+    want = reference.DIVERGENCES[name]
+    each = np.array([1.0, 2, 3, 4])[:, None, None]
+    np.testing.assert_allclose(value, want.value(a, b, mask), rtol=1e-12)
+    assert value.numpy()[0] == 0
+    for got, expected in zip((grad_a, grad_b), want.grad(a, b, mask), strict=True):
+        np.testing.assert_allclose(got, each * expected, rtol=1e-12, atol=1e-12 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_masked_classes_infinities_and_nan(mode):
+    inf = np.inf
+    a = np.array([[1.0, -inf, 2.0], [1.0, -inf, 2.0], [np.nan, 0.0, 1.0], [3e38, -3e38, 0.0]], np.float32)
+    b = np.array([[1.5, -inf, 2.0], [1.0, 0.0, 2.0], [0.0, 0.0, 1.0], [-3e38, 3e38, 0.0]], np.float32)
+    value, grad_a, grad_b = in_mode(mode, both("symmetric_kl"))(tf.constant(a), tf.constant(b))
+    two = divergences.symmetric_kl([[1.0, 2.0]], [[1.5, 2.0]])
+    np.testing.assert_allclose(value[0], two[0], rtol=1e-6)
+    assert grad_a.numpy()[0, 1] == grad_b.numpy()[0, 1] == 0
+    assert value.numpy()[1] == inf
+    assert np.isnan(value.numpy()[2])
+    assert np.isfinite(value.numpy()[3])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_rounding_of_the_difference_is_kept(mode):
+    """A common shift of 100 rounds a - b to float32; only the two-sum gives the digits back."""
+    rng = np.random.default_rng(0)
+    a = rng.normal(size=(8, 5)).astype(np.float32)
+    b = (a + 1e-4 * rng.normal(size=a.shape) + 100).astype(np.float32)
+    want = reference.symmetric_kl(a.astype(np.float64), b.astype(np.float64))
+    value, grad_a, _ = in_mode(mode, both("symmetric_kl"))(tf.constant(a), tf.constant(b))
+    np.testing.assert_allclose(value, want, rtol=1e-5)
+    want_a = reference.symmetric_kl_grad(a.astype(np.float64), b.astype(np.float64))[0]
+    np.testing.assert_allclose(grad_a, want_a, atol=1e-5 * np.abs(want_a).max(-1).min())
+
+
+@pytest.mark.parametrize("dtype", [tf.float16, tf.bfloat16])
+def test_narrow_logits_are_computed_and_returned_in_float32(dtype):
+    a, b = tf.constant([[1.0, 2.0]], dtype), tf.constant([[1.25, 2.0]], dtype)
+    value, grad_a, _ = both("symmetric_kl")(a, b)
+    assert value.dtype == tf.float32
+    assert grad_a.dtype == dtype
+    np.testing.assert_allclose(value, reference.symmetric_kl([[1.0, 2.0]], [[1.25, 2.0]]), rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_shapes_are_checked(name):
+    with pytest.raises(ValueError, match=rf"^{name}: expected two tensors of one shape .* \(2, 3\) and \(2, 4\)"):
+        divergences.DIVERGENCES[name].value(tf.zeros([2, 3]), tf.zeros([2, 4]))
+    with pytest.raises(ValueError, match="one shape"):
+        divergences.DIVERGENCES[name].value(tf.zeros([2]), tf.zeros([2]))
+    with pytest.raises(ValueError, match=r"the mask must have the outputs' shape .*\(2, 5\), got \(2, 4\)"):
+        divergences.DIVERGENCES[name].value(tf.zeros([2, 5, 3]), tf.zeros([2, 5, 3]), tf.ones([2, 4]))
