@@ -13,5 +13,6 @@ if _keras.config.backend() != "tensorflow":
     )
 
 from smartreg.config import SMARTConfig, SMARTWarning
+from smartreg_tf.training import SMARTCallback, SMARTModel, attach
 
-__all__ = ["SMARTConfig", "SMARTWarning"]
+__all__ = ["SMARTCallback", "SMARTConfig", "SMARTModel", "SMARTWarning", "attach"]

@@ -154,10 +154,19 @@ def ascend(
     else:
         upwards = margin_gradient(target, noise, positions, divergence)
         delta = ball.margin_start(gradient(x, lambda outputs: tf.reduce_sum(tf.cast(outputs, upwards.dtype) * upwards)))
-    for _ in range(config.ascent_steps):
-        g = gradient(x + delta, lambda outputs: DIVERGENCES[divergence].value(target, outputs, positions))
-        delta = ball.step(delta, g)
-    return delta
+
+    def towards(deltas: list[Tensor]) -> list[Tensor]:
+        return [gradient(x + deltas[0], lambda outputs: DIVERGENCES[divergence].value(target, outputs, positions))]
+
+    return climb([ball], [delta], towards)[0]
+
+
+def climb(balls: list[Ball], starts: list[Tensor], gradient: Callable[[list[Tensor]], list[Tensor]]) -> list[Tensor]:
+    """T_x steps of projected ascent, each delta in its own ball; `gradient` takes and gives one tensor a ball."""
+    deltas = starts
+    for _ in range(balls[0].config.ascent_steps):
+        deltas = [ball.step(delta, g) for ball, delta, g in zip(balls, deltas, gradient(deltas), strict=True)]
+    return deltas
 
 
 class Ball:

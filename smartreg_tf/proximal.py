@@ -86,7 +86,7 @@ def bregman_divergence(
 
 
 def mean_examples(values: Tensor, sample_weight: Tensor | None = None) -> Tensor:
-    """1/n sum_i w_i v_i: the mean over the batch that R_s and D_Breg take.
+    """1/n sum_i w_i v_i: the mean over the batch that R_s and D_Breg take; 0 of an empty one (a replica may get none).
 
     Example:
         >>> float(mean_examples(tf.constant([1.0, 3.0]), [1.0, 0.0]))
@@ -99,4 +99,4 @@ def mean_examples(values: Tensor, sample_weight: Tensor | None = None) -> Tensor
                 f"sample_weight must have one weight an example, {tuple(values.shape)}, got {tuple(weight.shape)}"
             )
         values = values * tf.cast(weight, values.dtype)
-    return tf.reduce_mean(values)
+    return tf.math.divide_no_nan(tf.reduce_sum(values), tf.cast(tf.size(values), values.dtype))

@@ -1,0 +1,853 @@
+"""SMART in Keras' own training loop: a callback, a context manager and a model (paper: equation 1 and Algorithm 1)."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import os
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from smartreg.config import SMARTConfig, SMARTWarning
+from smartreg_tf.divergences import DIVERGENCES
+from smartreg_tf.outputs import Head, Outputs, find_heads
+from smartreg_tf.perturbation import Ball, climb, floating, margin_gradient
+from smartreg_tf.proximal import ema_update, momentum
+from smartreg_tf.site import Pass, Patches, Site, half_precision_layers, in_float32, padding_mask
+
+Tensor = Any
+Noise = Callable[[Tensor, Tensor], Tensor]
+
+# What may go wrong in a compiled step, counted there and reported after it.
+_FAULTS = ("clean", "perturbed", "teacher", "unnormalised", "vanished")
+_ENGINE = "_smartreg_engine"
+_SUFFIX = ".smart.npz"
+
+
+class Engine:
+    """One model's SMART state, and what its training step does more than Keras'.
+
+    The methods named in `METHODS` take Keras' own method first; `install` puts them on the model's instance.
+
+    Args: as `SMARTCallback`.
+
+    Attributes:
+        averages: theta~, one variable for each trainable weight, float32 or wider; empty before the model is built.
+    """
+
+    METHODS = (
+        "train_step",
+        "compute_loss",
+        "make_train_function",
+        "reset_metrics",
+        "_get_metrics_result_or_logs",
+        "save_weights",
+        "load_weights",
+        "save",
+    )
+
+    def __init__(
+        self,
+        model: Any,
+        config: SMARTConfig | None = None,
+        *,
+        layers: Any = None,
+        outputs: Outputs | None = None,
+        noise: Noise | None = None,
+        seed: int = 0,
+        float32: bool = True,
+        call: str = "SMART",
+    ) -> None:
+        config = SMARTConfig() if config is None else config
+        if not isinstance(config, SMARTConfig):
+            raise TypeError(f"{call}: config must be a SMARTConfig, got {type(config).__name__}")
+        config.check_total_steps(call)
+        self.model, self.config = model, config
+        self.site = Site(model, layers)
+        self.averages: list[Any] = []
+        self.weights: list[Any] = []
+        self._outputs, self._noise, self._seed, self._float32 = outputs, noise, seed, float32
+        self._patches = Patches()
+        self._local = threading.local()
+        self._warned = False
+        self.temporary = False  # of one fit: `SMARTCallback`
+        self.on_error: Callable[[], None] = lambda: None
+        self._with_training = "training" in inspect.signature(model.compute_loss).parameters
+        with model.distribute_strategy.scope():
+            self.step = _variable(np.int64(0), "smart_step")
+            self.draws = _variable(np.int64(0), "smart_draws")
+            # these are sums over the replicas
+            self.faults = _variable(np.zeros(len(_FAULTS), np.int64), "smart_faults", "sum", "on_read")
+            names = {"smoothness": config.lambda_s, "proximal": config.mu}
+            self.shown = {name: keras.metrics.Mean(name=name) for name, weight in names.items() if weight > 0}
+            self.hidden = {name: keras.metrics.Mean(name=name) for name in ("max_delta", "vanished")}
+        if all(layer.built for layer in model._flatten_layers()):
+            self.build()
+
+    def _build_on(self, iterator: Any) -> Any:
+        """The batches as they come; an unbuilt model is built on their shapes: theta~ must copy theta_0 before the
+        step is traced: variables that are made in a trace have no value there.
+        """
+        if not self.weights and self.config.mu > 0 and not self.model.run_eagerly:
+            if isinstance(iterator, (tf.data.Iterator, tf.distribute.DistributedIterator)):
+                shapes = iterator.element_spec
+            else:
+                shapes = next(iterator)
+                iterator = itertools.chain([shapes], iterator)
+                shapes = keras.tree.map_structure(lambda x: None if x is None else tf.convert_to_tensor(x), shapes)
+            self.model._symbolic_build(data_batch=shapes)
+            self.build()
+        return iterator
+
+    @property
+    def active(self) -> bool:
+        """Whether there is anything to add to plain training."""
+        return self.config.lambda_s > 0 or self.config.mu > 0
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """R_s, D_Breg, max|delta| and the vanished fraction, averaged since the metrics were reset; and the step."""
+        values = {**self.shown, **self.hidden}
+        return {name: float(metric.result()) for name, metric in values.items()} | {"step": float(_numpy(self.step))}
+
+    def build(self) -> None:
+        """theta~ <- theta_0, once the model has its weights."""
+        if self.weights or self.config.mu == 0:
+            return
+        if not tf.executing_eagerly():
+            raise RuntimeError("SMART: the model has no weights yet: call it on a batch before its training begins")
+        with self.model.distribute_strategy.scope():
+            self.weights = list(self.model.trainable_variables)
+            for weight in self.weights:
+                wide = "float64" if weight.dtype == "float64" else "float32"
+                self.averages.append(_variable(_numpy(weight).astype(wide), "smart_average"))
+
+    def install(self) -> None:
+        """Put SMART on the model's instance."""
+        if hasattr(self.model, _ENGINE):
+            raise ValueError(
+                "SMART: this model already has a SMARTCallback or attach() at work; give it one, since two would train "
+                "two penalties"
+            )
+        self._patches.put(self.model, _ENGINE, self)
+        try:
+            self.site.install()
+            for name in self.METHODS:
+                original = getattr(self.model, name)
+                self._patches.put(self.model, name, partial(getattr(self, name), original))
+            # the step that is compiled already is the plain one; it is back after `remove`
+            self._patches.put(self.model, "train_function", None)
+        except BaseException:
+            self.remove()
+            raise
+
+    def replace_method(self, name: str, function: Callable[..., Any]) -> None:
+        """Put another method on the model, until `remove`."""
+        self._patches.put(self.model, name, function)
+
+    def remove(self) -> None:
+        """Leave the model as it was before `install`."""
+        self.site.remove()
+        self._patches.remove()
+
+    # What Keras calls
+
+    def make_train_function(self, original: Callable[..., Any], force: bool = False) -> Any:
+        """Keras' compiled training step, followed by a look at what went wrong in it."""
+        if self.model.train_function is not None and not force:
+            return self.model.train_function
+        original(force=True)
+        compiled = self.model.train_function
+
+        def train_function(iterator: Any) -> Any:
+            try:
+                logs = compiled(self._build_on(iterator))
+                self._report()
+            except (StopIteration, tf.errors.OutOfRangeError):  # the end of an epoch
+                raise
+            except BaseException:
+                # Keras calls no on_train_end now
+                self.on_error()
+                raise
+            return logs
+
+        object.__setattr__(self.model, "train_function", train_function)
+        return train_function
+
+    def train_step(self, original: Callable[..., Any], *data: Any) -> Any:
+        """The model's own step, with the penalty in its loss; then theta~ moves."""
+        with self.training_step():
+            logs = original(*data)
+        return {**logs, **{name: metric.result() for name, metric in self.shown.items()}}
+
+    @contextmanager
+    def training_step(self) -> Iterator[None]:
+        """What `train_step` is, for a loop of your own: the forward, `model.compute_loss` and the update go inside."""
+        before = self._iterations()
+        self._local.penalised = False
+        differentiable = self.config.lambda_s > 0 and self.config.start == "margin"
+        with self.site.recording(differentiable) as passes:
+            self._local.passes = passes
+            try:
+                yield
+            finally:
+                self._local.passes = None
+        if not self._local.penalised:
+            raise RuntimeError(
+                "SMART: the training step never called model.compute_loss, which is where the penalty is added. Take "
+                "the loss from compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight)."
+            )
+        self._update(before)
+        if tf.executing_eagerly():
+            self._report()
+
+    def compute_loss(
+        self,
+        original: Callable[..., Any],
+        x: Any = None,
+        y: Any = None,
+        y_pred: Any = None,
+        sample_weight: Any = None,
+        training: bool = True,
+    ) -> Any:
+        """The model's own loss, plus lambda_s R_s + mu D_Breg inside a training step."""
+        # first, since every other pass clears model.losses
+        own = {"training": training} if self._with_training else {}
+        loss = original(x, y, y_pred, sample_weight, **own)
+        passes = getattr(self._local, "passes", None)
+        if passes is None:
+            return loss
+        self._local.penalised = True
+        penalty = self._penalty(_matching(passes, y_pred), sample_weight)
+        replicas = tf.distribute.get_strategy().num_replicas_in_sync  # Keras sums their losses
+        return loss + tf.cast(penalty / replicas, loss.dtype)
+
+    def reset_metrics(self, original: Callable[..., Any]) -> None:
+        """Keras' own, and ours."""
+        original()
+        for metric in (*self.shown.values(), *self.hidden.values()):
+            metric.reset_state()
+
+    def _get_metrics_result_or_logs(self, original: Callable[..., Any], logs: Any) -> Any:
+        """Keras' epoch logs: it compares names with the model's metrics, and ours are not among them."""
+        ours = {name: metric.result() for name, metric in self.shown.items() if name in logs}
+        return {**original({name: value for name, value in logs.items() if name not in ours}), **ours}
+
+    def save_weights(self, original: Callable[..., Any], filepath: Any, *args: Any, **kwargs: Any) -> Any:
+        """Keras' own, and theta~, the step and the seeds beside it."""
+        saved = original(filepath, *args, **kwargs)
+        self.save_state(filepath)
+        return saved
+
+    def load_weights(self, original: Callable[..., Any], filepath: Any, *args: Any, **kwargs: Any) -> Any:
+        """Keras' own, and theta~, the step and the seeds where they lie beside it."""
+        loaded = original(filepath, *args, **kwargs)
+        if os.path.exists(f"{filepath}{_SUFFIX}"):
+            self.load_state(filepath)
+        return loaded
+
+    def save(self, original: Callable[..., Any], filepath: Any, *args: Any, **kwargs: Any) -> Any:
+        """As `save_weights`, for the whole model."""
+        return self.save_weights(original, filepath, *args, **kwargs)
+
+    # What resuming takes
+
+    def save_state(self, filepath: Any) -> None:
+        """Write theta~, the step and the states of all seeds to `filepath` + '.smart.npz'."""
+        seeds = {f"seed/{i}": state for i, state in enumerate(self._seed_states())}
+        averages = {f"average/{i}": average for i, average in enumerate(self.averages)}
+        state = {"step": self.step, "draws": self.draws, **averages, **seeds}
+        # complete or not at all
+        partial_file = f"{filepath}{_SUFFIX}.part"
+        with open(partial_file, "wb") as file:
+            np.savez(file, **{name: _numpy(value) for name, value in state.items()})
+        os.replace(partial_file, f"{filepath}{_SUFFIX}")
+
+    def load_state(self, filepath: Any) -> None:
+        """Go on where `save_state` left off; ValueError where the state is not of this model."""
+        if not all(layer.built for layer in self.model._flatten_layers()):
+            raise ValueError("SMART: the model must be built before its training state is loaded; call it on a batch")
+        self.build()
+        own = {"step": self.step, "draws": self.draws}
+        own |= {f"average/{i}": average for i, average in enumerate(self.averages)}
+        own |= {f"seed/{i}": state for i, state in enumerate(self._seed_states())}
+        with np.load(f"{filepath}{_SUFFIX}") as saved:
+            differing = sorted(
+                name
+                for name in {*saved.files, *own}
+                if name not in saved.files or name not in own or saved[name].shape != tuple(own[name].shape)
+            )
+            if differing:
+                raise ValueError(
+                    f"SMART: {filepath}{_SUFFIX} is not of this model and configuration: {', '.join(differing[:5])} "
+                    "differ. Freeze layers and enable LoRA before fit, as in the run that wrote it."
+                )
+            for name, variable in own.items():
+                variable.assign(saved[name])
+
+    @contextmanager
+    def swap_teacher(self) -> Iterator[None]:
+        """The model has the averaged weights theta~ inside the block, to evaluate or save them."""
+        if not self.averages:
+            raise ValueError("SMART: there is no theta~ to swap in: mu is 0, or the model was never trained")
+        kept = [_numpy(weight) for weight in self.weights]
+        try:
+            for weight, average in zip(self.weights, self.averages, strict=True):
+                weight.assign(average.value)
+            yield
+        finally:
+            for weight, value in zip(self.weights, kept, strict=True):
+                weight.assign(value)
+
+    # The step
+
+    def _penalty(self, clean: Pass, sample_weight: Any) -> Tensor:
+        config, site = self.config, self.site
+        if config.lambda_s > 0 and not clean.calls:
+            raise RuntimeError(
+                f"SMART: {site} did not run in the model's training pass, so there is nothing to perturb. "
+                + (
+                    "Name a layer that runs with layers=."
+                    if site.layers
+                    else "The model has no Embedding layer and no "
+                    "float input of shape (n, ..., d); name the layer to perturb with layers=."
+                )
+            )
+        self.build()
+        with ExitStack() as precision:
+            if self._float32 and half_precision_layers(self.model):
+                # the published epsilon is lost in half precision, and the clean outputs' rounding is far above R_s
+                precision.enter_context(in_float32(self.model))
+                clean = site.repeat(clean, differentiable=clean.tape is not None)
+            heads = find_heads(self.model, clean.outputs, self._outputs)
+            masks = [padding_mask(clean, call) for call in clean.calls]
+            gate = _Gate()
+            with clean.tape or nullcontext():
+                targets = [head.logits(clean.outputs) for head in heads]
+            positions = [head.mask(clean.outputs, masks) for head in heads]
+
+            def compare(outputs: list[Tensor]) -> Tensor:
+                means = [
+                    head.weight * head.mean(a, gate(b), mask, sample_weight)
+                    for head, a, b, mask in zip(heads, outputs, targets, positions, strict=True)
+                ]
+                return tf.add_n([tf.cast(mean, means[0].dtype) for mean in means])
+
+            penalty = tf.zeros([], targets[0].dtype)
+            finite = {"clean": _finite(targets)}
+            if config.lambda_s > 0:
+                deltas = self._ascend(clean, heads, targets, masks, positions)
+                gated = [(weight, gate(weight.value)) for weight in self.model.trainable_variables]
+                perturbed = site.repeat(clean, lambda i, x: _shifted(x, deltas[i]), gated)
+                outputs = [head.logits(perturbed.outputs) for head in heads]
+                r_s = compare(outputs)
+                finite["perturbed"] = _finite(outputs) & tf.math.is_finite(r_s)
+                penalty += config.lambda_s * r_s
+                self._show("smoothness", r_s, targets[0])
+                self._observe(clean, deltas)
+            if config.mu > 0:
+                taught = site.repeat(clean, weights=list(zip(self.weights, self.averages, strict=True)))
+                outputs = [tf.stop_gradient(head.logits(taught.outputs)) for head in heads]
+                d_breg = compare(outputs)
+                finite["teacher"] = _finite(outputs) & tf.math.is_finite(d_breg)
+                penalty += config.mu * d_breg
+                self._show("proximal", d_breg, targets[0])
+        gate.open = tf.math.is_finite(penalty)
+        unnormalised = tf.reduce_any([head.unnormalised(clean.outputs) for head in heads])
+        self._count({**{name: ~good for name, good in finite.items()}, "unnormalised": unnormalised})
+        return tf.where(gate.open, penalty, tf.zeros_like(penalty))
+
+    def _ascend(
+        self,
+        clean: Pass,
+        heads: list[Head],
+        targets: list[Tensor],
+        masks: list[Tensor | None],
+        positions: list[Tensor | None],
+    ) -> list[Tensor]:
+        config = self.config
+        xs = [tf.stop_gradient(floating(call.x)) for call in clean.calls]
+        balls = [Ball(x, config, mask) for x, mask in zip(xs, masks, strict=True)]
+        fixed = [tf.stop_gradient(target) for target in targets]
+
+        def gradient(deltas: list[Tensor]) -> list[Tensor]:
+            points = [tf.cast(x + delta, call.x.dtype) for x, delta, call in zip(xs, deltas, clean.calls, strict=True)]
+            with tf.GradientTape(watch_accessed_variables=False) as tape:
+                tape.watch(points)
+                at = self.site.repeat(clean, lambda i, x: tf.ensure_shape(points[i], x.shape)).outputs
+                values = [
+                    head.weight * DIVERGENCES[head.divergence].value(target, head.logits(at), mask)
+                    for head, target, mask in zip(heads, fixed, positions, strict=True)
+                ]
+            return self._reached(tape.gradient(values, points))
+
+        if config.start == "gaussian":
+            starts = [ball.gaussian_start(self._draw(x, i)) for i, (ball, x) in enumerate(zip(balls, xs, strict=True))]
+        else:
+            upwards = []
+            for i, (head, target, mask) in enumerate(zip(heads, fixed, positions, strict=True)):
+                noise = self._draw(target, i) if head.divergence == "squared_error" else None
+                upwards.append(head.weight * margin_gradient(target, noise, mask, head.divergence))
+            assert clean.tape is not None
+            directions = clean.tape.gradient(targets, [call.x for call in clean.calls], output_gradients=upwards)
+            starts = [
+                ball.margin_start(direction) for ball, direction in zip(balls, self._reached(directions), strict=True)
+            ]
+        self.draws.assign_add(1)
+        return [tf.stop_gradient(delta) for delta in climb(balls, starts, gradient)]
+
+    def _reached(self, gradients: list[Tensor | None]) -> list[Tensor]:
+        if any(g is None for g in gradients):
+            raise RuntimeError(
+                f"SMART: no gradient leads from the outputs to {self.site} (run {gradients.index(None) + 1} of "
+                f"{len(gradients)}): perturbing it changes nothing. Name a layer that the outputs"
+                " depend on with layers=."
+            )
+        return [tf.stop_gradient(floating(tf.convert_to_tensor(g))) for g in gradients]
+
+    def _draw(self, like: Tensor, run: int) -> Tensor:
+        """Standard normal, from a stream of our own: Keras' and TensorFlow's stay as plain training leaves them."""
+        step = tf.convert_to_tensor(self.draws.value)
+        if self._noise is not None:
+            drawn = tf.convert_to_tensor(self._noise(step, like))
+            if not drawn.shape.is_compatible_with(like.shape):
+                raise ValueError(f"SMART: noise must give a tensor of shape {like.shape}, got {drawn.shape}")
+            return tf.cast(drawn, like.dtype)
+        context = tf.distribute.get_replica_context()
+        replica = 0 if context is None else context.replica_id_in_sync_group
+        seed = tf.stack([tf.constant(self._seed, tf.int64), step])
+        for number in (run, replica):
+            seed = tf.random.experimental.stateless_fold_in(seed, tf.cast(number, tf.int64), alg="philox")
+        return tf.random.stateless_normal(tf.shape(like), seed, dtype=like.dtype, alg="philox")
+
+    def _update(self, before: Tensor | None) -> None:
+        """Count the optimiser step, if there was one, and every S of them move theta~."""
+        steps = 1 if before is None else self._iterations() - before
+        self.step.assign_add(steps)
+        if self.config.mu == 0:
+            return
+        step = tf.convert_to_tensor(self.step.value)
+        moves = (tf.cast(steps, tf.int64) > 0) & (step % self.config.proximal_steps == 0)
+        names = [str(i) for i in range(len(self.weights))]
+        theta = dict(zip(names, (weight.value for weight in self.weights), strict=True))
+        averages = dict(zip(names, (tf.convert_to_tensor(average.value) for average in self.averages), strict=True))
+        moved = ema_update(averages, theta, momentum(step, self.config))
+        for name, average in zip(names, self.averages, strict=True):
+            # not inside tf.cond: a MirroredStrategy cannot assign there
+            average.assign(tf.where(moves, moved[name], averages[name]))
+
+    def _iterations(self) -> Tensor | None:
+        optimizer = getattr(self.model, "optimizer", None)
+        return None if optimizer is None else tf.cast(keras.ops.convert_to_tensor(optimizer.iterations), tf.int64) + 0
+
+    def _show(self, name: str, value: Tensor, like: Tensor) -> None:
+        value = tf.stop_gradient(value)
+        self.shown[name].update_state(value, sample_weight=tf.shape(like)[0])
+
+    def _observe(self, clean: Pass, deltas: list[Tensor]) -> None:
+        moved = lost = tf.zeros([], tf.float32)
+        for call, delta in zip(clean.calls, deltas, strict=True):
+            changed = delta != 0
+            moved += tf.reduce_sum(tf.cast(changed, tf.float32))
+            lost += tf.reduce_sum(tf.cast(changed & (_shifted(call.x, delta) == call.x), tf.float32))
+        vanished = tf.math.divide_no_nan(lost, moved)
+        self.hidden["vanished"].update_state(vanished)
+        self.hidden["max_delta"].update_state(tf.reduce_max([tf.reduce_max(tf.abs(delta)) for delta in deltas]))
+        self._count({"vanished": vanished > 0.5})
+
+    def _count(self, faults: dict[str, Tensor]) -> None:
+        self.faults.assign_add(tf.stack([tf.cast(faults.get(name, False), tf.int64) for name in _FAULTS]))
+
+    def _report(self) -> None:
+        """What the compiled step could only count: raise or warn about it, once."""
+        counts = dict(zip(_FAULTS, _numpy(self.faults).tolist(), strict=True))
+        if not any(counts.values()):
+            return
+        self.faults.assign(np.zeros(len(_FAULTS), np.int64))
+        step = int(_numpy(self.step))
+        if counts["unnormalised"]:
+            raise ValueError(
+                "SMART: the outputs should be probabilities, by the compiled loss or outputs=, but they are negative, "
+                "above 1 or do not sum to 1. Give the loss from_logits=True (and outputs='logits'), or a softmax layer."
+            )
+        if counts["vanished"] and not self._warned:
+            self._warned = True
+            warnings.warn(
+                "SMART: adding the perturbation leaves over half of the entries as they were: it is below the "
+                "precision of the embeddings, and R_s measures nothing there. Use a larger epsilon, or float32 for "
+                "these passes (float32=True).",
+                SMARTWarning,
+                stacklevel=2,
+            )
+        first = next((name for name in ("clean", "perturbed", "teacher") if counts[name]), None)
+        if first is not None and self.config.non_finite == "raise":
+            raise FloatingPointError(
+                f"SMART: the penalty of step {step} is not finite; the first values that are not finite are in the "
+                f"{first} pass. Look at the learning rate and the loss before it, or let such steps go without a "
+                "penalty: SMARTConfig(non_finite='skip')."
+            )
+
+    def _seed_states(self) -> list[Any]:
+        weights = {id(variable) for variable in self.model.weights}
+        return [variable for variable in self.model.non_trainable_variables if id(variable) not in weights]
+
+
+class SMARTCallback(keras.callbacks.Callback):  # type: ignore[misc]
+    """SMART for plain `compile` and `fit`: add it to `callbacks`, and everything else stays as it is.
+
+    F(theta) = L(theta) + lambda_s R_s(theta) + mu D_Breg(theta, theta~)
+
+    `loss` in the progress bar includes the penalties; `smoothness` (R_s) and `proximal` (D_Breg) stand beside it;
+    `val_loss` is the plain one. After `fit` the model is as it was, but for its weights.
+
+    Args:
+        config: the settings; `total_steps` comes from fit's own epochs and steps where it is None.
+        layers: names or objects of the layers whose outputs are perturbed; by default see `smartreg_tf.site.Site`.
+        outputs: what the outputs are: "logits", "probabilities", "label_logits", "label_probabilities" or
+            "regression", one for all or a list or dict with one each. By default what the compiled losses say.
+        noise: (step, like) -> standard normal tensor of the shape of `like`; by default drawn from a stream of its own,
+            which `seed` starts.
+        float32: compute the SMART passes in float32 under mixed precision, where half precision would lose them.
+        resume: the checkpoint of a broken run, with what this callback left beside it; BackupAndRestore needs none.
+
+    Raises:
+        ValueError, RuntimeError, TypeError: when `fit` begins or the first step is traced; the message says what to do.
+        FloatingPointError: a penalty was NaN or infinite, and `config.non_finite` is "raise".
+
+    Source: Jiang et al. 2020 (arXiv 1911.03437), section 3 and Algorithm 1.
+
+    Example:
+        >>> model = keras.Sequential(
+        ...     [keras.layers.Embedding(9, 4), keras.layers.GlobalAveragePooling1D(), keras.layers.Dense(2)]
+        ... )
+        >>> model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+        >>> x, y = np.arange(16).reshape(8, 2) % 9, np.arange(8) % 2
+        >>> history = model.fit(x, y, verbose=0, callbacks=[SMARTCallback(SMARTConfig())])
+        >>> sorted(history.history)
+        ['loss', 'proximal', 'smoothness']
+    """
+
+    def __init__(
+        self,
+        config: SMARTConfig | None = None,
+        layers: Any = None,
+        outputs: Outputs | None = None,
+        *,
+        noise: Noise | None = None,
+        seed: int = 0,
+        float32: bool = True,
+        resume: Any = None,
+    ) -> None:
+        super().__init__()
+        self.config = SMARTConfig() if config is None else config
+        self.engine: Engine | None = None
+        self._options = {"layers": layers, "outputs": outputs, "noise": noise, "seed": seed, "float32": float32}
+        self._resume = resume
+        self._loads = Patches()
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """R_s, D_Breg, max|delta| and the vanished fraction, averaged over the epoch so far, and the optimiser step."""
+        return {} if self.engine is None else self.engine.metrics
+
+    def swap_teacher(self) -> Any:
+        """A context in which the model has the averaged weights theta~, to evaluate or save them.
+
+        Example:
+            >>> SMARTCallback().swap_teacher()
+            Traceback (most recent call last):
+            ...
+            ValueError: SMARTCallback.swap_teacher: there is no theta~ before fit
+        """
+        if self.engine is None:
+            raise ValueError("SMARTCallback.swap_teacher: there is no theta~ before fit")
+        return self.engine.swap_teacher()
+
+    def set_model(self, model: Any) -> None:
+        """Called by fit. A BackupAndRestore that comes first in the list loads before our `on_train_begin`."""
+        super().set_model(model)
+        stale = getattr(model, _ENGINE, None)
+        if stale is not None and stale.temporary:
+            stale.remove()  # of a fit that another callback broke off
+        self._loads.remove()
+        original = model.load_weights
+
+        def load_weights(filepath: Any, *args: Any, **kwargs: Any) -> Any:
+            if os.path.exists(f"{filepath}{_SUFFIX}"):
+                self._resume = filepath
+            return original(filepath, *args, **kwargs)
+
+        self._loads.put(model, "load_weights", load_weights)
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        """Called by fit."""
+        self._loads.remove()
+        self.engine = engine = Engine(self.model, self._complete(), call="SMARTCallback", **self._options)
+        if self._resume is not None:
+            engine.load_state(self._resume)
+            self._resume = None
+        if not engine.active:
+            return
+        engine.temporary = True
+        engine.install()
+        engine.on_error = engine.remove
+        self.model.make_train_function(force=True)
+        plain = type(self.model).make_train_function
+
+        def next_fit(force: bool = False) -> Any:
+            # another fit begins, and this one never ended: an exception outside the training step
+            engine.remove()
+            return plain(self.model, force=force)
+
+        engine.replace_method("make_train_function", next_fit)
+
+    def on_train_end(self, logs: Any = None) -> None:
+        """Called by fit."""
+        if self.engine is not None:
+            self.engine.remove()
+
+    def on_test_begin(self, logs: Any = None) -> None:
+        """Called by evaluate, inside fit or alone."""
+        self._loads.remove()
+
+    def on_predict_begin(self, logs: Any = None) -> None:
+        """Called by predict."""
+        self._loads.remove()
+
+    def _complete(self) -> SMARTConfig:
+        """The configuration with `total_steps` = optimiser steps of the whole fit."""
+        config = self.config
+        if not isinstance(config, SMARTConfig):
+            raise TypeError(f"SMARTCallback: config must be a SMARTConfig, got {type(config).__name__}")
+        steps = self.params.get("steps")
+        if config.total_steps is not None or not config.needs_total_steps:
+            return config
+        if steps is None:
+            raise ValueError(
+                "SMARTCallback: fit does not know how many batches an epoch has, and beta changes during training. "
+                "Give SMARTConfig(total_steps=<optimiser steps of the whole run>) or fit(steps_per_epoch=...)."
+            )
+        accumulated = getattr(self.model.optimizer, "gradient_accumulation_steps", None) or 1
+        return config.replace(total_steps=max(1, self.params["epochs"] * steps // accumulated))
+
+
+@contextmanager
+def attach(
+    model: Any,
+    config: SMARTConfig | None = None,
+    layers: Any = None,
+    outputs: Outputs | None = None,
+    *,
+    noise: Noise | None = None,
+    seed: int = 0,
+    float32: bool = True,
+) -> Iterator[Engine]:
+    """SMART in `train_on_batch`, in several `fit`s or in a loop of your own, inside the block.
+
+    Args, Raises: as `SMARTCallback`; `total_steps` is needed where beta is scheduled.
+
+    Returns:
+        the context's value has `metrics`, `swap_teacher()`, `save_state(path)`, `load_state(path)`, and
+        `training_step()`, a context for one step of a loop that calls no `train_step`.
+
+    Example:
+        >>> model = keras.Sequential([keras.layers.Dense(2)])
+        >>> model.compile("sgd", "mse")
+        >>> x, y = np.ones((4, 3), np.float32), np.ones((4, 2), np.float32)
+        >>> with attach(model, SMARTConfig(total_steps=10)) as smart:
+        ...     for _ in range(3):
+        ...         _ = model.train_on_batch(x, y)
+        >>> smart.metrics["step"]
+        3.0
+    """
+    engine = Engine(
+        model, config, layers=layers, outputs=outputs, noise=noise, seed=seed, float32=float32, call="attach"
+    )
+    if not engine.active:
+        yield engine
+        return
+    engine.install()
+    try:
+        yield engine
+    finally:
+        engine.remove()
+
+
+@keras.saving.register_keras_serializable("smartreg")
+class SMARTModel(keras.Model):  # type: ignore[misc]
+    """A model with SMART in its training step, saved and loaded with its settings and with theta~.
+
+    Args:
+        model: the model to train, a functional or Sequential one, or one that is built.
+        config, layers, outputs, seed, float32: as `SMARTCallback`; `total_steps` is needed where beta is scheduled,
+            and `layers` are names.
+
+    Source: Jiang et al. 2020 (arXiv 1911.03437), section 3 and Algorithm 1.
+
+    Example:
+        >>> inner = keras.Sequential([keras.Input([3]), keras.layers.Dense(2)])
+        >>> model = SMARTModel(inner, SMARTConfig(total_steps=10))
+        >>> model.compile("sgd", "mse")
+        >>> x, y = np.ones((4, 3), np.float32), np.ones((4, 2), np.float32)
+        >>> sorted(model.fit(x, y, verbose=0).history)
+        ['loss', 'proximal', 'smoothness']
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        config: SMARTConfig | None = None,
+        layers: Any = None,
+        outputs: Outputs | None = None,
+        *,
+        seed: int = 0,
+        float32: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.model = model
+        self._settings = {"layers": layers, "outputs": outputs, "seed": seed, "float32": float32}
+        engine = Engine(self, config, call="SMARTModel", **self._settings)
+        object.__setattr__(self, _ENGINE, engine)
+        engine.site.install()
+        if all(layer.built for layer in model._flatten_layers()):
+            self._track()
+            self.built = True
+
+    def build(self, input_shape: Any) -> None:
+        """Build the inner model, and theta~ with it."""
+        if not self.model.built:
+            self.model.build(input_shape)
+        unbuilt = [layer.name for layer in self.model._flatten_layers() if not layer.built]
+        if unbuilt:
+            raise ValueError(
+                f"SMARTModel: the layers {', '.join(unbuilt[:5])} are not built by the model's build(input_shape); "
+                "call the model on a batch before you wrap it"
+            )
+        self._track()
+        self.built = True
+
+    def call(self, inputs: Any, training: bool | None = None) -> Any:
+        """The inner model's own call."""
+        return self.model(inputs, training=training) if self.model._call_has_training_arg else self.model(inputs)
+
+    def train_step(self, data: Any) -> Any:
+        """Keras' training step, with the penalty in its loss."""
+        return self._engine.train_step(super().train_step, data)
+
+    def compute_loss(
+        self, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None, training: bool = True
+    ) -> Any:
+        """The compiled loss, plus the penalty inside a training step."""
+        return self._engine.compute_loss(super().compute_loss, x, y, y_pred, sample_weight, training)
+
+    def make_train_function(self, force: bool = False) -> Any:
+        """Keras' own, followed by a look at what went wrong in the step."""
+        return self._engine.make_train_function(super().make_train_function, force)
+
+    def reset_metrics(self) -> None:
+        """Keras' own, and `smoothness` and `proximal`."""
+        self._engine.reset_metrics(super().reset_metrics)
+
+    def _get_metrics_result_or_logs(self, logs: Any) -> Any:
+        return self._engine._get_metrics_result_or_logs(super()._get_metrics_result_or_logs, logs)
+
+    def swap_teacher(self) -> Any:
+        """A context in which the model has the averaged weights theta~, to evaluate or save them."""
+        return self._engine.swap_teacher()
+
+    def get_config(self) -> dict[str, Any]:
+        """The settings and the inner model."""
+        return {
+            **super().get_config(),
+            "model": keras.saving.serialize_keras_object(self.model),
+            "config": self._engine.config.to_dict(),
+            **self._settings,
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> SMARTModel:
+        """The model of `get_config`."""
+        config = dict(config)
+        inner = keras.saving.deserialize_keras_object(config.pop("model"), custom_objects)
+        return cls(inner, SMARTConfig.from_dict(config.pop("config")), **config)
+
+    @property
+    def _engine(self) -> Engine:
+        engine: Engine = getattr(self, _ENGINE)
+        return engine
+
+    def _track(self) -> None:
+        engine = self._engine
+        engine.build()
+        self._smart_variables = [engine.step, engine.draws, *engine.averages]  # Keras saves what it finds here
+
+
+class _Gate:
+    """Identity whose gradient is 0 unless `open`, even where what comes back is NaN: a penalty that is not finite must
+    not reach the weights. `open` is set after the forward and read by the backward.
+    """
+
+    def __init__(self) -> None:
+        self.open: Tensor = tf.constant(True)
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        @tf.custom_gradient  # type: ignore[untyped-decorator]
+        def identity(tensor: Tensor) -> Any:
+            def vjp(upstream: Tensor) -> Tensor:
+                if isinstance(upstream, tf.IndexedSlices):
+                    return tf.IndexedSlices(self._kept(upstream.values), upstream.indices, upstream.dense_shape)
+                return self._kept(upstream)
+
+            return tf.identity(tensor), vjp
+
+        return identity(tensor)
+
+    def _kept(self, gradient: Tensor) -> Tensor:
+        return tf.where(self.open, gradient, tf.zeros_like(gradient))
+
+
+def _matching(passes: list[Pass], y_pred: Any) -> Pass:
+    """The call of the model that `y_pred` is from."""
+    if not passes:
+        raise RuntimeError(
+            "SMART: the train_step called compute_loss without calling the model, self(x, training=True), before it"
+        )
+    asked = {id(tensor) for tensor in keras.tree.flatten(y_pred)}
+    for clean in reversed(passes):
+        if asked & {id(tensor) for tensor in keras.tree.flatten(clean.outputs)}:
+            return clean
+    return passes[-1]
+
+
+def _shifted(x: Tensor, delta: Tensor) -> Tensor:
+    """x + delta, rounded once to x's dtype."""
+    return tf.cast(tf.cast(x, delta.dtype) + delta, x.dtype)
+
+
+def _finite(tensors: list[Tensor]) -> Tensor:
+    # -inf is a masked class
+    return tf.reduce_all([tf.reduce_all((tensor < tensor.dtype.max) | (tensor == -np.inf)) for tensor in tensors])
+
+
+def _numpy(variable: Any) -> Any:
+    return tf.convert_to_tensor(variable.value).numpy()
+
+
+def _variable(value: Any, name: str, aggregation: str = "only_first_replica", synchronization: str = "auto") -> Any:
+    return keras.Variable(
+        value,
+        dtype=value.dtype.name,
+        trainable=False,
+        name=name,
+        aggregation=aggregation,
+        synchronization=synchronization,
+    )
