@@ -1,0 +1,198 @@
+"""Algorithm 1 in Keras against the NumPy reference: 50 steps, every intermediate, the same noise."""
+
+import numpy as np
+import pytest
+
+tf = pytest.importorskip("tensorflow", reason="the TensorFlow half needs the extra smartreg[tf]")
+
+import keras  # noqa: E402
+
+from smartreg import SMARTConfig  # noqa: E402
+from smartreg.training import Batch, fit_reference, init_parameters  # noqa: E402
+from smartreg_tf import attach  # noqa: E402
+from smartreg_tf.divergences import position_weights  # noqa: E402
+
+N, TOKENS, D, CLASSES, STEPS = 6, 5, 4, 3, 50
+KINDS = {"symmetric_kl": "logits", "bernoulli_symmetric_kl": "label_logits", "squared_error": "regression"}
+
+
+@pytest.fixture(autouse=True)
+def _float64():
+    before = keras.config.floatx()
+    keras.config.set_floatx("float64")
+    yield
+    keras.config.set_floatx(before)
+
+
+class Network(keras.Model):
+    """The reference network, with the reference's own task loss (a per-example mean over positions)."""
+
+    def __init__(self, theta, divergence, pooled):
+        super().__init__()
+        self.divergence, self.pooled = divergence, pooled
+        self.embedding = keras.layers.Embedding(*theta["E"].shape)
+        self.hidden = keras.layers.Dense(theta["W1"].shape[1], activation="tanh")
+        self.head = keras.layers.Dense(theta["W2"].shape[1])
+        self({"ids": np.zeros((1, TOKENS), int), "padding_mask": np.ones((1, TOKENS), bool)})
+        self.set_weights([theta[name] for name in ("E", "W1", "b1", "W2", "b2")])
+
+    def call(self, inputs):
+        h = self.hidden(self.embedding(inputs["ids"]))
+        if self.pooled:
+            h = tf.reduce_sum(position_weights(h, inputs["padding_mask"]) * h, 1)
+        return self.head(h)
+
+    def compute_loss(self, x, y, y_pred, sample_weight=None, training=True):
+        if self.divergence == "symmetric_kl":
+            losses = tf.nn.sparse_softmax_cross_entropy_with_logits(y, y_pred)
+        elif self.divergence == "bernoulli_symmetric_kl":
+            losses = tf.reduce_sum(tf.nn.sigmoid_cross_entropy_with_logits(y, y_pred), -1)
+        else:
+            losses = tf.reduce_sum((y_pred - y) ** 2, -1)
+        if not self.pooled:
+            losses = tf.reduce_sum(position_weights(y_pred, x["padding_mask"])[..., 0] * losses, 1)
+        weight = 1 if sample_weight is None else tf.cast(sample_weight, losses.dtype)
+        return tf.reduce_mean(weight * losses)
+
+
+class Adam(keras.optimizers.Adam):
+    """Keras' Adam with its constants in float64: Keras 3.15 takes beta_1 and beta_2 through float32."""
+
+    def update_step(self, gradient, variable, learning_rate):
+        beta_1, beta_2 = tf.constant(0.9, tf.float64), tf.constant(0.999, tf.float64)
+        t = tf.cast(self.iterations + 1, tf.float64)
+        alpha = learning_rate * tf.sqrt(1 - beta_2**t) / (1 - beta_1**t)
+        m, v = (slots[self._get_variable_index(variable)] for slots in (self._momentums, self._velocities))
+        m.assign(m + (gradient - m) * (1 - beta_1))
+        v.assign(v + (gradient * gradient - v) * (1 - beta_2))
+        variable.assign(variable - m * alpha / (tf.sqrt(v) + self.epsilon))
+
+
+class Recorder:
+    """Variables into which a compiled step writes what it would otherwise throw away."""
+
+    def __init__(self):
+        self.slots = {}
+
+    def put(self, name, value):
+        if name not in self.slots:
+            with tf.init_scope():
+                self.slots[name] = tf.Variable(tf.zeros(value.shape, value.dtype))
+        self.slots[name].assign(value)
+
+    def __getitem__(self, name):
+        return self.slots[name].numpy()
+
+
+def make_batches(rng, divergence, pooled, weighted):
+    batches = []
+    for _ in range(STEPS):
+        lengths = rng.integers(2, TOKENS + 1, N)
+        y_shape = (N,) if pooled else (N, TOKENS)
+        if divergence == "symmetric_kl":
+            y = rng.integers(CLASSES, size=y_shape)
+        elif divergence == "bernoulli_symmetric_kl":
+            y = rng.integers(2, size=(*y_shape, CLASSES)).astype(float)
+        else:
+            y = rng.normal(size=(*y_shape, CLASSES))
+        mask = np.arange(TOKENS) < lengths[:, None]
+        batches.append(Batch(rng.integers(20, size=(N, TOKENS)), y, mask, rng.random(N) * 2 if weighted else None))
+    return batches
+
+
+def compare(config, divergence="symmetric_kl", pooled=True, optimizer="adam_keras", weighted=False, mode="graph"):
+    rng = np.random.default_rng(0)
+    theta = init_parameters(rng, vocabulary=20, d=D, hidden=7, outputs=CLASSES)
+    batches = make_batches(rng, divergence, pooled, weighted)
+    outputs_shape = (N, CLASSES) if pooled else (N, TOKENS, CLASSES)
+    noise = rng.normal(size=(STEPS, *((N, TOKENS, D) if config.start == "gaussian" else outputs_shape)))
+    want = fit_reference(
+        theta, batches, config, noise, divergence=divergence, optimizer=optimizer, learning_rate=0.01, pooled=pooled
+    )
+
+    record = Recorder()
+    base = keras.optimizers.SGD if optimizer == "sgd" else Adam
+
+    class Optimizer(base):
+        def apply(self, grads, trainable_variables=None):
+            # dense: of a token that comes twice, Keras 3.15's Adam adds the squares of the two slices of the gradient
+            grads = [tf.convert_to_tensor(g) for g in grads]
+            for name, g in zip(("E", "W1", "b1", "W2", "b2"), grads, strict=True):
+                record.put(f"gradient {name}", g)
+            return super().apply(grads, trainable_variables)
+
+    model = Network(theta, divergence, pooled)
+    options = {"epsilon": 1e-8} if base is Adam else {}
+    model.compile(Optimizer(0.01, **options), run_eagerly=mode == "eager", jit_compile=mode == "xla")
+    draws = tf.constant(noise)
+    with attach(model, config, outputs=KINDS[divergence], noise=lambda step, like: tf.gather(draws, step)) as smart:
+        ascend = smart._ascend
+
+        def recorded(clean, heads, targets, *rest):
+            record.put("outputs", targets[0])
+            deltas = ascend(clean, heads, targets, *rest)
+            record.put("delta", deltas[0])
+            return deltas
+
+        smart._ascend = recorded
+        for t, (batch, step) in enumerate(zip(batches, want, strict=True)):
+            logs = model.train_on_batch(
+                {"ids": batch.ids, "padding_mask": batch.mask},
+                batch.y,
+                sample_weight=batch.sample_weight,
+                return_dict=True,
+            )
+            if t == 0 and mode == "graph" and config.lambda_s > 0:
+                assert np.abs(step.delta).max() > 0
+            got = {"objective": logs["loss"]}
+            expected = {"objective": step.objective}
+            if config.lambda_s > 0:
+                got |= {"R_s": logs["smoothness"], "delta": record["delta"], "outputs": record["outputs"]}
+                expected |= {"R_s": step.R_s, "delta": step.delta, "outputs": step.outputs}
+            if config.mu > 0:
+                got["D_Breg"], expected["D_Breg"] = logs["proximal"], step.D_Breg
+            for i, name in enumerate(("E", "W1", "b1", "W2", "b2")):
+                got[name], expected[name] = model.weights[i].numpy(), step.theta[name]
+                got[f"gradient {name}"], expected[f"gradient {name}"] = (
+                    record[f"gradient {name}"],
+                    step.gradients[name],
+                )
+                if config.mu > 0:
+                    got[f"{name}~"], expected[f"{name}~"] = smart.averages[i].numpy(), step.teacher[name]
+            for name, value in expected.items():
+                atol = 1e-9 * np.abs(value).max() + 1e-15
+                np.testing.assert_allclose(got[name], value, rtol=1e-9, atol=atol, err_msg=f"{name} at step {t + 1}")
+        assert smart.metrics["step"] == STEPS
+    return want
+
+
+SCHEDULE = {"total_steps": STEPS, "beta_early": 0.5, "beta_late": 0.9, "early_fraction": 0.3}
+CASES = {
+    "recommended": ({}, {}),
+    "T_x=3, S=3, VBPP, l2": (
+        {"ascent_steps": 3, "proximal_steps": 3, "beta_early": 0.0, "beta_late": 0.0, "norm": "2", "eta": 0.1},
+        {},
+    ),
+    "T_x=0, sgd, token": ({"ascent_steps": 0, "granularity": "token", "norm": "1"}, {"optimizer": "sgd"}),
+    "l1, weighted": ({"norm": "1", "ascent_steps": 3, "eta": 0.2}, {"weighted": True}),
+    "margin": ({"start": "margin", "ascent_steps": 0}, {}),
+    "margin, l2, token, T_x=1": ({"start": "margin", "norm": "2", "granularity": "token", "eta": 0.1}, {}),
+    "positions": ({"granularity": "token", "norm": "2", "eta": 0.05}, {"pooled": False, "weighted": True}),
+    "multi-label, S=3": ({"proximal_steps": 3}, {"divergence": "bernoulli_symmetric_kl"}),
+    "regression, margin": ({"start": "margin"}, {"divergence": "squared_error", "optimizer": "sgd"}),
+    "released code": ({"projection": "rescale", "scale": "absolute", "epsilon": 1e-3, "sigma": 0.1}, {}),
+    "R_s alone": ({"mu": 0.0}, {}),
+    "D_Breg alone": ({"lambda_s": 0.0, "proximal_steps": 3}, {"pooled": False}),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_fifty_steps_equal_numpy(name):
+    changes, options = CASES[name]
+    want = compare(SMARTConfig(**{**SCHEDULE, "epsilon": 0.2, "sigma": 0.2, **changes}), **options)
+    assert {step.beta for step in want if step.beta is not None} >= {changes.get("beta_late", 0.9)}
+
+
+@pytest.mark.parametrize("mode", ["eager", "xla"])
+def test_eager_and_xla_are_alike(mode):
+    compare(SMARTConfig(**SCHEDULE, epsilon=0.2, norm="2", eta=0.1, ascent_steps=1), mode=mode, weighted=True)
