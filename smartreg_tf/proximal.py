@@ -51,13 +51,15 @@ def ema_update(teacher: Mapping[str, Tensor], theta: Mapping[str, Tensor], beta:
         >>> ema_update({"w": tf.constant(0.0)}, {"w": tf.constant(1.0)}, 0.75)["w"].numpy()
         np.float32(0.25)
     """
-    # 1 - beta is taken in float64: in float32, 1 - 0.999 is off by 1e-5 of itself
+    # 1 - beta in float64: in float32, 1 - 0.999 is off by 1e-5 of itself. A step from theta~ leaves equal weights equal.
     beta = tf.convert_to_tensor(beta, tf.float64)
-    return {
-        name: tf.cast(1 - beta, average.dtype) * tf.cast(theta[name], average.dtype)
-        + tf.cast(beta, average.dtype) * average
-        for name, average in teacher.items()
-    }
+
+    def moved(average: Tensor, weight: Tensor) -> Tensor:
+        weight = tf.cast(weight, average.dtype)
+        step = tf.cast(1 - beta, average.dtype) * (weight - average)
+        return tf.where(beta == 0, weight, average + step)
+
+    return {name: moved(average, theta[name]) for name, average in teacher.items()}
 
 
 def bregman_divergence(

@@ -195,6 +195,12 @@ def test_ema_of_narrow_weights_moves_in_float32():
     np.testing.assert_allclose(average, 1.001, rtol=1e-7)
 
 
+def test_ema_leaves_equal_weights_equal_and_beta_0_copies():
+    theta = {"w": tf.random.stateless_normal([1000], [1, 2])}
+    np.testing.assert_array_equal(proximal.ema_update(theta, theta, 0.9)["w"], theta["w"])
+    np.testing.assert_array_equal(proximal.ema_update({"w": 3 * theta["w"]}, theta, 0.0)["w"], theta["w"])
+
+
 def test_no_gradient_reaches_the_teacher_and_weights_are_checked():
     a, b = tf.constant([[1.0, 2.0]]), tf.constant([[1.0, 3.0]])
     with tf.GradientTape() as tape:

@@ -1,0 +1,448 @@
+"""Every kind of Keras model and of `fit`: same dropout masks, nothing else changed, nothing left behind."""
+
+import numpy as np
+import pytest
+
+tf = pytest.importorskip("tensorflow", reason="the TensorFlow half needs the extra smartreg[tf]")
+
+import keras  # noqa: E402
+from keras import layers  # noqa: E402
+
+from smartreg import SMARTConfig  # noqa: E402
+from smartreg_tf import SMARTCallback, attach  # noqa: E402
+
+CE = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+N, TOKENS, CLASSES = 12, 5, 3
+RNG = np.random.default_rng(0)
+IDS = RNG.integers(1, 20, size=(N, TOKENS))
+IDS[::3, 3:] = 0
+Y = RNG.integers(CLASSES, size=N)
+IMAGES = RNG.normal(size=(N, 6, 6, 2)).astype(np.float32)
+SETTINGS = {"epsilon": 0.3, "sigma": 0.3, "beta_early": 0.9}
+
+
+def data(*arrays, batch=4):
+    return tf.data.Dataset.from_tensor_slices(arrays).batch(batch, drop_remainder=True)
+
+
+def sequential(built=True, dropout=0.4):
+    inner = [layers.Embedding(20, 4), layers.Dropout(dropout), layers.GlobalAveragePooling1D(), layers.Dense(CLASSES)]
+    return keras.Sequential(([keras.Input([TOKENS], dtype="int32")] if built else []) + inner)
+
+
+def functional():
+    ids = keras.Input([TOKENS], dtype="int32")
+    x = layers.Embedding(20, 4)(ids) + layers.Embedding(TOKENS, 4, name="position_embedding")(keras.ops.arange(TOKENS))
+    x = layers.MultiHeadAttention(2, 2, dropout=0.3)(x, x)
+    return keras.Model(ids, layers.Dense(CLASSES)(layers.Flatten()(x)))
+
+
+def nested():
+    ids = keras.Input([TOKENS], dtype="int32")
+    body = keras.Model(ids, layers.Dropout(0.4)(layers.Embedding(20, 4)(ids)))
+    return keras.Sequential([body, layers.Flatten(), layers.Dense(CLASSES)])
+
+
+class Subclassed(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.drop, self.head = layers.Embedding(20, 4), layers.Dropout(0.4), layers.Dense(CLASSES)
+
+    def call(self, inputs, training=False):
+        ids = inputs["ids"] if isinstance(inputs, dict) else inputs
+        x = self.drop(self.embedding(ids), training=training)
+        return self.head(keras.ops.mean(x, 1))
+
+
+def dict_inputs():
+    ids, mask = keras.Input([TOKENS], dtype="int32", name="ids"), keras.Input([TOKENS], name="padding_mask")
+    x = layers.Dropout(0.4)(layers.Embedding(20, 4)(ids)) * mask[..., None]
+    return keras.Model({"ids": ids, "padding_mask": mask}, layers.Dense(CLASSES)(keras.ops.sum(x, 1)))
+
+
+def two_outputs(kind):
+    ids = keras.Input([TOKENS], dtype="int32")
+    x = layers.Dropout(0.4)(layers.GlobalAveragePooling1D()(layers.Embedding(20, 4)(ids)))
+    heads = {
+        "label": layers.Dense(CLASSES, name="label", activation="softmax")(x),
+        "size": layers.Dense(1, name="size")(x),
+    }
+    return keras.Model(ids, heads if kind is dict else list(heads.values()))
+
+
+class Tied(keras.Model):
+    """A language model whose head is its embedding, read in reverse (keras_hub's ReversibleEmbedding)."""
+
+    def __init__(self):
+        super().__init__()
+        self.token_embedding = layers.ReversibleEmbedding(20, 4)
+        self.drop = layers.Dropout(0.4)
+
+    def call(self, ids, training=False):
+        return self.token_embedding(self.drop(self.token_embedding(ids), training=training), reverse=True)
+
+
+def siamese():
+    first, second = keras.Input([TOKENS], dtype="int32"), keras.Input([TOKENS], dtype="int32")
+    embedding, drop = layers.Embedding(20, 4), layers.Dropout(0.4)
+    x = [keras.ops.mean(drop(embedding(ids)), 1) for ids in (first, second)]
+    return keras.Model([first, second], layers.Dense(CLASSES)(keras.ops.abs(x[0] - x[1])))
+
+
+def convolutional():
+    return keras.Sequential(
+        [
+            keras.Input([6, 6, 2]),
+            layers.Conv2D(3, 3),
+            layers.BatchNormalization(),
+            layers.ReLU(),
+            layers.Dropout(0.4),
+            layers.Flatten(),
+            layers.Dense(CLASSES, activity_regularizer=keras.regularizers.L2(0.1)),
+        ]
+    )
+
+
+def recurrent():
+    return keras.Sequential(
+        [
+            keras.Input([TOKENS], dtype="int32"),
+            layers.Embedding(20, 4, mask_zero=True),
+            layers.LSTM(4, dropout=0.3, recurrent_dropout=0.2),
+            layers.Dense(CLASSES),
+        ]
+    )
+
+
+def lora():
+    model = functional()
+    for layer in model.layers:
+        if isinstance(layer, (layers.Embedding, layers.Dense)):
+            layer.enable_lora(2)
+    return model
+
+
+def hub(preprocessed):
+    hub = pytest.importorskip("keras_hub", reason="needs keras-hub")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "film", "is", "good", "bad"]
+    backbone = hub.models.BertBackbone(
+        vocabulary_size=20, num_layers=1, num_heads=2, hidden_dim=4, intermediate_dim=8, max_sequence_length=TOKENS
+    )
+    preprocessor = None
+    if preprocessed:
+        tokenizer = hub.tokenizers.BertTokenizer(vocabulary=words)
+        preprocessor = hub.models.BertTextClassifierPreprocessor(tokenizer, sequence_length=TOKENS)
+    return hub.models.BertTextClassifier(backbone, num_classes=CLASSES, preprocessor=preprocessor, dropout=0.3)
+
+
+PADDED = {"token_ids": IDS, "segment_ids": np.zeros_like(IDS), "padding_mask": (IDS != 0).astype(np.int32)}
+SENTENCES = np.array(["the film is good", "bad film", "good", "the film is bad"] * 3)
+TWO = {"label": "sparse_categorical_crossentropy", "size": "mse"}
+MATRIX = {
+    "Sequential": (sequential, data(IDS, Y), CE),
+    "Sequential, unbuilt": (lambda: sequential(built=False), data(IDS, Y), CE),
+    "functional": (functional, data(IDS, Y), CE),
+    "nested": (nested, data(IDS, Y), CE),
+    "subclassed, unbuilt": (Subclassed, data(IDS, Y), CE),
+    "dict inputs": (dict_inputs, data({"ids": IDS, "padding_mask": (IDS != 0).astype(np.float32)}, Y), CE),
+    "dict outputs": (lambda: two_outputs(dict), data(IDS, {"label": Y, "size": Y.astype(np.float32)}), TWO),
+    "list outputs": (lambda: two_outputs(list), data(IDS, (Y, Y.astype(np.float32))), list(TWO.values())),
+    "tied embeddings": (Tied, data(IDS, IDS), CE),
+    "siamese": (siamese, data((IDS, IDS[::-1]), Y), CE),
+    "convolutional, BatchNorm": (convolutional, data(IMAGES, Y), CE),
+    "LSTM, mask_zero": (recurrent, data(IDS, Y), CE),
+    "LoRA": (lora, data(IDS, Y), CE),
+    "keras_hub BERT": (lambda: hub(False), data(PADDED, Y), CE),
+    "keras_hub BERT, strings": (lambda: hub(True), data(SENTENCES, Y), CE),
+}
+
+
+def compiled(build, loss, rate=0.0, **options):
+    keras.utils.set_random_seed(1)
+    model = build()
+    if model.built and any(isinstance(layer, layers.LSTM) for layer in model.layers):
+        model.layers[0].set_weights([np.random.default_rng(0).normal(size=(20, 4))])
+    weights = {"loss_weights": [0.5, 2.0]} if isinstance(loss, list) else {}
+    model.compile(keras.optimizers.SGD(rate), loss, **weights, **options)
+    return model
+
+
+def state(model):
+    """Everything that may be left behind: attributes by layer, variables, metrics."""
+    attributes = {
+        (layer.name, name): id(value)
+        for layer in model._flatten_layers()
+        for name, value in vars(layer).items()
+        if name in ("call", "quantized_call", "_dtype_policy", "train_step", "compute_loss", "save", "train_function")
+        or "smart" in name
+    }
+    return attributes, [id(variable) for variable in model.variables], [metric.name for metric in model.metrics]
+
+
+@pytest.mark.parametrize("name", MATRIX)
+def test_same_masks_in_every_pass_and_nothing_left(name):
+    """At lr = 0 and delta = 0 the perturbed and the teacher's pass are the clean one, dropout and all, bit for bit."""
+    build, batches, loss = MATRIX[name]
+    plain = compiled(build, loss, run_eagerly=True)
+    plain_loss = plain.fit(batches, verbose=0, shuffle=False).history["loss"]
+    model = compiled(build, loss, run_eagerly=True)  # in a graph, TensorFlow fuses the passes differently: an ulp
+    silent = SMARTCallback(SMARTConfig(**SETTINGS, ascent_steps=0), noise=lambda step, like: tf.zeros_like(like))
+    history = model.fit(batches, verbose=0, shuffle=False, callbacks=[silent]).history
+    assert history["proximal"] == [0.0]
+    assert history["smoothness"] == [0.0]
+    assert history["loss"] == plain_loss  # the dropout masks, model.losses and all
+    for got, want in zip(model.variables, plain.variables, strict=True):
+        assert got.path.split("/")[-1] == want.path.split("/")[-1]
+        np.testing.assert_array_equal(got.numpy(), want.numpy())  # BatchNorm's statistics and the seeds among them
+
+    model.run_eagerly = False
+    before = state(model)
+    callback = SMARTCallback(SMARTConfig(**SETTINGS, eta=0.3))
+    history = model.fit(batches, verbose=0, shuffle=False, callbacks=[callback]).history
+    assert state(model) == before
+    assert set(history) >= {"loss", "smoothness", "proximal"}
+    assert history["proximal"] == [0.0]
+    assert history["smoothness"][0] > 0
+    assert callback.metrics["max_delta"] > 0
+    assert callback.metrics["step"] == len(batches)
+    assert len(callback.engine.averages) == len(model.trainable_variables)
+
+
+def test_padding_is_not_perturbed():
+    seen = []
+    for name in ("LSTM, mask_zero", "dict inputs", "keras_hub BERT"):
+        build, batches, loss = MATRIX[name]
+        model = compiled(build, loss, run_eagerly=True)
+        inputs, y = next(iter(batches))
+        ids = inputs if not isinstance(inputs, dict) else inputs.get("ids", inputs.get("token_ids"))
+        with attach(model, SMARTConfig(**SETTINGS, total_steps=9)) as smart:
+            ascend = smart._ascend
+
+            def recorded(*arguments, ascend=ascend):
+                seen.append(ascend(*arguments)[0].numpy())
+                return seen[-1:]
+
+            smart._ascend = recorded
+            model.train_on_batch(inputs, y)
+        assert (seen[-1][ids.numpy() == 0] == 0).all(), name
+        assert (np.abs(seen[-1][ids.numpy() != 0]).max(-1) > 0).all(), name
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"run_eagerly": True}, {"jit_compile": True}, {"steps_per_execution": 3}],
+    ids=["graph", "eager", "xla", "steps_per_execution"],
+)
+def test_switched_off_it_is_plain_fit_bit_for_bit(options):
+    def run(callbacks):
+        model = compiled(sequential, CE, 0.1, **options)
+        history = model.fit(IDS, Y, batch_size=4, epochs=2, verbose=0, callbacks=callbacks).history
+        return history, model.get_weights()
+
+    history, weights = run([])
+    off, off_weights = run([SMARTCallback(SMARTConfig(lambda_s=0, mu=0))])
+    on, on_weights = run([SMARTCallback(SMARTConfig(**SETTINGS))])
+    assert off == history
+    for got, want, other in zip(off_weights, weights, on_weights, strict=True):
+        np.testing.assert_array_equal(got, want)
+        assert np.abs(other - want).max() > 0
+    assert set(on) == {"loss", "smoothness", "proximal"}
+
+
+def fitted(callback_config=None, *, fit=None, optimizer=None, **options):
+    keras.utils.set_random_seed(1)
+    model = sequential(dropout=0.0)  # XLA draws other dropout masks
+    model.compile(optimizer or keras.optimizers.SGD(0.1), CE, **options)
+    draws = np.random.default_rng(5).normal(size=(4, TOKENS, 4)).astype(np.float32)
+    callback = SMARTCallback(
+        SMARTConfig(**SETTINGS, **(callback_config or {})),
+        noise=lambda step, like: draws * (1 + tf.cast(step, tf.float32)),
+    )
+    history = model.fit(
+        IDS, Y, **{"batch_size": 4, "epochs": 2, "shuffle": False, "verbose": 0, "callbacks": [callback], **(fit or {})}
+    )
+    return model, callback, history.history
+
+
+def test_eager_graph_xla_and_steps_per_execution_agree():
+    model, callback, history = fitted()
+    for options in ({"run_eagerly": True}, {"jit_compile": True}, {"steps_per_execution": 2}):
+        other, other_callback, other_history = fitted(**options)
+        for got, want in zip(other.get_weights(), model.get_weights(), strict=True):
+            np.testing.assert_allclose(got, want, atol=20 * 2**-23 * np.abs(want).max())
+        for got, want in zip(other_callback.engine.averages, callback.engine.averages, strict=True):
+            np.testing.assert_allclose(got, want, atol=20 * 2**-23 * np.abs(want).max())
+        assert other_history.keys() == history.keys()
+        # R_s is about 1e-2 and its rounding that of the logits' differences
+        np.testing.assert_allclose(other_history["smoothness"], history["smoothness"], rtol=1e-4)
+
+
+def test_val_loss_is_plain_and_loss_has_the_penalty():
+    keras.utils.set_random_seed(1)
+    model = keras.Sequential(
+        [keras.Input([TOKENS], dtype="int32"), layers.Embedding(20, 4), layers.Flatten(), layers.Dense(3)]
+    )
+    model.compile(keras.optimizers.SGD(0.0), CE)
+    callback = SMARTCallback(SMARTConfig(**SETTINGS, lambda_s=3.0))
+    history = model.fit(IDS, Y, validation_data=(IDS, Y), verbose=0, batch_size=4, callbacks=[callback]).history
+    assert set(history) == {"loss", "smoothness", "proximal", "val_loss"}
+    plain = model.evaluate(IDS, Y, verbose=0)
+    assert history["val_loss"][0] == pytest.approx(plain, rel=1e-6)
+    assert history["loss"][0] == pytest.approx(plain + 3 * history["smoothness"][0], rel=1e-6)
+    assert history["smoothness"][0] > 1e-4
+
+
+def test_sample_and_class_weights_weigh_the_penalty():
+    weights = np.where(Y == 0, 0.0, 2.0).astype(np.float32)
+    by_sample, _, history = fitted(fit={"sample_weight": weights})
+    by_class, _, class_history = fitted(fit={"class_weight": {0: 0.0, 1: 2.0, 2: 2.0}})
+    _, _, plain_history = fitted()
+    assert class_history == history
+    assert history["smoothness"] != plain_history["smoothness"]
+    _, _, none = fitted(fit={"sample_weight": np.zeros(N, np.float32)})
+    assert none["smoothness"] == [0.0, 0.0]
+    for got, want in zip(by_class.get_weights(), by_sample.get_weights(), strict=True):
+        np.testing.assert_array_equal(got, want)
+
+
+def test_gradient_accumulation_moves_theta_once_a_step():
+    optimizer = keras.optimizers.SGD(0.1, gradient_accumulation_steps=3)
+    _, callback, _ = fitted({"beta_late": 0.5}, optimizer=optimizer)
+    assert callback.metrics["step"] == 2  # 6 batches
+    assert callback.engine.config.total_steps == 2
+
+
+class OwnStep(keras.Model):
+    """A training step and a loss of the user's own."""
+
+    def __init__(self, asks=True):
+        super().__init__()
+        self.asks = asks
+        self.embedding, self.head = layers.Embedding(20, 4), layers.Dense(CLASSES)
+
+    def call(self, ids):
+        return self.head(keras.ops.mean(self.embedding(ids), 1))
+
+    def compute_loss(self, x, y, y_pred, sample_weight=None):
+        return 2 * keras.ops.mean(keras.losses.sparse_categorical_crossentropy(y, y_pred, from_logits=True))
+
+    def train_step(self, batch):
+        x, y = batch
+        with tf.GradientTape() as tape:
+            other = self(x[:, ::-1])  # a second call, whose penalty nobody asked for
+            y_pred = self(x)
+            loss = self.compute_loss(x, y, y_pred) if self.asks else keras.ops.mean(y_pred)
+            loss = loss + 0.0 * keras.ops.sum(other)
+        self.optimizer.apply_gradients(
+            zip(tape.gradient(loss, self.trainable_variables), self.trainable_variables, strict=True)
+        )
+        return {"own": loss}
+
+
+def test_a_train_step_and_a_loss_of_the_users_own():
+    model = compiled(OwnStep, None, 0.0)
+    callback = SMARTCallback(SMARTConfig(**SETTINGS), outputs="logits")
+    history = model.fit(IDS, Y, batch_size=N, verbose=0, callbacks=[callback]).history
+    assert set(history) == {"own", "smoothness", "proximal"}
+    plain = float(model.compute_loss(IDS, Y, model(IDS)))
+    assert history["own"][0] == pytest.approx(plain + history["smoothness"][0], rel=1e-5)
+    assert history["smoothness"][0] > 1e-5
+
+
+def test_early_stopping_and_a_second_fit():
+    keras.utils.set_random_seed(1)
+    model = compiled(sequential, CE, 0.1)
+    callback = SMARTCallback(SMARTConfig(**SETTINGS))
+    stop = keras.callbacks.EarlyStopping("loss", patience=0, min_delta=1e9, restore_best_weights=True)
+    history = model.fit(IDS, Y, epochs=9, verbose=0, callbacks=[callback, stop]).history
+    assert len(history["loss"]) == 2
+    first = callback.engine
+    model.fit(IDS, Y, epochs=2, verbose=0, callbacks=[callback])
+    assert callback.engine is not first
+    assert callback.metrics["step"] == 2
+    plain = model.fit(IDS, Y, verbose=0).history
+    assert set(plain) == {"loss"}
+
+
+class Breaks(keras.callbacks.Callback):
+    def on_train_batch_end(self, batch, logs=None):
+        raise KeyError("the user's own error")
+
+
+class BreaksInside(keras.layers.Layer):
+    broken = False
+
+    def call(self, x):
+        if self.broken:
+            raise KeyError("the layer's own error")
+        return x
+
+
+def test_fit_after_an_exception_is_plain():
+    model = compiled(sequential, CE)
+    model.fit(IDS, Y, verbose=0)
+    before = state(model)
+    with pytest.raises(KeyError, match="own error"):
+        model.fit(IDS, Y, verbose=0, callbacks=[SMARTCallback(SMARTConfig(**SETTINGS)), Breaks()])
+    assert set(model.fit(IDS, Y, verbose=0).history) == {"loss"}
+    after = state(model)
+    after[0].pop((model.name, "train_function")), before[0].pop((model.name, "train_function"))  # made anew by fit
+    assert after == before
+    with pytest.raises(KeyError, match="own error"):
+        model.fit(IDS, Y, verbose=0, callbacks=[SMARTCallback(SMARTConfig(**SETTINGS)), Breaks()])
+    history = model.fit(IDS, Y, verbose=0, callbacks=[SMARTCallback(SMARTConfig(**SETTINGS))]).history
+    assert set(history) == {"loss", "smoothness", "proximal"}
+
+
+def test_the_models_own_exception_leaves_it_as_it_was():
+    fragile = BreaksInside()
+    model = keras.Sequential([keras.Input([3]), fragile, layers.Dense(2)])
+    model.compile("sgd", "mse")
+    before = state(model)
+    fragile.broken = True
+    with pytest.raises(KeyError, match="own error"):
+        model.fit(np.ones((4, 3)), np.ones((4, 2)), verbose=0, callbacks=[SMARTCallback(SMARTConfig())])
+    assert state(model)[1:] == before[1:]
+    assert state(model)[0].keys() == before[0].keys()
+    fragile.broken = False
+    assert set(model.fit(np.ones((4, 3)), np.ones((4, 2)), verbose=0).history) == {"loss"}
+
+
+def test_two_models_in_one_process_and_train_on_batch():
+    first, second = compiled(sequential, CE, 0.1), compiled(convolutional, CE, 0.1)
+    with (
+        attach(first, SMARTConfig(**SETTINGS, total_steps=9)) as one,
+        attach(second, SMARTConfig(**SETTINGS, total_steps=9)) as two,
+    ):
+        for _ in range(2):
+            logs = first.train_on_batch(IDS, Y, return_dict=True)
+            assert set(logs) == {"loss", "smoothness", "proximal"}
+        second.train_on_batch(IMAGES, Y)
+        assert set(first.test_on_batch(IDS, Y, return_dict=True)) == {"loss"}
+    assert (one.metrics["step"], two.metrics["step"]) == (2, 1)
+    assert set(first.train_on_batch(IDS, Y, return_dict=True)) == {"loss"}
+
+
+def test_a_loop_of_ones_own():
+    model = compiled(sequential, CE, 0.1)
+    with attach(model, SMARTConfig(**SETTINGS, total_steps=9)) as smart:
+        with smart.training_step():
+            with tf.GradientTape() as tape:
+                loss = model.compute_loss(IDS, Y, model(IDS, training=True))
+            grads = tape.gradient(loss, model.trainable_variables)
+            model.optimizer.apply_gradients(zip(grads, model.trainable_variables, strict=True))
+        assert smart.metrics["smoothness"] > 0
+        assert smart.metrics["step"] == 1
+        assert float(model.compute_loss(IDS, Y, model(IDS))) < float(loss)  # outside a step: plain
+
+
+def test_the_averaged_weights_can_be_evaluated():
+    model, callback, _ = fitted({"beta_late": 0.5})
+    trained = model.get_weights()
+    with callback.swap_teacher():
+        for got, average in zip(model.get_weights(), callback.engine.averages, strict=True):
+            np.testing.assert_array_equal(got, average.numpy())
+        averaged = model.evaluate(IDS, Y, verbose=0)
+    assert averaged != model.evaluate(IDS, Y, verbose=0)
+    for got, want in zip(model.get_weights(), trained, strict=True):
+        np.testing.assert_array_equal(got, want)
