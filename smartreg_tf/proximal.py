@@ -51,7 +51,7 @@ def ema_update(teacher: Mapping[str, Tensor], theta: Mapping[str, Tensor], beta:
         >>> ema_update({"w": tf.constant(0.0)}, {"w": tf.constant(1.0)}, 0.75)["w"].numpy()
         np.float32(0.25)
     """
-    # 1 - beta in float64: in float32, 1 - 0.999 is off by 1e-5 of itself. A step from theta~ leaves equal weights equal.
+    # 1 - beta in float64: in float32, 1 - 0.999 is off by 1e-5. A step from theta~ leaves equal weights equal.
     beta = tf.convert_to_tensor(beta, tf.float64)
 
     def moved(average: Tensor, weight: Tensor) -> Tensor:

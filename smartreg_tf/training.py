@@ -122,13 +122,12 @@ class Engine:
         """theta~ <- theta_0, once the model has its weights."""
         if self.weights or self.config.mu == 0:
             return
-        if not tf.executing_eagerly():
+        weights = list(self.model.trainable_variables)
+        if not tf.executing_eagerly() and all(weight._value is not None for weight in weights):
             raise RuntimeError("SMART: the model has no weights yet: call it on a batch before its training begins")
         with self.model.distribute_strategy.scope():
-            self.weights = list(self.model.trainable_variables)
-            for weight in self.weights:
-                wide = "float64" if weight.dtype == "float64" else "float32"
-                self.averages.append(_variable(_numpy(weight).astype(wide), "smart_average"))
+            self.averages = [_average(weight) for weight in weights]
+        self.weights = weights
 
     def install(self) -> None:
         """Put SMART on the model's instance."""
@@ -766,9 +765,11 @@ class SMARTModel(keras.Model):  # type: ignore[misc]
 
     def get_config(self) -> dict[str, Any]:
         """The settings and the inner model."""
+        inner = keras.saving.serialize_keras_object(self.model)
+        inner.pop("compile_config", None)  # it is this model that is trained
         return {
             **super().get_config(),
-            "model": keras.saving.serialize_keras_object(self.model),
+            "model": inner,
             "config": self._engine.config.to_dict(),
             **self._settings,
         }
@@ -836,6 +837,18 @@ def _shifted(x: Tensor, delta: Tensor) -> Tensor:
 def _finite(tensors: list[Tensor]) -> Tensor:
     # -inf is a masked class
     return tf.reduce_all([tf.reduce_all((tensor < tensor.dtype.max) | (tensor == -np.inf)) for tensor in tensors])
+
+
+def _average(weight: Any) -> Any:
+    """theta~ of one weight, equal to it now: or, where Keras builds a model without values, as soon as it has one."""
+    return keras.Variable(
+        lambda shape, dtype: tf.cast(tf.convert_to_tensor(weight.value), dtype),
+        shape=weight.shape,
+        dtype="float64" if weight.dtype == "float64" else "float32",
+        trainable=False,
+        name="smart_average",
+        aggregation="only_first_replica",
+    )
 
 
 def _numpy(variable: Any) -> Any:

@@ -1,0 +1,121 @@
+"""Mixed precision: the SMART passes are in float32, and where that is turned off, it is said what is lost."""
+
+import warnings
+
+import numpy as np
+import pytest
+
+tf = pytest.importorskip("tensorflow", reason="the TensorFlow half needs the extra smartreg[tf]")
+
+import keras  # noqa: E402
+from keras import layers  # noqa: E402
+
+from smartreg import SMARTConfig, SMARTWarning  # noqa: E402
+from smartreg_tf import SMARTCallback, attach  # noqa: E402
+
+RNG = np.random.default_rng(0)
+IDS, Y = RNG.integers(20, size=(8, 5)), RNG.integers(3, size=8)
+CE = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+PAPER = SMARTConfig.paper(total_steps=8, sigma=1e-5, beta_early=0.5, beta_late=0.5)
+
+
+def classifier(policy, rate=0.0, **options):
+    keras.utils.set_random_seed(1)
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(policy)
+    try:
+        model = keras.Sequential(
+            [
+                keras.Input([5], dtype="int32"),
+                layers.Embedding(20, 8, embeddings_initializer=keras.initializers.RandomNormal(stddev=1.0, seed=1)),
+                layers.LayerNormalization(),
+                layers.Dropout(0.2, seed=3),
+                layers.LSTM(6),
+                layers.Dense(3),
+            ]
+        )
+    finally:
+        keras.config.set_dtype_policy(before)
+    model.compile(keras.optimizers.SGD(rate), CE, **options)
+    return model
+
+
+def penalty_gradient(policy, config, **options):
+    """lambda_s R_s's gradient: the training step's, less the plain one's."""
+    seen = {}
+
+    class Sees(keras.optimizers.SGD):
+        def apply(self, grads, trainable_variables=None):
+            seen["gradient"] = np.concatenate([np.ravel(tf.convert_to_tensor(g).numpy()) for g in grads])
+            return super().apply(grads, trainable_variables)
+
+    def run(weight):
+        model = classifier(policy, run_eagerly=True)
+        optimizer = Sees(0.0)
+        if policy == "mixed_float16":
+            optimizer = keras.optimizers.LossScaleOptimizer(optimizer, initial_scale=1024.0)
+        model.compile(optimizer, CE, run_eagerly=True)
+        noise = tf.constant(np.random.default_rng(7).normal(size=(8, 5, 8)).astype(np.float32))
+        # scaled, so that a penalty of 1e-10 is not lost beside a loss of 1 when the gradients are added
+        scaled = config.replace(lambda_s=weight)
+        with attach(model, scaled, noise=lambda step, like: noise, **options) as smart:
+            model.train_on_batch(IDS, Y)
+        return seen["gradient"].astype(np.float64), smart.metrics
+
+    (high, metrics), (low, _) = run(1e9), run(1e-30)
+    return high - low, metrics
+
+
+@pytest.fixture(scope="module")
+def exact():
+    return penalty_gradient("float32", PAPER.replace(mu=0))
+
+
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+def test_the_published_epsilon_survives(policy, exact):
+    """The gradient of R_s at epsilon = 1e-5 points where float32's does, and is as long."""
+    gradient, metrics = penalty_gradient(policy, PAPER.replace(mu=0))
+    want, wanted = exact
+    cosine = gradient @ want / np.linalg.norm(gradient) / np.linalg.norm(want)
+    assert cosine > 0.999
+    assert np.linalg.norm(gradient) == pytest.approx(np.linalg.norm(want), rel=1e-2)
+    assert metrics["smoothness"] == pytest.approx(wanted["smoothness"], rel=1e-2)
+    assert metrics["vanished"] < 0.5
+
+
+def test_turned_off_it_is_lost_and_said(exact):
+    with pytest.warns(SMARTWarning, match=r"over half of the entries as they were.*float32=True"):
+        gradient, metrics = penalty_gradient("mixed_bfloat16", PAPER.replace(mu=0), float32=False)
+    want, _ = exact
+    cosine = gradient @ want / max(np.linalg.norm(gradient), 1e-300) / np.linalg.norm(want)
+    assert cosine < 0.9
+    assert metrics["vanished"] > 0.8
+
+
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+@pytest.mark.parametrize("start", ["gaussian", "margin"])
+def test_fit_in_mixed_precision_leaves_the_policies(policy, start):
+    model = classifier(policy, 0.1)
+    policies = [layer.dtype_policy.name for layer in model.layers]
+    callback = SMARTCallback(SMARTConfig(epsilon=0.3, sigma=0.3, start=start, beta_early=0.5))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", SMARTWarning)
+        history = model.fit(IDS, Y, batch_size=4, epochs=2, verbose=0, callbacks=[callback]).history
+    assert policies == [layer.dtype_policy.name for layer in model.layers]
+    assert policy in policies
+    assert history["smoothness"][0] > 1e-6
+    assert all(np.isfinite(history["loss"]))
+    assert all(average.dtype == "float32" for average in callback.engine.averages)
+    assert callback.metrics["step"] == 4
+
+
+def test_a_step_that_the_loss_scale_skips_does_not_move_theta():
+    model = classifier("mixed_float16")
+    optimizer = keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.1), initial_scale=1e38)
+    model.compile(optimizer, CE)
+    callback = SMARTCallback(SMARTConfig(epsilon=0.3, sigma=0.3))
+    start = [weight.numpy() for weight in model.trainable_variables]
+    model.fit(IDS, Y, batch_size=8, verbose=0, callbacks=[callback])
+    assert callback.metrics["step"] == 0
+    for average, weight in zip(callback.engine.averages, start, strict=True):
+        np.testing.assert_array_equal(average, weight)
