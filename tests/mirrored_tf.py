@@ -1,0 +1,66 @@
+"""Run by test_tf_mirrored.py in a process of its own: one device, then a MirroredStrategy of two, the same batches."""
+
+import os
+import sys
+
+os.environ.setdefault("KERAS_BACKEND", "tensorflow")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import keras
+import numpy as np
+import tensorflow as tf
+from keras import layers
+
+from smartreg import SMARTConfig
+from smartreg_tf import SMARTCallback
+
+RNG = np.random.default_rng(0)
+IDS, Y = RNG.integers(20, size=(16, 5)), RNG.integers(3, size=16)
+NOISE = RNG.normal(size=(16, 5, 4))
+
+
+def run(strategy, start, path):
+    keras.utils.set_random_seed(1)
+    with strategy.scope():
+        model = keras.Sequential(
+            [keras.Input([5], dtype="int32"), layers.Embedding(20, 4), layers.Flatten(), layers.Dense(3)]
+        )
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        model.compile(keras.optimizers.SGD(0.1), loss)
+
+    def noise(step, like):
+        """The example's own noise, whichever replica has it."""
+        replica = tf.distribute.get_replica_context().replica_id_in_sync_group
+        n = 8 // strategy.num_replicas_in_sync
+        first = 8 * (step % 2) + tf.cast(replica * n, tf.int64)
+        return tf.gather(tf.constant(NOISE), first + tf.range(n, dtype=tf.int64))
+
+    config = SMARTConfig(epsilon=0.3, sigma=0.3, beta_early=0.5, proximal_steps=2, start=start)
+    callback = SMARTCallback(config, noise=noise)
+    saves = keras.callbacks.ModelCheckpoint(path + "{epoch}.weights.h5", save_weights_only=True)
+    history = model.fit(IDS, Y, batch_size=8, epochs=3, shuffle=False, verbose=0, callbacks=[callback, saves]).history
+    averages = [tf.convert_to_tensor(average.value).numpy() for average in callback.engine.averages]
+    with np.load(path + "3.weights.h5.smart.npz") as saved:
+        for i, average in enumerate(averages):
+            np.testing.assert_array_equal(saved[f"average/{i}"], average)
+    with callback.swap_teacher():
+        np.testing.assert_array_equal(tf.convert_to_tensor(model.trainable_variables[0].value), averages[0])
+    assert callback.metrics["step"] == 6
+    return history, [tf.convert_to_tensor(v.value).numpy() for v in model.trainable_variables], averages
+
+
+keras.config.set_floatx("float64")
+tf.config.set_logical_device_configuration(
+    tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 2
+)
+for start in ("gaussian", "margin"):
+    one = run(tf.distribute.get_strategy(), start, f"{sys.argv[1]}/one")
+    two = run(tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]), start, f"{sys.argv[1]}/two")
+    assert one[0].keys() == two[0].keys() == {"loss", "smoothness", "proximal"}
+    for name in one[0]:
+        # the metrics' sums are kept in float32 by Keras
+        np.testing.assert_allclose(two[0][name], one[0][name], rtol=1e-5, err_msg=name)
+        assert min(one[0][name][1:]) > 1e-6, name
+    for got, want in zip(two[1] + two[2], one[1] + one[2], strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-14)
+print("equal")
