@@ -94,7 +94,7 @@ def project_l1_ball(delta: Tensor, epsilon: Tensor, granularity: Granularity = "
     count = tf.cast(tf.range(1, tf.shape(rows)[-1] + 1), rows.dtype)
     kept = tf.maximum(tf.reduce_sum(tf.cast(descending * count > over, tf.int32), -1, keepdims=True), 1)
     tau = tf.gather(over, kept - 1, axis=-1, batch_dims=rows.shape.rank - 1) / tf.cast(kept, rows.dtype)
-    inside = tf.reduce_sum(size, -1, keepdims=True) <= radius
+    inside = _scaled_length(rows, "1") <= radius
     shrunk = tf.where(inside, rows, tf.sign(rows) * tf.maximum(size - tau, 0))
     return tf.reshape(_shrink(shrunk, radius, "1"), tf.shape(delta))
 

@@ -77,5 +77,45 @@ class Torch:
         return delta.numpy(), forward(x + delta).numpy()
 
 
+class TensorFlow:
+    name = "tf"
+
+    def __init__(self) -> None:
+        import tensorflow
+
+        from smartreg_tf import divergences, perturbation, proximal
+
+        self.tf = tensorflow
+        self.divergences, self.perturbation, self.proximal = divergences, perturbation, proximal
+
+    def tensor(self, value: Any) -> Any:
+        return self.tf.constant(value) if isinstance(value, (np.ndarray, np.generic, list)) else value
+
+    def value(self, divergence: str, a: Any, b: Any, mask: Any = None) -> np.ndarray:
+        return self.divergences.DIVERGENCES[divergence].value(*map(self.tensor, (a, b, mask))).numpy()
+
+    def grad(self, divergence: str, a: Any, b: Any, mask: Any = None) -> tuple[np.ndarray, np.ndarray]:
+        a, b = self.tensor(a), self.tensor(b)
+        with self.tf.GradientTape() as tape:
+            tape.watch((a, b))
+            value = self.divergences.DIVERGENCES[divergence].value(a, b, self.tensor(mask))
+        return tuple(g.numpy() for g in tape.gradient(value, (a, b)))
+
+    def call(self, function: str, *arrays: Any, **settings: Any) -> np.ndarray:
+        settings = {name: self.tensor(value) for name, value in settings.items()}
+        return getattr(self.perturbation, function)(*map(self.tensor, arrays), **settings).numpy()
+
+    def ascend_tanh(
+        self, x: Any, w1: Any, w2: Any, config: SMARTConfig, noise: Any, mask: Any, divergence: str
+    ) -> tuple[np.ndarray, np.ndarray]:
+        x, w1, w2, noise, mask = map(self.tensor, (x, w1, w2, noise, mask))
+
+        def forward(x: Any) -> Any:
+            return self.tf.reduce_sum(self.tf.tanh(x @ w1), 1) @ w2
+
+        delta = self.perturbation.ascend(forward, x, forward(x), config, noise, mask, divergence)
+        return delta.numpy(), forward(x + delta).numpy()
+
+
 def load(name: str) -> Any:
-    return {"numpy": NumPy, "torch": Torch}[name]()
+    return {"numpy": NumPy, "torch": Torch, "tf": TensorFlow}[name]()

@@ -8,11 +8,13 @@ os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # the models are tiny, and pytest-xdist has a worker a core: more threads only wait for each other
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")
+os.environ.setdefault("TF_NUM_INTEROP_THREADS", "1")
 
 import hypothesis
 import pytest
 
-FRAMEWORKS = {"torch": "torch"}
+FRAMEWORKS = {"torch": "torch", "tf": "tensorflow"}
 
 # SMARTREG_BACKENDS="torch tf" requests backends: one that is missing then fails. By default, those installed.
 _requested = os.environ.get("SMARTREG_BACKENDS")
