@@ -351,6 +351,35 @@ def test_a_train_step_and_a_loss_of_the_users_own():
     assert history["smoothness"][0] > 1e-5
 
 
+class ReadsLosses(keras.Model):
+    """Adds model.losses itself, after compute_loss."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = layers.Embedding(20, 4, activity_regularizer=keras.regularizers.L2(0.1))
+        self.head = layers.Dense(CLASSES)
+
+    def call(self, ids):
+        return self.head(keras.ops.mean(self.embedding(ids), 1))
+
+    def train_step(self, batch):
+        x, y = batch
+        with tf.GradientTape() as tape:
+            loss = self.compute_loss(x, y, self(x))
+        gradients = tape.gradient(loss, self.trainable_variables)
+        self.optimizer.apply_gradients(zip(gradients, self.trainable_variables, strict=True))
+        return {"regularised": sum(self.losses)}
+
+
+def test_model_losses_are_those_of_the_clean_pass():
+    plain = compiled(ReadsLosses, CE).fit(IDS, Y, batch_size=N, verbose=0).history
+    smart = compiled(ReadsLosses, CE).fit(
+        IDS, Y, batch_size=N, verbose=0, callbacks=[SMARTCallback(SMARTConfig(**SETTINGS))]
+    )
+    assert plain["regularised"][0] > 0
+    assert smart.history["regularised"] == pytest.approx(plain["regularised"], rel=1e-6)
+
+
 def test_early_stopping_and_a_second_fit():
     keras.utils.set_random_seed(1)
     model = compiled(sequential, CE, 0.1)
