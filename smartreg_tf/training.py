@@ -78,6 +78,7 @@ class Engine:
         self._patches = Patches()
         self._local = threading.local()
         self._warned = False
+        self.skipped = 0  # steps without a finite penalty
         self.temporary = False  # of one fit: `SMARTCallback`
         self.on_error: Callable[[], None] = lambda: None
         self._with_training = "training" in inspect.signature(model.compute_loss).parameters
@@ -114,9 +115,11 @@ class Engine:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """R_s, D_Breg, max|delta| and the vanished fraction, averaged since the metrics were reset; and the step."""
-        values = {**self.shown, **self.hidden}
-        return {name: float(metric.result()) for name, metric in values.items()} | {"step": float(_numpy(self.step))}
+        """R_s, D_Breg, max|delta| and the vanished fraction, averaged since the metrics were reset; the optimiser step,
+        and how many steps had no finite penalty.
+        """
+        values = {name: float(metric.result()) for name, metric in (self.shown | self.hidden).items()}
+        return values | {"step": float(_numpy(self.step)), "skipped": float(self.skipped)}
 
     def build(self) -> None:
         """theta~ <- theta_0, once the model has its weights."""
@@ -487,7 +490,10 @@ class Engine:
                 stacklevel=2,
             )
         first = next((name for name in ("clean", "perturbed", "teacher") if counts[name]), None)
-        if first is not None and self.config.non_finite == "raise":
+        if first is None:
+            return
+        self.skipped += max(counts[name] for name in ("clean", "perturbed", "teacher"))
+        if self.config.non_finite == "raise":
             raise FloatingPointError(
                 f"SMART: the penalty of step {step} is not finite; the first values that are not finite are in the "
                 f"{first} pass. Look at the learning rate and the loss before it, or let such steps go without a "

@@ -279,6 +279,7 @@ def test_a_penalty_that_is_not_finite(options):
         keras.utils.set_random_seed(0)
         model = model_with(layers.Dense(2), loss="mse", **options)
         callback = SMARTCallback(CONFIG.replace(mu=0, **changes), noise=noise)
+        run.callback = callback
         return model, lambda: model.fit(X, X[:, :2], batch_size=4, shuffle=False, verbose=0, callbacks=[callback])
 
     model, fit = run()
@@ -288,6 +289,7 @@ def test_a_penalty_that_is_not_finite(options):
     assert all(np.isfinite(weight).all() for weight in model.get_weights())
     model, fit = run(non_finite="skip")
     fit()
+    assert run.callback.metrics["skipped"] == 1
     skipped = model.get_weights()
     assert all(np.isfinite(weight).all() for weight in skipped)
     # the second batch was trained on, as without SMART

@@ -92,6 +92,12 @@ def test_turned_off_it_is_lost_and_said(exact):
     assert metrics["vanished"] > 0.8
 
 
+def test_turned_off_a_large_margin_start_still_works():
+    model = classifier("mixed_bfloat16", 0.1)
+    callback = SMARTCallback(SMARTConfig(epsilon=0.3, start="margin"), float32=False)
+    assert model.fit(IDS, Y, verbose=0, callbacks=[callback]).history["smoothness"][0] > 1e-6
+
+
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
 @pytest.mark.parametrize("start", ["gaussian", "margin"])
 def test_fit_in_mixed_precision_leaves_the_policies(policy, start):

@@ -105,6 +105,13 @@ def test_model_checkpoint_and_resume(tmp_path, name, whole):
     assert np.abs(other.engine.averages[0] - whole[1].engine.averages[0]).max() > 0
 
 
+def test_evaluate_and_predict_leave_nothing():
+    model = classifier()
+    model.evaluate(IDS, Y, verbose=0, callbacks=[SMARTCallback(CONFIG)])
+    model.predict(IDS, verbose=0, callbacks=[SMARTCallback(CONFIG)])
+    assert "load_weights" not in vars(model)
+
+
 def test_a_state_of_another_model(tmp_path):
     with attach(classifier(), CONFIG.replace(total_steps=9)) as smart:
         smart.save_state(tmp_path / "a")
