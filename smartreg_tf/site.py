@@ -202,7 +202,7 @@ class Site:
         return clean.outputs
 
     def _on_inputs(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        if self.layers:
+        if self.layers or not args:
             return args
 
         def perturb(x: Any) -> Any:

@@ -77,7 +77,7 @@ class Engine:
         self._outputs, self._noise, self._seed, self._float32 = outputs, noise, seed, float32
         self._patches = Patches()
         self._local = threading.local()
-        self._warned = False
+        self._warned = self._begun = False
         self.skipped = 0  # steps without a finite penalty
         self.temporary = False  # of one fit: `SMARTCallback`
         self.on_error: Callable[[], None] = lambda: None
@@ -93,7 +93,7 @@ class Engine:
         if all(layer.built for layer in model._flatten_layers()):
             self.build()
 
-    def _build_on(self, iterator: Any) -> Any:
+    def _begin(self, iterator: Any) -> Any:
         """The batches as they come; an unbuilt model is built on their shapes: theta~ must copy theta_0 before the
         step is traced: variables that are made in a trace have no value there.
         """
@@ -106,6 +106,10 @@ class Engine:
                 shapes = keras.tree.map_structure(lambda x: None if x is None else tf.convert_to_tensor(x), shapes)
             self.model._symbolic_build(data_batch=shapes)
             self.build()
+        if not self._begun and int(_numpy(self.step)) == 0:
+            for average, weight in zip(self.averages, self.weights, strict=True):
+                average.assign(weight.value)  # weights may have been loaded since
+        self._begun = True
         return iterator
 
     @property
@@ -171,7 +175,7 @@ class Engine:
 
         def train_function(iterator: Any) -> Any:
             try:
-                logs = compiled(self._build_on(iterator))
+                logs = compiled(self._begin(iterator))
                 self._report()
             except (StopIteration, tf.errors.OutOfRangeError):  # the end of an epoch
                 raise

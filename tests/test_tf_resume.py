@@ -174,6 +174,21 @@ def test_smart_model_of_an_unbuilt_one():
         SMARTModel(inner, CONFIG)
 
 
+class LoadsLate(keras.callbacks.Callback):
+    def on_train_begin(self, logs=None):
+        for weight in self.model.trainable_variables:
+            weight.assign(weight + 1)
+
+
+def test_theta_0_is_what_the_first_step_begins_with():
+    model = classifier()
+    model.optimizer.learning_rate = 0.0
+    callback = SMARTCallback(CONFIG)
+    fit(model, [callback, LoadsLate()], epochs=1)
+    for average, weight in zip(callback.engine.averages, model.trainable_variables, strict=True):
+        np.testing.assert_array_equal(average, weight)
+
+
 def test_theta_0_of_an_unbuilt_model_is_what_it_is_built_with():
     """In a graph, variables made while it is traced have no value yet."""
     keras.utils.set_random_seed(1)
