@@ -7,7 +7,7 @@ tf = pytest.importorskip("tensorflow", reason="the TensorFlow half needs the ext
 torch = pytest.importorskip("torch", reason="the PyTorch half needs the extra smartreg[torch]")
 
 import keras  # noqa: E402
-from test_tf_reference import STEPS, Network, make_batches  # noqa: E402
+from test_tf_reference import STEPS, Network, float64, make_batches  # noqa: E402
 
 from smartreg import SMARTConfig  # noqa: E402
 from smartreg.training import init_parameters  # noqa: E402
@@ -30,9 +30,7 @@ class TorchNetwork(torch.nn.Module):
 
 @pytest.mark.parametrize("start", ["gaussian", "margin"])
 def test_fifty_steps(start):
-    before = keras.config.floatx()
-    keras.config.set_floatx("float64")
-    try:
+    with float64():
         rng = np.random.default_rng(3)
         theta = init_parameters(rng, vocabulary=20, d=4, hidden=7, outputs=3)
         batches = make_batches(rng, "symmetric_kl", True, False)
@@ -75,5 +73,3 @@ def test_fifty_steps(start):
                     np.testing.assert_allclose(got, want, rtol=1e-9, atol=atol, err_msg=name)
             assert logs["smoothness"] > 1e-4
             assert logs["proximal"] > 1e-6
-    finally:
-        keras.config.set_floatx(before)

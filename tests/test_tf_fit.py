@@ -203,8 +203,7 @@ def test_same_masks_in_every_pass_and_nothing_left(name):
     history = model.fit(batches, verbose=0, shuffle=False, callbacks=[callback]).history
     assert state(model) == before
     assert set(history) >= {"loss", "smoothness", "proximal"}
-    assert history["proximal"] == [0.0]
-    assert history["smoothness"][0] > 0
+    assert history["proximal"][0] < 1e-13 < 1e-9 < history["smoothness"][0]
     assert callback.metrics["max_delta"] > 0
     assert callback.metrics["step"] == len(batches)
     assert len(callback.engine.averages) == len(model.trainable_variables)

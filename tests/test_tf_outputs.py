@@ -245,6 +245,7 @@ def test_a_train_step_that_never_asks_for_the_loss_or_never_calls_the_model():
             model.fit(X, X[:, :2], verbose=0, callbacks=[SMARTCallback()])
 
 
+@pytest.mark.filterwarnings("ignore:Your input ran out of data:UserWarning")  # Keras', of any dataset without a length
 def test_total_steps_of_an_unknown_length():
     model = model_with(layers.Dense(2), loss="mse")
 
@@ -254,7 +255,7 @@ def test_total_steps_of_an_unknown_length():
 
     batches = tf.data.Dataset.from_generator(
         endless, output_signature=(tf.TensorSpec([8, 3]), tf.TensorSpec([8, 2]))
-    ).take(4)
+    ).take(8)
     quiet = {"verbose": 0, "shuffle": False}
     with pytest.raises(ValueError, match=r"SMARTCallback: fit does not know how many batches .*total_steps="):
         model.fit(batches, **quiet, callbacks=[SMARTCallback()])

@@ -21,21 +21,17 @@ PAPER = SMARTConfig.paper(total_steps=8, sigma=1e-5, beta_early=0.5, beta_late=0
 
 def classifier(policy, rate=0.0, **options):
     keras.utils.set_random_seed(1)
-    before = keras.config.dtype_policy()
-    keras.config.set_dtype_policy(policy)
-    try:
-        model = keras.Sequential(
-            [
-                keras.Input([5], dtype="int32"),
-                layers.Embedding(20, 8, embeddings_initializer=keras.initializers.RandomNormal(stddev=1.0, seed=1)),
-                layers.LayerNormalization(),
-                layers.Dropout(0.2, seed=3),
-                layers.LSTM(6),
-                layers.Dense(3),
-            ]
-        )
-    finally:
-        keras.config.set_dtype_policy(before)
+    normal = keras.initializers.RandomNormal(stddev=1.0, seed=1)
+    model = keras.Sequential(
+        [
+            keras.Input([5], dtype="int32"),
+            layers.Embedding(20, 8, embeddings_initializer=normal, dtype=policy),
+            layers.LayerNormalization(dtype=policy),
+            layers.Dropout(0.2, seed=3, dtype=policy),
+            layers.LSTM(6, dtype=policy),
+            layers.Dense(3, dtype=policy),
+        ]
+    )
     model.compile(keras.optimizers.SGD(rate), CE, **options)
     return model
 

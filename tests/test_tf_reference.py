@@ -1,5 +1,7 @@
 """Algorithm 1 in Keras against the NumPy reference: 50 steps, every intermediate, the same noise."""
 
+from contextlib import contextmanager
+
 import numpy as np
 import pytest
 
@@ -16,12 +18,23 @@ N, TOKENS, D, CLASSES, STEPS = 6, 5, 4, 3, 50
 KINDS = {"symmetric_kl": "logits", "bernoulli_symmetric_kl": "label_logits", "squared_error": "regression"}
 
 
+@contextmanager
+def float64():
+    """Keras in float64; its dtype policy is pinned by whoever asks for it first."""
+    before, policy = keras.config.floatx(), keras.config.dtype_policy()
+    keras.config.set_floatx("float64")
+    keras.config.set_dtype_policy("float64")
+    try:
+        yield
+    finally:
+        keras.config.set_floatx(before)
+        keras.config.set_dtype_policy(policy)
+
+
 @pytest.fixture(autouse=True)
 def _float64():
-    before = keras.config.floatx()
-    keras.config.set_floatx("float64")
-    yield
-    keras.config.set_floatx(before)
+    with float64():
+        yield
 
 
 class Network(keras.Model):
