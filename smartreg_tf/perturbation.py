@@ -286,7 +286,8 @@ def _project(delta: Tensor, epsilon: Tensor, config: SMARTConfig) -> Tensor:
     if config.projection == "ball":
         return _PROJECTIONS[config.norm](delta, epsilon, config.granularity)
     rows = _rows(delta, config.granularity)
-    return tf.reshape(rows / (_largest(rows) + _radius(epsilon, rows)), tf.shape(delta))
+    divisor = _largest(rows) + _radius(epsilon, rows)
+    return tf.reshape(rows / tf.where(divisor > 0, divisor, 1), tf.shape(delta))
 
 
 def _shrink(rows: Tensor, radius: Tensor, norm: Norm) -> Tensor:
