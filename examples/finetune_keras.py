@@ -67,6 +67,7 @@ def run(
     method: str, seed: int, train: Any, dev: Any, changes: dict[str, Any], args: argparse.Namespace
 ) -> dict[str, float]:
     """Train once from the pre-trained weights; accuracy, the penalties and the time of a step."""
+    keras.backend.clear_session()  # the run before holds its model and its compiled steps
     keras.utils.set_random_seed(seed)
     texts, labels = train
     order = np.random.default_rng(seed).permutation(len(labels))[: args.examples or None]
