@@ -53,7 +53,9 @@ def ema_update(teacher: Mapping[str, Array], theta: Mapping[str, Array], beta: f
     moved = {}
     for name, average in teacher.items():
         wide = np.result_type(average, np.float32)
-        moved[name] = (1 - beta) * theta[name].astype(wide) + beta * average.astype(wide)
+        old, new = average.astype(wide), theta[name].astype(wide)
+        # either form is exact at its end, and where theta is theta~: then D_Breg must be exactly 0
+        moved[name] = old + (1 - beta) * (new - old) if beta > 0.5 else new - beta * (new - old)
     return moved
 
 

@@ -33,6 +33,7 @@ def test_ema_update(beta):
     moved = ema_update(teacher, theta, beta)["w"]
     assert moved == pytest.approx((1 - beta) * theta["w"] + beta * kept, rel=1e-15)
     assert np.array_equal(teacher["w"], kept)
+    assert np.array_equal(ema_update(teacher, {"w": kept}, beta)["w"], kept)  # at rest: D_Breg stays exactly 0
     if beta in (0.0, 1.0):
         assert np.array_equal(moved, theta["w"] if beta == 0 else kept)
 

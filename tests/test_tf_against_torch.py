@@ -1,18 +1,16 @@
 """Keras and PyTorch train the same small network from the same weights, with the same noise, alike."""
 
+import keras
 import numpy as np
 import pytest
+import tensorflow as tf
+import torch
+from test_tf_reference import STEPS, Network, float64, make_batches
 
-tf = pytest.importorskip("tensorflow", reason="the TensorFlow half needs the extra smartreg[tf]")
-torch = pytest.importorskip("torch", reason="the PyTorch half needs the extra smartreg[torch]")
-
-import keras  # noqa: E402
-from test_tf_reference import STEPS, Network, float64, make_batches  # noqa: E402
-
-from smartreg import SMARTConfig  # noqa: E402
-from smartreg.training import init_parameters  # noqa: E402
-from smartreg_tf import attach  # noqa: E402
-from smartreg_torch import SMART  # noqa: E402
+from smartreg import SMARTConfig
+from smartreg.training import init_parameters
+from smartreg_tf import attach
+from smartreg_torch import SMART
 
 
 class TorchNetwork(torch.nn.Module):

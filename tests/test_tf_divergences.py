@@ -3,13 +3,12 @@
 import mpmath
 import numpy as np
 import pytest
+import tensorflow as tf
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-tf = pytest.importorskip("tensorflow", reason="the TensorFlow half needs the extra smartreg[tf]")
-
-from smartreg import divergences as reference  # noqa: E402
-from smartreg_tf import divergences  # noqa: E402
+from smartreg import divergences as reference
+from smartreg_tf import divergences
 
 NAMES = list(divergences.DIVERGENCES)
 BOUND = {np.float32: 1e-5, np.float64: 1e-12}

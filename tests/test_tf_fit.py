@@ -1,15 +1,13 @@
 """Every kind of Keras model and of `fit`: same dropout masks, nothing else changed, nothing left behind."""
 
+import keras
 import numpy as np
 import pytest
+import tensorflow as tf
+from keras import layers
 
-tf = pytest.importorskip("tensorflow", reason="the TensorFlow half needs the extra smartreg[tf]")
-
-import keras  # noqa: E402
-from keras import layers  # noqa: E402
-
-from smartreg import SMARTConfig  # noqa: E402
-from smartreg_tf import SMARTCallback, attach  # noqa: E402
+from smartreg import SMARTConfig
+from smartreg_tf import SMARTCallback, attach
 
 CE = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 N, TOKENS, CLASSES = 12, 5, 3
@@ -123,7 +121,8 @@ def lora():
 
 
 def hub(preprocessed):
-    hub = pytest.importorskip("keras_hub", reason="needs keras-hub")
+    import keras_hub as hub
+
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "film", "is", "good", "bad"]
     backbone = hub.models.BertBackbone(
         vocabulary_size=20, num_layers=1, num_heads=2, hidden_dim=4, intermediate_dim=8, max_sequence_length=TOKENS

@@ -5,10 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
-pytest.importorskip("tensorflow", reason="the TensorFlow half needs the extra smartreg[tf]")
-
 HERE = Path(__file__).parent
 
 

@@ -1,17 +1,15 @@
 """What the outputs are, by the compiled loss; bad input and bad numbers, each with its message."""
 
+import keras
 import numpy as np
 import pytest
+import tensorflow as tf
+from keras import layers
 
-tf = pytest.importorskip("tensorflow", reason="the TensorFlow half needs the extra smartreg[tf]")
-
-import keras  # noqa: E402
-from keras import layers  # noqa: E402
-
-from smartreg import SMARTConfig  # noqa: E402
-from smartreg import divergences as reference  # noqa: E402
-from smartreg_tf import SMARTCallback, SMARTModel, attach  # noqa: E402
-from smartreg_tf.outputs import Head, find_heads  # noqa: E402
+from smartreg import SMARTConfig
+from smartreg import divergences as reference
+from smartreg_tf import SMARTCallback, SMARTModel, attach
+from smartreg_tf.outputs import Head, find_heads
 
 X = np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32)
 CONFIG = SMARTConfig(epsilon=0.3, sigma=0.3, beta_early=0.9, total_steps=9)

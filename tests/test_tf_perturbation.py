@@ -4,14 +4,13 @@ import itertools
 
 import numpy as np
 import pytest
+import tensorflow as tf
 
-tf = pytest.importorskip("tensorflow", reason="the TensorFlow half needs the extra smartreg[tf]")
-
-from smartreg import SMARTConfig  # noqa: E402
-from smartreg import perturbation as reference  # noqa: E402
-from smartreg import proximal as reference_proximal  # noqa: E402
-from smartreg.divergences import DIVERGENCES  # noqa: E402
-from smartreg_tf import perturbation, proximal  # noqa: E402
+from smartreg import SMARTConfig
+from smartreg import perturbation as reference
+from smartreg import proximal as reference_proximal
+from smartreg.divergences import DIVERGENCES
+from smartreg_tf import perturbation, proximal
 
 MODES = ["eager", "graph", "xla"]
 NORMS, GRANULARITIES = ["inf", "2", "1"], ["example", "token"]

@@ -2,16 +2,14 @@
 
 import warnings
 
+import keras
 import numpy as np
 import pytest
+import tensorflow as tf
+from keras import layers
 
-tf = pytest.importorskip("tensorflow", reason="the TensorFlow half needs the extra smartreg[tf]")
-
-import keras  # noqa: E402
-from keras import layers  # noqa: E402
-
-from smartreg import SMARTConfig, SMARTWarning  # noqa: E402
-from smartreg_tf import SMARTCallback, attach  # noqa: E402
+from smartreg import SMARTConfig, SMARTWarning
+from smartreg_tf import SMARTCallback, attach
 
 RNG = np.random.default_rng(0)
 IDS, Y = RNG.integers(20, size=(8, 5)), RNG.integers(3, size=8)

@@ -2,17 +2,15 @@
 
 from contextlib import contextmanager
 
+import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
-tf = pytest.importorskip("tensorflow", reason="the TensorFlow half needs the extra smartreg[tf]")
-
-import keras  # noqa: E402
-
-from smartreg import SMARTConfig  # noqa: E402
-from smartreg.training import Batch, fit_reference, init_parameters  # noqa: E402
-from smartreg_tf import attach  # noqa: E402
-from smartreg_tf.divergences import position_weights  # noqa: E402
+from smartreg import SMARTConfig
+from smartreg.training import Batch, fit_reference, init_parameters
+from smartreg_tf import attach
+from smartreg_tf.divergences import position_weights
 
 N, TOKENS, D, CLASSES, STEPS = 6, 5, 4, 3, 50
 KINDS = {"symmetric_kl": "logits", "bernoulli_symmetric_kl": "label_logits", "squared_error": "regression"}

@@ -4,16 +4,13 @@ import os
 import subprocess
 import sys
 
+import keras
 import numpy as np
 import pytest
+from keras import layers
 
-tf = pytest.importorskip("tensorflow", reason="the TensorFlow half needs the extra smartreg[tf]")
-
-import keras  # noqa: E402
-from keras import layers  # noqa: E402
-
-from smartreg import SMARTConfig  # noqa: E402
-from smartreg_tf import SMARTCallback, SMARTModel, attach  # noqa: E402
+from smartreg import SMARTConfig
+from smartreg_tf import SMARTCallback, SMARTModel, attach
 
 RNG = np.random.default_rng(0)
 IDS, Y = RNG.integers(20, size=(12, 5)), RNG.integers(3, size=12)

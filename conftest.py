@@ -23,7 +23,12 @@ BACKENDS = (
     if _requested is not None
     else [name for name, module in FRAMEWORKS.items() if importlib.util.find_spec(module)]
 )
-collect_ignore_glob = [f"test_{name}_*.py" for name in FRAMEWORKS if name not in BACKENDS]
+collect_ignore_glob = [
+    pattern
+    for name in FRAMEWORKS
+    if name not in BACKENDS
+    for pattern in (f"tests/test_{name}_*.py", f"smartreg_{name}/*", "tests/test_*_against_torch.py")
+]
 
 hypothesis.settings.register_profile("default", deadline=None, derandomize=True, max_examples=60)
 hypothesis.settings.register_profile("nightly", deadline=None, max_examples=2000)
@@ -31,7 +36,8 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default")
 
 
 def pytest_report_header() -> str:
-    return f"smartreg backends: numpy {' '.join(BACKENDS)}"
+    missing = [name for name in FRAMEWORKS if name not in BACKENDS]
+    return f"smartreg backends: numpy {' '.join(BACKENDS)}" + (f" (not tested: {' '.join(missing)})" if missing else "")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
