@@ -3,14 +3,15 @@
     python examples/demo.py
 
 A small network is pre-trained on seven of the ten digits and fine-tuned on all ten from a few labels, plain and with
-SMART. Then every test image is attacked inside an l_inf ball. Everything that another backend needs for the same
-experiment is in functions of NumPy arrays: `digits`, `initial_weights`, `few_labels`, `batches` and `standard_normal`.
+SMART. Then every test image is attacked inside an l_inf ball. At the end NumPy, PyTorch and Keras train side by side,
+from the same weights, with the same batches and noise; `same_task` has them, as NumPy arrays.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,6 +30,10 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+import smartreg.divergences as reference
+from smartreg.perturbation import ascend as ascend_numpy
+from smartreg.proximal import ema_update, mean_examples, momentum
+from smartreg.training import task_loss
 from smartreg_torch import SMART, SMARTConfig
 from smartreg_torch.divergences import symmetric_kl
 from smartreg_torch.perturbation import ascend
@@ -57,6 +62,8 @@ CONFIG = SMARTConfig(
 METHODS = {"plain": CONFIG.replace(lambda_s=0, mu=0), "SMART": CONFIG}
 ATTACK_STEPS, ATTACK_STARTS = 20, 4
 SHOWN = 6  # test images in the picture, the first ones
+COMPARED_STEPS, RATE = 20, 0.125  # of the three backends; a power of 2: Keras takes the rate through float32
+PARAMETERS = ("W1", "b1", "W2", "b2", "W3", "b3")
 RADII = (0.0, 0.025, 0.05, 0.075, 0.1, 0.125, 0.15, 0.2)
 
 
@@ -104,7 +111,7 @@ def standard_normal(seed: int) -> Callable[[tuple[int, ...]], Array]:
     return lambda shape: rng.standard_normal(shape, dtype=np.float32)
 
 
-def network(weights: Weights) -> nn.Sequential:
+def network(weights: Weights, dropout: float = DROPOUT) -> nn.Sequential:
     """Two ReLU layers with dropout, and a head."""
     linear = []
     for k in (1, 2, 3):
@@ -113,7 +120,7 @@ def network(weights: Weights) -> nn.Sequential:
         layer.load_state_dict({"weight": torch.from_numpy(W.T.copy()), "bias": torch.from_numpy(b)})
         linear.append(layer)
     return nn.Sequential(
-        linear[0], nn.ReLU(), nn.Dropout(DROPOUT), linear[1], nn.ReLU(), nn.Dropout(DROPOUT), linear[2]
+        linear[0], nn.ReLU(), nn.Dropout(dropout), linear[1], nn.ReLU(), nn.Dropout(dropout), linear[2]
     )
 
 
@@ -198,16 +205,16 @@ def shown(values: Any, digits: int = 1, sign: str = "") -> str:
     return f"{np.mean(values):{sign}.{digits}f} ± {half_width(values):.{digits}f}"
 
 
-def measure(seeds: int, a_class: int) -> tuple[dict[str, Array], dict[str, Array], dict[str, Any]]:
+def measure(
+    data: Digits, pretrained: Weights, seeds: int, a_class: int
+) -> tuple[dict[str, Array], dict[str, Array], dict[str, Any]]:
     """Accuracy in percent (seeds, radii) and R_s (seeds,) of each method, and what they read of some test images."""
-    data = digits()
     x, y = torch.from_numpy(data.x_test), torch.from_numpy(data.y_test)
     accuracy: dict[str, list[list[float]]] = {name: [] for name in METHODS}
     R_s: dict[str, list[float]] = {name: [] for name in METHODS}
     images: dict[str, Any] = {"clean": (data.x_test[:SHOWN], None, data.y_test[:SHOWN])}
     with Progress(console=Console(stderr=True), transient=True) as progress:
-        bar = progress.add_task("pre-training", total=seeds * len(METHODS) * len(RADII))
-        pretrained = pretrain(data)
+        bar = progress.add_task("fine-tuning", total=seeds * len(METHODS) * len(RADII))
         for seed in range(seeds):
             x_few, y_few = few_labels(data, a_class, seed)
             for name, config in METHODS.items():
@@ -265,6 +272,147 @@ def draw_picture(path: Path, accuracy: dict[str, Array], images: dict[str, Any],
     plt.close(figure)
 
 
+class Task(NamedTuple):
+    """What the three backends start from: weights, and one array a step of images, labels and noise, in float64."""
+
+    weights: Weights
+    x: Array
+    y: Array
+    noise: Array
+
+
+def same_task(data: Digits, pretrained: Weights, a_class: int) -> Task:
+    x, y = few_labels(data, a_class, seed=0)
+    at = np.stack(list(batches(len(x), BATCH, COMPARED_STEPS, seed=0)))
+    weights = {name: array.astype(np.float64) for name, array in initial_weights(pretrained, seed=0).items()}
+    noise = standard_normal(0)((*at.shape, x.shape[1])).astype(np.float64)
+    return Task(weights, x[at].astype(np.float64), y[at], noise)
+
+
+def outcome(terms: list[tuple[float, float, float]], weights: list[Array], teacher: list[Array]) -> dict[str, Array]:
+    """F, R_s and D_Breg of each step, and the final weights and theta~ in one row each, in the order of PARAMETERS."""
+    theta = {"|theta|": weights, "|theta~|": teacher}
+    rows = {name: np.concatenate([value.ravel() for value in values]) for name, values in theta.items()}
+    return dict(zip(("loss", "R_s", "D_Breg"), np.array(terms).T, strict=True)) | rows
+
+
+def forward(theta: Weights, x: Array) -> tuple[Array, Callable[[Array], tuple[Weights, Array]]]:
+    """The logits, and from the gradient there to those of the weights and of the pixels."""
+    h1 = np.maximum(x @ theta["W1"] + theta["b1"], 0)
+    h2 = np.maximum(h1 @ theta["W2"] + theta["b2"], 0)
+
+    def vjp(g: Array) -> tuple[Weights, Array]:
+        g2 = g @ theta["W3"].T * (h2 > 0)
+        g1 = g2 @ theta["W2"].T * (h1 > 0)
+        gradients = {"W1": x.T @ g1, "W2": h1.T @ g2, "W3": h2.T @ g}
+        return gradients | {"b1": g1.sum(0), "b2": g2.sum(0), "b3": g.sum(0)}, g1 @ theta["W1"].T
+
+    return h2 @ theta["W3"] + theta["b3"], vjp
+
+
+def gradients_numpy(
+    theta: Weights, teacher: Weights, x: Array, y: Array, noise: Array
+) -> tuple[tuple[float, float, float], Weights]:
+    """F = L + lambda_s R_s + mu D_Breg, R_s and D_Breg, and the gradients of F."""
+
+    def to_pixels(point: Array) -> tuple[Array, Callable[[Array], Array]]:
+        outputs, vjp = forward(theta, point)
+        return outputs, lambda g: vjp(g)[1]
+
+    z, vjp = forward(theta, x)
+    z_delta, vjp_delta = forward(theta, x + ascend_numpy(to_pixels, x, z, CONFIG, noise))
+    z_teacher, _ = forward(teacher, x)
+    loss, g = task_loss(z, y, "symmetric_kl")
+    R_s, D_Breg = (mean_examples(reference.symmetric_kl(a, z)) for a in (z_delta, z_teacher))
+    g_delta, g_clean = reference.symmetric_kl_grad(z_delta, z)
+    _, g_teacher = reference.symmetric_kl_grad(z_teacher, z)
+    clean, _ = vjp(g + (CONFIG.lambda_s * g_clean + CONFIG.mu * g_teacher) / len(x))
+    perturbed, _ = vjp_delta(CONFIG.lambda_s * g_delta / len(x))
+    terms = loss + CONFIG.lambda_s * R_s + CONFIG.mu * D_Breg, R_s, D_Breg
+    return terms, {name: clean[name] + perturbed[name] for name in theta}
+
+
+def run_numpy(task: Task) -> dict[str, Array]:
+    theta = teacher = task.weights
+    terms = []
+    for step, batch in enumerate(zip(task.x, task.y, task.noise, strict=True), start=1):
+        values, gradients = gradients_numpy(theta, teacher, *batch)
+        theta = {name: value - RATE * gradients[name] for name, value in theta.items()}
+        teacher = ema_update(teacher, theta, momentum(step, CONFIG))
+        terms.append(values)
+    return outcome(terms, [theta[name] for name in PARAMETERS], [teacher[name] for name in PARAMETERS])
+
+
+def run_torch(task: Task) -> dict[str, Array]:
+    model = network(task.weights, dropout=0).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+    x, y, noise = (torch.from_numpy(array) for array in task[1:])
+    draws, terms = iter(noise), []
+    with SMART(model, CONFIG, site="input", noise=lambda like: next(draws)) as smart:
+        for x_batch, y_batch in zip(x, y, strict=True):
+            output, penalty = smart(x_batch)
+            loss = cross_entropy(output, y_batch) + penalty
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            smart.update()
+            terms.append((loss.item(), smart.metrics["R_s"], smart.metrics["D_Breg"]))
+        # torch keeps a matrix as (out, in)
+        weights = {name: value.detach().numpy().T for name, value in model.named_parameters()}
+        return outcome(terms, list(weights.values()), [smart.teacher[name].numpy().T for name in weights])
+
+
+def run_keras(task: Task) -> dict[str, Array]:
+    """In Keras; ImportError, naming the extra to install, where there is no TensorFlow."""
+    os.environ.setdefault("KERAS_BACKEND", "tensorflow")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    from smartreg_tf import attach  # first: it names the extra
+
+    # isort: split
+    import keras
+    import tensorflow as tf
+
+    keras.config.set_floatx("float64")
+    keras.config.set_dtype_policy("float64")
+    hidden = [keras.layers.Dense(HIDDEN, activation="relu") for _ in range(2)]
+    model = keras.Sequential([keras.Input([64]), *hidden, keras.layers.Dense(10)])
+    model.set_weights([task.weights[name] for name in PARAMETERS])
+    model.compile(keras.optimizers.SGD(RATE), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    draws, terms = tf.constant(task.noise), []
+    with attach(model, CONFIG, noise=lambda step, like: tf.gather(draws, step)) as smart:
+        for x, y in zip(task.x, task.y, strict=True):
+            logs = model.train_on_batch(x, y, return_dict=True)
+            terms.append((float(logs["loss"]), float(logs["smoothness"]), float(logs["proximal"])))
+        return outcome(terms, model.get_weights(), [keras.ops.convert_to_numpy(value) for value in smart.averages])
+
+
+def compare(task: Task, console: Console) -> dict[str, dict[str, float]]:
+    """Some steps of SMART in each backend, in a table: of each quantity, every backend's and the largest difference."""
+    runs = {"NumPy": run_numpy(task), "PyTorch": run_torch(task)}
+    try:
+        runs["Keras"] = run_keras(task)
+    except ImportError as error:
+        console.print(f"Without Keras: {error}", markup=False)
+    title = f"{COMPARED_STEPS} steps of SMART in float64, with the same weights, batches and noise"
+    table = Table(title=title, title_justify="left")
+    for name in ("", *runs, "difference"):
+        table.add_column(name, justify="right" if name else "left")
+    figures = {}
+    for name in runs["NumPy"]:
+        values = np.array([run[name] for run in runs.values()])
+        summary = np.linalg.norm(values, axis=1) if name.startswith("|") else values[:, -1]
+        difference = float(np.ptp(values, axis=0).max() / np.abs(values).max())
+        table.add_row(name, *(f"{value:#.11g}" for value in summary), f"{difference:.1e}")
+        figures[name] = {**dict(zip(runs, summary.tolist(), strict=True)), "difference": difference}
+    console.print(table)
+    console.print(
+        "loss (with its penalties), R_s and D_Breg: at the last step. |theta| and |theta~|: the lengths of the weights "
+        "and of their average after it. difference: the largest between any two, in any step or weight, as a fraction "
+        "of the largest value."
+    )
+    return figures
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="SMART on handwritten digits, against plain fine-tuning.")
     parser.add_argument("--seeds", type=int, default=5, help="fine-tuning runs of each method (default: %(default)s)")
@@ -283,7 +431,9 @@ def main() -> None:
         f"move by {CONFIG.epsilon:g} of its range, in the worst direction that {ATTACK_STEPS} gradient steps "
         f"from {ATTACK_STARTS} starts find.\n"
     )
-    accuracy, R_s, images = measure(args.seeds, args.labels)
+    data = digits()
+    pretrained = pretrain(data)
+    accuracy, R_s, images = measure(data, pretrained, args.seeds, args.labels)
     at = RADII.index(CONFIG.epsilon)
     columns = ("", "clean accuracy %", "accuracy % under attack", "R_s")
     table = Table(title=f"mean ± 95% interval over {args.seeds} seeds", title_justify="left")
@@ -311,14 +461,16 @@ def main() -> None:
         f"{R_s['plain'].mean():.2f}."
     )
     draw_picture(args.out, accuracy, images, args.labels)
-    console.print(f"The picture is in {args.out} ({time.perf_counter() - began:.0f} seconds).")
+    console.print(f"The picture is in {args.out} ({time.perf_counter() - began:.0f} seconds).\n")
+    backends = compare(same_task(data, pretrained, args.labels), console)
     if args.json:
         methods = {
             name: {"accuracy": accuracy[name].tolist(), "R_s": R_s[name].tolist(), "config": METHODS[name].to_dict()}
             for name in METHODS
         }
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps({"labels": args.labels, "radii": RADII, "methods": methods}, indent=1) + "\n")
+        result = {"labels": args.labels, "radii": RADII, "methods": methods, "backends": backends}
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,34 @@ def test_the_demo_shows_what_smart_changes(tmp_path):
     assert done.returncode == 0, done.stderr
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert str(picture) in done.stdout.replace("\n", "")
-    assert json.loads(result.read_text())
+    found = json.loads(result.read_text())["backends"]
+    backends = ["NumPy", "PyTorch", "Keras"] if importlib.util.find_spec("tensorflow") else ["NumPy", "PyTorch"]
+    assert list(found) == ["loss", "R_s", "D_Breg", "|theta|", "|theta~|"]
+    for name, values in found.items():
+        assert name in done.stdout
+        assert list(values) == [*backends, "difference"]
+        assert min(values[backend] for backend in backends) > 0.01  # something was trained, and perturbed
+        assert values["difference"] < 1e-9
+    header = next(line for line in done.stdout.splitlines() if "NumPy" in line)
+    assert [name for name in ("NumPy", "PyTorch", "Keras") if name in header] == backends
+
+
+def test_the_demo_without_tensorflow_says_what_to_install():
+    code = """
+import sys
+sys.modules["tensorflow"] = None
+import demo
+data = demo.digits()
+demo.compare(demo.same_task(data, demo.pretrain(data), 2), demo.Console(width=200))
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "examples")))}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "Without Keras: smartreg_tf needs TensorFlow and Keras 3: pip install 'smartreg[tf]'" in done.stdout
+    header = next(line for line in done.stdout.splitlines() if "NumPy" in line)
+    assert "PyTorch" in header
+    assert "Keras" not in header
 
 
 @pytest.fixture(scope="module")
