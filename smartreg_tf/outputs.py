@@ -42,12 +42,14 @@ class Head(NamedTuple):
         kind: one of `KINDS`.
         weight: its `loss_weights`.
         by_weights: whether its loss divides by the sum of the sample weights, not by their number.
+        path: where it is in the structure of the losses, and so of the sample weights.
     """
 
     place: int
     kind: str
     weight: float = 1.0
     by_weights: bool = False
+    path: tuple[Any, ...] = ()
 
     @property
     def divergence(self) -> str:
@@ -103,9 +105,16 @@ class Head(NamedTuple):
         return mean
 
     def _sample_weight(self, sample_weight: Any, dtype: Any) -> Tensor | None:
+        for step in self.path if keras.tree.is_nested(sample_weight) else ():
+            try:
+                sample_weight = sample_weight[step]
+            except (KeyError, IndexError, TypeError):
+                break
         flat = [weight for weight in keras.tree.flatten(sample_weight) if weight is not None]
         if not flat:
             return None
+        if len(flat) > 1 and self.place >= len(flat):
+            raise ValueError(f"SMART: {len(flat)} sample weights, but none for output {self.place}")
         weight = tf.cast(flat[self.place if len(flat) > 1 else 0], dtype)
         while weight.shape.rank > 1 and weight.shape[-1] == 1:
             weight = weight[..., 0]
@@ -126,7 +135,7 @@ def find_heads(model: Any, passed: Any, outputs: Outputs | None) -> list[Head]:
 
     Example:
         >>> find_heads(None, tf.zeros([2, 3]), "logits")
-        [Head(place=0, kind='logits', weight=1.0, by_weights=False)]
+        [Head(place=0, kind='logits', weight=1.0, by_weights=False, path=())]
     """
     heads = _compiled_heads(model, passed) if outputs is None else _given_heads(model, passed, outputs)
     if not heads:
@@ -158,7 +167,10 @@ def _given_heads(model: Any, passed: Any, outputs: Outputs) -> list[Head]:
     for kind in kinds:
         if kind is not None and kind not in KINDS:
             raise ValueError(f"SMART: outputs= must be of {', '.join(KINDS)}, got {kind!r}")
-    return [Head(index, kind) for index, kind in enumerate(kinds) if kind is not None]
+    weighed = {place: (weight, by_weights, path) for place, _, weight, by_weights, path in _losses(model, passed)}
+    return [
+        Head(place, kind, *weighed.get(place, (1.0, False, ()))) for place, kind in enumerate(kinds) if kind is not None
+    ]
 
 
 def _names(model: Any, passed: Any) -> list[Any]:
@@ -175,16 +187,26 @@ def _compiled_heads(model: Any, passed: Any) -> list[Head]:
             "SMART: the model was compiled without a loss, so nothing says what its outputs are; say outputs=, one of "
             + ", ".join(KINDS)
         )
-    count = len(keras.tree.flatten(passed))
-    places = keras.tree.pack_sequence_as(compiled._y_pred_build_structure, list(range(count)))
-    heads = []
+    return [
+        Head(place, _kind(loss), weight, by_weights, path)
+        for place, loss, weight, by_weights, path in _losses(model, passed)
+    ]
+
+
+def _losses(model: Any, passed: Any) -> list[tuple[int, Any, float, bool, tuple[Any, ...]]]:
+    """Of each compiled loss: the place of its output, itself, its weight, whether it divides by weights, its path."""
+    compiled = getattr(model, "_compile_loss", None)
+    if compiled is None or not compiled._flat_losses:
+        return []
+    places = keras.tree.pack_sequence_as(compiled._y_pred_build_structure, list(range(len(keras.tree.flatten(passed)))))
+    found = []
     for path, loss, weight, _ in compiled._flat_losses:
-        index = places
+        place = places
         for step in path:
-            index = index[step]
+            place = place[step]
         by_weights = loss.reduction == "mean_with_sample_weight"
-        heads.append(Head(index, _kind(loss), 1.0 if weight is None else float(weight), by_weights))
-    return heads
+        found.append((place, loss, 1.0 if weight is None else float(weight), by_weights, tuple(path)))
+    return found
 
 
 def _kind(loss: Any) -> str:

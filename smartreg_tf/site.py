@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 Tensor = Any
@@ -205,12 +206,17 @@ class Site:
         if self.layers or not args:
             return args
 
-        def perturb(x: Any) -> Any:
+        def perturb(path: tuple[Any, ...], x: Any) -> Any:
+            if path and path[-1] in _PADDING_MASKS:
+                return x
+            if isinstance(x, np.ndarray):
+                x = tf.convert_to_tensor(x)
             if not (tf.is_tensor(x) and x.dtype.is_floating and x.shape.rank is not None and x.shape.rank >= 2):
                 return x
             return self._moved(x, getattr(x, "_keras_mask", None))
 
-        return (keras.tree.map_structure(perturb, args[0]), *args[1:])
+        moved = [perturb(path, x) for path, x in keras.tree.flatten_with_path(args[0])]
+        return (keras.tree.pack_sequence_as(args[0], moved), *args[1:])
 
     def _on_layer(self, layer: Any, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         output = original(*args, **kwargs)
@@ -242,8 +248,10 @@ def padding_mask(clean: Pass, call: Call) -> Tensor | None:
         return call.mask
     for name in _PADDING_MASKS:
         mask = clean.args[0].get(name)
-        if mask is not None and mask.shape.is_compatible_with(call.x.shape[:-1]):
-            return mask
+        if mask is not None:
+            mask = tf.convert_to_tensor(mask)
+            if mask.shape.is_compatible_with(call.x.shape[:-1]):
+                return mask
     return None
 
 
@@ -273,6 +281,8 @@ def _find(model: Any, layers: str | Any | Sequence[Any] | None) -> list[Any]:
     inside = list(model._flatten_layers())
     if layers is not None:
         asked = list(layers) if isinstance(layers, (list, tuple)) else [layers]
+        if not asked:
+            raise ValueError("SMART: layers=[] names no layer; leave it out for the default, or name one")
         return [_named(inside, layer) for layer in asked]
     found = [
         layer.token_embedding for layer in inside if isinstance(getattr(layer, "token_embedding", None), keras.Layer)
@@ -283,6 +293,8 @@ def _find(model: Any, layers: str | Any | Sequence[Any] | None) -> list[Any]:
             for layer in inside
             if isinstance(layer, keras.layers.Embedding) and not _NOT_TOKENS.search(layer.name)
         ]
+    if not found:  # its output carries the mask; noise on its input would unmask the padding
+        found = [layer for layer in inside if isinstance(layer, keras.layers.Masking)]
     return list({id(layer): layer for layer in found}.values())
 
 

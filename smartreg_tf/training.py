@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import os
 import threading
@@ -79,9 +78,10 @@ class Engine:
         self._local = threading.local()
         self._warned = self._begun = False
         self.skipped = 0  # steps without a finite penalty
+        self._compiled = getattr(model, "_compile_config", None)
+        self._last: dict[str, float] = {}
         self.temporary = False  # of one fit: `SMARTCallback`
         self.on_error: Callable[[], None] = lambda: None
-        self._with_training = "training" in inspect.signature(model.compute_loss).parameters
         with model.distribute_strategy.scope():
             self.step = _variable(np.int64(0), "smart_step")
             self.draws = _variable(np.int64(0), "smart_draws")
@@ -122,8 +122,13 @@ class Engine:
         """R_s, D_Breg, max|delta| and the vanished fraction, averaged since the metrics were reset; the optimiser step,
         and how many steps had no finite penalty.
         """
-        values = {name: float(metric.result()) for name, metric in (self.shown | self.hidden).items()}
-        return values | {"step": float(_numpy(self.step)), "skipped": float(self.skipped)}
+        return self._means() | {"step": float(_numpy(self.step)), "skipped": float(self.skipped)}
+
+    def _means(self) -> dict[str, float]:
+        """The means so far; the last ones where they were reset (an evaluation does) and nothing has come since."""
+        metrics = self.shown | self.hidden
+        means = {name: float(metric.result()) for name, metric in metrics.items()}
+        return means if any(float(_numpy(metric.count)) for metric in metrics.values()) else means | self._last
 
     def build(self) -> None:
         """theta~ <- theta_0, once the model has its weights."""
@@ -144,6 +149,7 @@ class Engine:
                 "two penalties"
             )
         self._patches.put(self.model, _ENGINE, self)
+        self._compiled = self.model._compile_config
         try:
             self.site.install()
             for name in self.METHODS:
@@ -163,6 +169,8 @@ class Engine:
         """Leave the model as it was before `install`."""
         self.site.remove()
         self._patches.remove()
+        if self.model._compile_config is not self._compiled:  # compile() came in between: that step is not to come back
+            object.__setattr__(self.model, "train_function", None)
 
     # What Keras calls
 
@@ -170,6 +178,13 @@ class Engine:
         """Keras' compiled training step, followed by a look at what went wrong in it."""
         if self.model.train_function is not None and not force:
             return self.model.train_function
+        followed = {id(weight) for weight in self.weights}
+        new = [weight.path for weight in self.model.trainable_variables if id(weight) not in followed]
+        if self.weights and new:
+            raise ValueError(
+                f"SMART: {', '.join(new[:3])} became trainable after SMART began, and theta~ does not hold it. "
+                "Unfreeze and enable LoRA first, then fit with a SMARTCallback, or begin a new attach() or SMARTModel."
+            )
         original(force=True)
         compiled = self.model.train_function
 
@@ -215,30 +230,24 @@ class Engine:
         if tf.executing_eagerly():
             self._report()
 
-    def compute_loss(
-        self,
-        original: Callable[..., Any],
-        x: Any = None,
-        y: Any = None,
-        y_pred: Any = None,
-        sample_weight: Any = None,
-        training: bool = True,
-    ) -> Any:
+    def compute_loss(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The model's own loss, plus lambda_s R_s + mu D_Breg inside a training step."""
         # first, since every other pass clears model.losses
-        own = {"training": training} if self._with_training else {}
-        loss = original(x, y, y_pred, sample_weight, **own)
+        loss = original(*args, **kwargs)
+        names = ("x", "y", "y_pred", "sample_weight", "training")
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
         passes = getattr(self._local, "passes", None)
-        if passes is None:
+        if passes is None or given.get("training") is False:
             return loss
         self._local.penalised = True
-        penalty = self._penalty(_matching(passes, y_pred), sample_weight)
+        penalty = self._penalty(_matching(passes, given.get("y_pred")), given.get("sample_weight"))
         replicas = tf.distribute.get_strategy().num_replicas_in_sync  # Keras sums their losses
         return loss + tf.cast(penalty / replicas, loss.dtype)
 
     def reset_metrics(self, original: Callable[..., Any]) -> None:
         """Keras' own, and ours."""
         original()
+        self._last = self._means()
         for metric in (*self.shown.values(), *self.hidden.values()):
             metric.reset_state()
 
@@ -274,7 +283,7 @@ class Engine:
         # complete or not at all
         partial_file = f"{filepath}{_SUFFIX}.part"
         with open(partial_file, "wb") as file:
-            np.savez(file, **{name: _numpy(value) for name, value in state.items()})
+            np.savez(file, iterations=self._taken(), **{name: _numpy(value) for name, value in state.items()})
         os.replace(partial_file, f"{filepath}{_SUFFIX}")
 
     def load_state(self, filepath: Any) -> None:
@@ -285,10 +294,21 @@ class Engine:
         own = {"step": self.step, "draws": self.draws}
         own |= {f"average/{i}": average for i, average in enumerate(self.averages)}
         own |= {f"seed/{i}": state for i, state in enumerate(self._seed_states())}
+        if not os.path.exists(f"{filepath}{_SUFFIX}"):
+            raise ValueError(
+                f"SMART: there is no {filepath}{_SUFFIX}: whatever saves the model while SMART is at work writes it, "
+                "and so does attach()'s save_state(path)"
+            )
         with np.load(f"{filepath}{_SUFFIX}") as saved:
+            now, then = self._taken(), int(saved["iterations"])
+            if now > 0 and then > 0 and now != then:
+                raise ValueError(
+                    f"SMART: {filepath}{_SUFFIX} was written after {then} optimiser steps, and the model was loaded "
+                    f"from after {now}: the two are not of one checkpoint"
+                )
             differing = sorted(
                 name
-                for name in {*saved.files, *own}
+                for name in {*saved.files, *own} - {"iterations"}
                 if name not in saved.files or name not in own or saved[name].shape != tuple(own[name].shape)
             )
             if differing:
@@ -298,6 +318,11 @@ class Engine:
                 )
             for name, variable in own.items():
                 variable.assign(saved[name])
+
+    def _taken(self) -> int:
+        """The steps that the model's own optimiser has taken."""
+        optimizer = getattr(self.model, "optimizer", None)
+        return 0 if optimizer is None else int(_numpy(optimizer.iterations))
 
     @contextmanager
     def swap_teacher(self) -> Iterator[None]:
@@ -348,6 +373,7 @@ class Engine:
                 return tf.add_n([tf.cast(mean, means[0].dtype) for mean in means])
 
             penalty = tf.zeros([], targets[0].dtype)
+            terms: dict[str, Tensor] = {}
             finite = {"clean": _finite(targets)}
             if config.lambda_s > 0:
                 deltas = self._ascend(clean, heads, targets, masks, positions)
@@ -357,15 +383,20 @@ class Engine:
                 r_s = compare(outputs)
                 finite["perturbed"] = _finite(outputs) & tf.math.is_finite(r_s)
                 penalty += config.lambda_s * r_s
-                self._show("smoothness", r_s, targets[0])
-                self._observe(clean, deltas)
+                terms["smoothness"] = r_s
             if config.mu > 0:
                 taught = site.repeat(clean, weights=list(zip(self.weights, self.averages, strict=True)))
                 outputs = [tf.stop_gradient(head.logits(taught.outputs)) for head in heads]
                 d_breg = compare(outputs)
                 finite["teacher"] = _finite(outputs) & tf.math.is_finite(d_breg)
                 penalty += config.mu * d_breg
-                self._show("proximal", d_breg, targets[0])
+                terms["proximal"] = d_breg
+        # replicas meet at an assignment, so that there is none above, where their shared layers are in float32
+        for name, term in terms.items():
+            self._show(name, term, targets[0])
+        if config.lambda_s > 0:
+            self._observe(clean, deltas)
+            self.draws.assign_add(1)
         gate.open = tf.math.is_finite(penalty)
         unnormalised = tf.reduce_any([head.unnormalised(clean.outputs) for head in heads])
         self._count({**{name: ~good for name, good in finite.items()}, "unnormalised": unnormalised})
@@ -407,7 +438,6 @@ class Engine:
             starts = [
                 ball.margin_start(direction) for ball, direction in zip(balls, self._reached(directions), strict=True)
             ]
-        self.draws.assign_add(1)
         return [tf.stop_gradient(delta) for delta in climb(balls, starts, gradient)]
 
     def _reached(self, gradients: list[Tensor | None]) -> list[Tensor]:
@@ -592,6 +622,12 @@ class SMARTCallback(keras.callbacks.Callback):  # type: ignore[misc]
         def load_weights(filepath: Any, *args: Any, **kwargs: Any) -> Any:
             if os.path.exists(f"{filepath}{_SUFFIX}"):
                 self._resume = filepath
+            elif self.config.mu > 0:
+                warnings.warn(
+                    f"SMARTCallback: {filepath} has no {_SUFFIX} beside it: theta~ starts anew from these weights",
+                    SMARTWarning,
+                    stacklevel=2,
+                )
             return original(filepath, *args, **kwargs)
 
         self._loads.put(model, "load_weights", load_weights)
@@ -644,7 +680,8 @@ class SMARTCallback(keras.callbacks.Callback):  # type: ignore[misc]
                 "SMARTCallback: fit does not know how many batches an epoch has, and beta changes during training. "
                 "Give SMARTConfig(total_steps=<optimiser steps of the whole run>) or fit(steps_per_epoch=...)."
             )
-        accumulated = getattr(self.model.optimizer, "gradient_accumulation_steps", None) or 1
+        optimizer = getattr(self.model.optimizer, "inner_optimizer", self.model.optimizer)  # of a LossScaleOptimizer
+        accumulated = getattr(optimizer, "gradient_accumulation_steps", None) or 1
         return config.replace(total_steps=max(1, self.params["epochs"] * steps // accumulated))
 
 
@@ -683,9 +720,13 @@ def attach(
     if not engine.active:
         yield engine
         return
+    stale = getattr(model, _ENGINE, None)
+    if stale is not None and stale.temporary:
+        stale.remove()  # of a fit that another callback broke off
     engine.install()
     try:
         yield engine
+        engine._report()  # of a loop inside a tf.function, which cannot raise by itself
     finally:
         engine.remove()
 
@@ -723,6 +764,9 @@ class SMARTModel(keras.Model):  # type: ignore[misc]
     ) -> None:
         super().__init__(**kwargs)
         self.model = model
+        if layers is not None:  # by name, which can be saved
+            given = layers if isinstance(layers, (list, tuple)) else [layers]
+            layers = [layer if isinstance(layer, str) else layer.name for layer in given]
         self._settings = {"layers": layers, "outputs": outputs, "seed": seed, "float32": float32}
         engine = Engine(self, config, call="SMARTModel", **self._settings)
         object.__setattr__(self, _ENGINE, engine)
@@ -756,7 +800,7 @@ class SMARTModel(keras.Model):  # type: ignore[misc]
         self, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None, training: bool = True
     ) -> Any:
         """The compiled loss, plus the penalty inside a training step."""
-        return self._engine.compute_loss(super().compute_loss, x, y, y_pred, sample_weight, training)
+        return self._engine.compute_loss(super().compute_loss, x, y, y_pred, sample_weight, training=training)
 
     def make_train_function(self, force: bool = False) -> Any:
         """Keras' own, followed by a look at what went wrong in the step."""

@@ -1,0 +1,218 @@
+"""What a Keras user does around a fit: recompiles, unfreezes, validates, masks, weighs outputs, loses a checkpoint."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import layers
+
+from smartreg import SMARTConfig, SMARTWarning
+from smartreg_tf import SMARTCallback, SMARTModel, attach
+from smartreg_tf.outputs import find_heads
+
+CE = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+CONFIG = SMARTConfig(total_steps=20)
+X, Y = np.random.default_rng(0).normal(size=(8, 4)).astype(np.float32), np.arange(8) % 2
+
+
+def small(inputs=(4,), **compiled):
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([keras.Input(inputs), layers.Dense(3, activation="tanh"), layers.Dense(2)])
+    model.compile(**{"optimizer": keras.optimizers.SGD(0.1), "loss": CE, "run_eagerly": True, **compiled})
+    return model
+
+
+def two_headed(**compiled):
+    inputs = keras.Input([4])
+    heads = {name: layers.Dense(2, name=name)(inputs) for name in ("a", "b", "c")}
+    model = keras.Model(inputs, heads)
+    model.compile("sgd", run_eagerly=True, **compiled)
+    return model
+
+
+def test_compile_inside_attach_is_not_undone():
+    model = small(run_eagerly=False)
+    model.fit(X, Y, verbose=0)
+    with attach(model, CONFIG):
+        model.compile(keras.optimizers.SGD(0.0), CE)
+    before = [weight.numpy() for weight in model.weights]
+    model.fit(X, Y, verbose=0)
+    assert all(np.array_equal(weight.numpy(), kept) for weight, kept in zip(model.weights, before, strict=True))
+    assert model.optimizer.iterations == 1
+
+
+def test_masking_on_float_inputs_keeps_its_padding():
+    model = keras.Sequential([keras.Input([5, 3]), layers.Masking(name="mask"), layers.LSTM(4), layers.Dense(2)])
+    model.compile("sgd", CE, run_eagerly=True)
+    x = np.random.default_rng(0).normal(size=(8, 5, 3)).astype(np.float32)
+    x[:, 3:] = 0
+    with attach(model, SMARTConfig(mu=0, scale="absolute", epsilon=1e-6, sigma=1e-6)) as smart:
+        assert [layer.name for layer in smart.site.layers] == ["mask"]
+        model.train_on_batch(x, Y)
+        assert 0 < smart.metrics["smoothness"] < 1e-9  # unmasked padding would give 1e-3
+
+
+def test_a_padding_mask_among_the_inputs_is_no_site():
+    given = {"x": keras.Input([4, 3], name="x"), "padding_mask": keras.Input([4], name="padding_mask")}
+    pooled = layers.Lambda(lambda z: tf.einsum("btd,bt->bd", z["x"], z["padding_mask"]))(given)
+    model = keras.Model(given, layers.Dense(2)(pooled))
+    model.compile("sgd", CE, run_eagerly=True)
+    x = {"x": np.ones((8, 4, 3), np.float32), "padding_mask": np.ones((8, 4), np.float32)}
+    seen = []
+    with attach(model, SMARTConfig(mu=0), noise=lambda step, like: seen.append(like.shape) or tf.ones_like(like)):
+        model.train_on_batch(x, Y)
+    assert seen == [(8, 4, 3)]
+
+
+def test_a_loop_of_ones_own_may_give_numpy():
+    model = small()
+    with attach(model, CONFIG) as smart:
+        with smart.training_step(), tf.GradientTape() as tape:
+            loss = model.compute_loss(X, Y, model(X, training=True))
+            model.optimizer.apply_gradients(
+                zip(tape.gradient(loss, model.trainable_variables), model.trainable_variables, strict=True)
+            )
+        assert smart.metrics["smoothness"] > 0
+        assert smart.metrics["step"] == 1
+
+
+def test_compute_loss_of_ones_own_keeps_its_signature():
+    class Own(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.head = layers.Dense(2)
+
+        def call(self, x):
+            return self.head(x)
+
+        def compute_loss(self, *, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+            return super().compute_loss(x, y, y_pred, sample_weight, training)
+
+        def train_step(self, data):
+            x, y = data[:2]
+            with tf.GradientTape() as tape:
+                y_pred = self(x)
+                loss = self.compute_loss(x=x, y=y, y_pred=y_pred)
+                self.compute_loss(x=x, y=y, y_pred=y_pred, training=False)  # for a log: no second penalty
+            self.optimizer.apply(tape.gradient(loss, self.trainable_variables), self.trainable_variables)
+            return {"loss": loss}
+
+    model = Own()
+    model.compile("sgd", CE, run_eagerly=True)
+    model(X)
+    draws = []
+    with attach(model, CONFIG, noise=lambda step, like: draws.append(1) or tf.ones_like(like)):
+        model.train_on_batch(X, Y)
+    assert draws == [1]
+
+
+def test_metrics_outlive_a_validation():
+    callback = SMARTCallback(SMARTConfig())
+    small().fit(X, Y, validation_data=(X, Y), verbose=0, callbacks=[callback])
+    assert callback.metrics["smoothness"] > 0
+    assert callback.metrics["max_delta"] > 0
+
+
+@pytest.mark.filterwarnings("ignore:Gradients do not exist for variables:UserWarning")  # of a, which has no loss
+@pytest.mark.parametrize("outputs", [None, {"b": "logits", "c": "logits"}])
+def test_loss_weights_and_sample_weights_are_found_by_output(outputs):
+    model = two_headed(loss={"b": CE, "c": CE}, loss_weights={"b": 0.0, "c": 3.0})
+    y, w = {"b": Y, "c": Y}, {"b": np.ones(8, np.float32), "c": np.zeros(8, np.float32)}
+    with attach(model, CONFIG, outputs=outputs) as smart:
+        model.train_on_batch(X, y, sample_weight=w)
+        heads = {head.place: head.weight for head in find_heads(model, model(X), outputs)}
+        assert heads == {1: 0.0, 2: 3.0}
+        assert smart.metrics["smoothness"] == 0  # b weighs 0 by its loss, c by its samples
+        model.train_on_batch(X, y, sample_weight={"b": w["c"], "c": w["b"]})
+        assert smart.metrics["smoothness"] > 0
+
+
+def test_unfreezing_after_the_start_is_refused():
+    inner = small()
+    inner.layers[0].trainable = False
+    model = SMARTModel(inner, CONFIG)
+    model.compile("sgd", CE)
+    inner.layers[0].trainable = True
+    model.compile("sgd", CE, run_eagerly=True)
+    with pytest.raises(ValueError, match="became trainable after SMART began"):
+        model.fit(X, Y, verbose=0)
+
+
+def test_accumulation_moves_theta_tilde_by_hand():
+    """Three batches a step: theta~ moves twice in six batches, each time from where it was."""
+    model = small(optimizer=keras.optimizers.SGD(0.5, gradient_accumulation_steps=3))
+    with attach(model, SMARTConfig(beta_early=0.5, beta_late=0.5)) as smart:
+        expected = [weight.numpy() for weight in model.trainable_variables]
+        for batch in range(1, 7):
+            model.train_on_batch(X, Y)
+            if batch % 3 == 0:
+                now = [weight.numpy() for weight in model.trainable_variables]
+                assert any(np.abs(new - old).max() > 1e-3 for new, old in zip(now, expected, strict=True))
+                expected = [0.5 * new + 0.5 * old for new, old in zip(now, expected, strict=True)]
+            for average, value in zip(smart.averages, expected, strict=True):
+                assert average.numpy() == pytest.approx(value, rel=1e-6, abs=1e-7)
+
+
+def test_total_steps_counts_accumulated_steps_under_loss_scaling():
+    inner = keras.optimizers.SGD(0.1, gradient_accumulation_steps=4)
+    model = small(optimizer=keras.optimizers.LossScaleOptimizer(inner))
+    callback = SMARTCallback(SMARTConfig())
+    model.fit(X, Y, batch_size=1, epochs=2, verbose=0, callbacks=[callback])
+    assert callback.engine.config.total_steps == 4
+
+
+def test_a_state_of_another_step_and_a_missing_one_are_named(tmp_path):
+    model = small()
+    path = str(tmp_path / "state")
+    with attach(model, CONFIG) as smart:
+        model.train_on_batch(X, Y)
+        smart.save_state(path)
+        model.train_on_batch(X, Y)
+        with pytest.raises(ValueError, match="written after 1 optimiser steps, and the model was loaded from after 2"):
+            smart.load_state(path)
+        with pytest.raises(ValueError, match=r"there is no .*nowhere.smart.npz: whatever saves the model"):
+            smart.load_state(str(tmp_path / "nowhere"))
+
+
+def test_a_checkpoint_without_its_state_warns(tmp_path):
+    model = small()
+    path = str(tmp_path / "plain.weights.h5")
+    model.save_weights(path)
+
+    class Loads(keras.callbacks.Callback):
+        def on_train_begin(self, logs=None):
+            self.model.load_weights(path)
+
+    with pytest.warns(SMARTWarning, match="theta~ starts anew from these weights"):
+        model.fit(X, Y, verbose=0, callbacks=[Loads(), SMARTCallback(SMARTConfig())])
+
+
+def test_no_layers_are_named():
+    with pytest.raises(ValueError, match=r"layers=\[\] names no layer"), attach(small(), CONFIG, layers=[]):
+        pass
+
+
+def test_layers_by_object_are_saved_by_name(tmp_path):
+    inner = small()
+    model = SMARTModel(inner, CONFIG, layers=inner.layers[0])
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert loaded.get_config()["layers"] == [inner.layers[0].name]
+
+
+def test_a_compiled_loop_reports_when_attach_ends():
+    model = small()
+
+    @tf.function
+    def step(smart, x, y):
+        with smart.training_step(), tf.GradientTape() as tape:
+            loss = model.compute_loss(x, y, model(x, training=True))
+            model.optimizer.apply(tape.gradient(loss, model.trainable_variables), model.trainable_variables)
+
+    def run():
+        with attach(model, CONFIG, noise=lambda step, like: like * np.nan) as smart:
+            model.optimizer.build(model.trainable_variables)
+            step(smart, tf.constant(X), tf.constant(Y))
+
+    with pytest.raises(FloatingPointError, match="penalty of step 1 is not finite"):
+        run()
