@@ -23,7 +23,8 @@ BACKENDS = (
     if _requested is not None
     else [name for name, module in FRAMEWORKS.items() if importlib.util.find_spec(module)]
 )
-collect_ignore_glob = [
+collect_ignore_glob = ["tests/mirrored_tf.py"]  # a script that a test runs
+collect_ignore_glob += [
     pattern
     for name in FRAMEWORKS
     if name not in BACKENDS

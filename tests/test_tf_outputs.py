@@ -56,12 +56,10 @@ def test_several_outputs_loss_weights_and_one_without_a_loss():
     losses = {"a": "sparse_categorical_crossentropy", "c": "mse"}
     model = model_with(*dense, loss=[losses["a"], None, losses["c"]], loss_weights=[0.5, 1.0, 2.0])
     heads = heads_of(model, [np.zeros(8), np.zeros((8, 1)), np.zeros((8, 2))])
-    assert heads == [Head(0, "probabilities", 0.5), Head(2, "regression", 2.0)]
+    weighed = [Head(0, "probabilities", 0.5, path=(0,)), Head(2, "regression", 2.0, path=(2,))]
+    assert heads == weighed
     assert heads_of(model, None, {"b": "regression"}) == [Head(1, "regression")]
-    assert heads_of(model, None, ["probabilities", None, "regression"]) == [
-        Head(0, "probabilities"),
-        Head(2, "regression"),
-    ]
+    assert heads_of(model, None, ["probabilities", None, "regression"]) == weighed
 
 
 def test_probabilities_keep_the_digits_of_their_logits():
