@@ -84,9 +84,9 @@ class SMARTConfig:
 
     lambda_s: float = 1.0
     mu: float = 1.0
-    epsilon: float = 0.1
-    sigma: float = 0.1
-    eta: float = 10.0
+    epsilon: float = 0.01
+    sigma: float = 0.01
+    eta: float = 1.0
     ascent_steps: int = 1
     norm: Norm = "inf"
     granularity: Granularity = "example"
