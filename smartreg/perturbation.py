@@ -79,7 +79,8 @@ def project_l2_ball(delta: ArrayLike, epsilon: ArrayLike, granularity: Granulari
 def project_l1_ball(delta: ArrayLike, epsilon: ArrayLike, granularity: Granularity = "example") -> Array:
     """The Euclidean projection onto {delta: ||delta||_1 <= epsilon}: sign(delta) max(|delta| - tau, 0).
 
-    tau is found by sorting (Duchi et al. 2008, figure 1). Not a rescaling: small entries become 0.
+    tau is found by sorting (Duchi et al. 2008, figure 1), of |delta| less its largest entry, which loses no digits far
+    outside the ball. Not a rescaling: small entries become 0.
 
     Args: as `project_linf_ball`.
 
@@ -91,6 +92,7 @@ def project_l1_ball(delta: ArrayLike, epsilon: ArrayLike, granularity: Granulari
     rows = _rows(delta, granularity)
     radius = _radius(epsilon, rows)
     size = np.abs(rows)
+    size = size - np.max(size, axis=-1, keepdims=True)
     descending = -np.sort(-size, axis=-1)
     over = np.cumsum(descending, axis=-1) - radius
     count = np.arange(1, rows.shape[-1] + 1)
@@ -256,8 +258,9 @@ def _shrink(rows: Array, radius: Array, norm: Norm) -> Array:
     length = _scaled_length(rows, norm)
     outside = length > radius
     # a few ulps inside, so that the rounding of the product cannot leave the ball and a second projection does nothing
-    factor = radius * (1 - 4 * np.finfo(rows.dtype).eps) / np.where(outside, length, 1)
-    return np.where(outside, rows * factor.astype(rows.dtype), rows)
+    factor = np.where(outside, radius * (1 - 4 * np.finfo(rows.dtype).eps) / np.where(outside, length, 1), 1)
+    shrunk: Array = rows * factor.astype(rows.dtype)
+    return shrunk
 
 
 def _scaled_length(rows: Array, norm: Norm) -> Array:

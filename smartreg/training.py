@@ -10,6 +10,7 @@ unmasked positions (or at each position):
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -148,6 +149,41 @@ def task_loss(
     return mean_examples(per_example, sample_weight), grad * weight * _example_weights(outputs, sample_weight)
 
 
+class Functions:
+    """The functions that `fit_reference` computes with: here the reference's own."""
+
+    momentum = staticmethod(momentum)
+    ema_update = staticmethod(ema_update)
+    bregman_divergence = staticmethod(bregman_divergence)
+
+    def value(self, divergence: str, a: Array, b: Array, mask: Any = None) -> Array:
+        """l_s(a, b), (n,)."""
+        return DIVERGENCES[divergence].value(a, b, mask)
+
+    def grad(self, divergence: str, a: Array, b: Array, mask: Any = None) -> tuple[Array, Array]:
+        """The gradients of l_s(a, b) with respect to both."""
+        return DIVERGENCES[divergence].grad(a, b, mask)
+
+    def ascend(
+        self,
+        theta: Parameters,
+        x: Array,
+        outputs: Array,
+        config: SMARTConfig,
+        noise: Array | None,
+        mask: Array | None,
+        divergence: str,
+        pooled: bool,
+    ) -> Array:
+        """The perturbation delta of the reference network."""
+
+        def to_outputs(perturbed: Array) -> tuple[Array, Callable[[Array], Array]]:
+            outputs, vjp = forward(theta, perturbed, mask, pooled)
+            return outputs, lambda grad: vjp(grad)[1]
+
+        return ascend(to_outputs, x, outputs, config, noise, mask, divergence)
+
+
 def fit_reference(
     theta: Mapping[str, Array],
     batches: Sequence[Batch],
@@ -158,6 +194,7 @@ def fit_reference(
     optimizer: Optimizer = "adam_torch",
     learning_rate: float = 1e-2,
     pooled: bool = True,
+    functions: Functions | None = None,
 ) -> list[Step]:
     """Train the reference network by Algorithm 1, one optimiser step a batch.
 
@@ -172,6 +209,7 @@ def fit_reference(
         optimizer: "sgd", or Adam (0.9, 0.999, 1e-8) with its epsilon added after ("adam_torch") or before
             ("adam_keras") the bias correction.
         pooled: one output an example; False gives one a position.
+        functions: what it computes with; `smartreg.checking` gives another backend's.
 
     Returns:
         one `Step` a batch.
@@ -187,8 +225,9 @@ def fit_reference(
         [0.999, 0.999]
     """
     config.check_total_steps("fit_reference")
+    f = Functions() if functions is None else functions
     theta = {name: np.array(value) for name, value in theta.items()}
-    teacher = ema_update(theta, theta, 1.0)  # a copy, in float32 or wider
+    teacher = f.ema_update(theta, theta, 1.0)  # a copy, in float32 or wider
     update = _Update(optimizer, learning_rate)
     steps = []
     for t, batch in enumerate(batches, start=1):
@@ -202,18 +241,17 @@ def fit_reference(
         delta = perturbed_outputs = None
         r_s = d_breg = 0.0
         if config.lambda_s > 0:
-            delta = _ascend(
-                theta, x, outputs, config, None if noise is None else noise[t - 1], mask, divergence, pooled
-            )
+            nu = None if noise is None else noise[t - 1]
+            delta = f.ascend(theta, x, outputs, config, nu, mask, divergence, pooled)
             perturbed_outputs, perturbed_vjp = forward(theta, x + delta, mask, pooled)
-            r_s = mean_examples(DIVERGENCES[divergence].value(perturbed_outputs, outputs, positions), sample_weight)
-            grad_perturbed, grad_clean = DIVERGENCES[divergence].grad(perturbed_outputs, outputs, positions)
+            r_s = mean_examples(f.value(divergence, perturbed_outputs, outputs, positions), sample_weight)
+            grad_perturbed, grad_clean = f.grad(divergence, perturbed_outputs, outputs, positions)
             perturbed_gradients = perturbed_vjp(config.lambda_s * each * grad_perturbed)
             grad_outputs = grad_outputs + config.lambda_s * each * grad_clean
         if config.mu > 0:
             teacher_outputs, _ = forward(teacher, teacher["E"][ids], mask, pooled)
-            d_breg = bregman_divergence(outputs, teacher_outputs, divergence, mask, sample_weight)
-            grad_breg = DIVERGENCES[divergence].grad(outputs, teacher_outputs, positions)[0]
+            d_breg = f.bregman_divergence(outputs, teacher_outputs, divergence, mask, sample_weight)
+            grad_breg = f.grad(divergence, outputs, teacher_outputs, positions)[0]
             grad_outputs = grad_outputs + config.mu * each * grad_breg
 
         gradients, grad_x = vjp(grad_outputs)
@@ -226,30 +264,13 @@ def fit_reference(
         theta = update(theta, gradients)
         beta = None
         if t % config.proximal_steps == 0:
-            beta = momentum(t, config)
-            teacher = ema_update(teacher, theta, beta)
+            beta = f.momentum(t, config)
+            teacher = f.ema_update(teacher, theta, beta)
         objective = loss + config.lambda_s * r_s + config.mu * d_breg
         steps.append(
             Step(outputs, loss, delta, perturbed_outputs, r_s, d_breg, objective, gradients, theta, beta, teacher)
         )
     return steps
-
-
-def _ascend(
-    theta: Parameters,
-    x: Array,
-    outputs: Array,
-    config: SMARTConfig,
-    noise: Array | None,
-    mask: Array | None,
-    divergence: str,
-    pooled: bool,
-) -> Array:
-    def to_outputs(perturbed: Array) -> tuple[Array, Callable[[Array], Array]]:
-        outputs, vjp = forward(theta, perturbed, mask, pooled)
-        return outputs, lambda grad: vjp(grad)[1]
-
-    return ascend(to_outputs, x, outputs, config, noise, mask, divergence)
 
 
 def _example_weights(outputs: Array, sample_weight: Array | None) -> Array:
@@ -281,7 +302,7 @@ class _Update:
         m = self.m[name] = beta_1 * self.m.get(name, np.zeros_like(g)) + (1 - beta_1) * g
         v = self.v[name] = beta_2 * self.v.get(name, np.zeros_like(g)) + (1 - beta_2) * g * g
         rate = self.learning_rate / (1 - beta_1**self.t)
-        correction = np.sqrt(1 - beta_2**self.t)
+        correction = math.sqrt(1 - beta_2**self.t)  # a NumPy scalar would make float32 float64
         after = self.optimizer == "adam_torch"
         step: Array = rate * m / (np.sqrt(v) / correction + (epsilon if after else epsilon / correction))
         return step

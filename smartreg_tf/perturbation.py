@@ -77,7 +77,8 @@ def project_l2_ball(delta: Tensor, epsilon: Tensor, granularity: Granularity = "
 def project_l1_ball(delta: Tensor, epsilon: Tensor, granularity: Granularity = "example") -> Tensor:
     """The Euclidean projection onto {delta: ||delta||_1 <= epsilon}: sign(delta) max(|delta| - tau, 0).
 
-    tau is found by sorting (Duchi et al. 2008, figure 1). Not a rescaling: small entries become 0.
+    tau is found by sorting (Duchi et al. 2008, figure 1), of |delta| less its largest entry, which loses no digits far
+    outside the ball. Not a rescaling: small entries become 0.
 
     Args: as `project_linf_ball`.
 
@@ -89,6 +90,7 @@ def project_l1_ball(delta: Tensor, epsilon: Tensor, granularity: Granularity = "
     rows = _rows(delta, granularity)
     radius = _radius(epsilon, rows)
     size = tf.abs(rows)
+    size -= tf.reduce_max(size, -1, keepdims=True)
     descending = tf.sort(size, direction="DESCENDING")
     over = tf.cumsum(descending, axis=-1) - radius
     count = tf.cast(tf.range(1, tf.shape(rows)[-1] + 1), rows.dtype)

@@ -75,7 +75,10 @@ def squared_error(a: Tensor, b: Tensor, mask: Tensor | None = None) -> Tensor:
         tensor([0., 4.])
     """
     a, b = _pair("squared_error", a, b)
-    return mean_positions((a - b).square().sum(-1), mask)
+    difference = a - b
+    if mask is not None and mask.shape == a.shape[:-1]:  # before the square: the gradient of a masked NaN is 0 too
+        difference = difference.where((mask != 0).unsqueeze(-1), 0)
+    return mean_positions(difference.square().sum(-1), mask)
 
 
 DIVERGENCES: dict[str, Callable[..., Tensor]] = {
@@ -189,5 +192,7 @@ class _BernoulliSymmetricKL(torch.autograd.Function):
 
 
 def _times(grad: Tensor, gradients: tuple[Tensor | None, Tensor | None]) -> tuple[Tensor | None, Tensor | None]:
-    a, b = (None if g is None else grad.unsqueeze(-1) * g for g in gradients)
+    grad = grad.unsqueeze(-1)
+    # a masked position passes nothing on, NaN or not
+    a, b = (None if g is None else (grad * g).where(grad != 0, 0) for g in gradients)
     return a, b

@@ -75,7 +75,8 @@ def project_l2_ball(delta: Tensor, epsilon: Tensor | float, granularity: Granula
 def project_l1_ball(delta: Tensor, epsilon: Tensor | float, granularity: Granularity = "example") -> Tensor:
     """The Euclidean projection onto {delta: ||delta||_1 <= epsilon}: sign(delta) max(|delta| - tau, 0).
 
-    tau is found by sorting (Duchi et al. 2008, figure 1). Not a rescaling: small entries become 0.
+    tau is found by sorting (Duchi et al. 2008, figure 1), of |delta| less its largest entry, which loses no digits far
+    outside the ball. Not a rescaling: small entries become 0.
 
     Args: as `project_linf_ball`.
 
@@ -86,6 +87,7 @@ def project_l1_ball(delta: Tensor, epsilon: Tensor | float, granularity: Granula
     rows = _rows(delta, granularity)
     radius = _radius(epsilon, rows)
     size = rows.abs()
+    size = size - size.amax(-1, keepdim=True)
     descending = size.sort(-1, descending=True).values
     over = descending.cumsum(-1) - radius
     count = torch.arange(1, rows.shape[-1] + 1, device=rows.device)

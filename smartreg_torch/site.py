@@ -189,7 +189,7 @@ def shift(x: Tensor, delta: Tensor) -> Tensor:
 def _find(model: nn.Module, site: str | None) -> tuple[str, nn.Module | None]:
     names = dict(model.named_modules())
     if site is not None:
-        if names.get(site) is not None and site:
+        if site and site in names:
             return site, names[site]
         if site == "input" or site.startswith("input."):
             return site, None

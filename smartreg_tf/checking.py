@@ -1,0 +1,51 @@
+"""This backend as `smartreg.checking` takes one: its functions, and how to reach them from NumPy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import tensorflow as tf
+
+from smartreg_tf.divergences import bernoulli_symmetric_kl, squared_error, symmetric_kl
+from smartreg_tf.perturbation import ascend, normalize, project_l1_ball, project_l2_ball, project_linf_ball
+from smartreg_tf.proximal import bregman_divergence, ema_update, momentum
+
+__all__ = [
+    "asarray",
+    "ascend",
+    "bernoulli_symmetric_kl",
+    "bregman_divergence",
+    "ema_update",
+    "gradients",
+    "momentum",
+    "normalize",
+    "project_l1_ball",
+    "project_l2_ball",
+    "project_linf_ball",
+    "squared_error",
+    "symmetric_kl",
+]
+
+
+def asarray(array: Any, dtype: str) -> Any:
+    """A NumPy array as a tensor.
+
+    Example:
+        >>> asarray([1.0], "bfloat16").dtype
+        tf.bfloat16
+    """
+    return tf.cast(tf.convert_to_tensor(array), dtype)
+
+
+def gradients(function: Callable[..., Any], *arrays: Any) -> Any:
+    """The gradients of sum(function(*arrays)) with respect to each.
+
+    Example:
+        >>> float(gradients(tf.square, tf.constant(3.0))[0])
+        6.0
+    """
+    with tf.GradientTape() as tape:
+        tape.watch(arrays)
+        value = function(*arrays)
+    return tape.gradient(value, arrays)

@@ -1,0 +1,51 @@
+"""This backend as `smartreg.checking` takes one: its functions, and how to reach them from NumPy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from smartreg_torch.divergences import bernoulli_symmetric_kl, squared_error, symmetric_kl
+from smartreg_torch.perturbation import ascend, normalize, project_l1_ball, project_l2_ball, project_linf_ball
+from smartreg_torch.proximal import bregman_divergence, ema_update, momentum
+
+__all__ = [
+    "asarray",
+    "ascend",
+    "bernoulli_symmetric_kl",
+    "bregman_divergence",
+    "ema_update",
+    "gradients",
+    "momentum",
+    "normalize",
+    "project_l1_ball",
+    "project_l2_ball",
+    "project_linf_ball",
+    "squared_error",
+    "symmetric_kl",
+]
+
+
+def asarray(array: Any, dtype: str) -> Tensor:
+    """A NumPy array as a tensor of its own memory.
+
+    Example:
+        >>> import numpy as np
+        >>> asarray(np.ones(1), "bfloat16")
+        tensor([1.], dtype=torch.bfloat16)
+    """
+    return torch.tensor(array, dtype=getattr(torch, dtype))
+
+
+def gradients(function: Callable[..., Tensor], *arrays: Tensor) -> tuple[Tensor, ...]:
+    """The gradients of sum(function(*arrays)) with respect to each.
+
+    Example:
+        >>> gradients(torch.square, torch.tensor([3.0]))
+        (tensor([6.]),)
+    """
+    points = [array.detach().requires_grad_() for array in arrays]
+    return torch.autograd.grad(function(*points).sum(), points)
