@@ -31,7 +31,7 @@ import smartreg
 from smartreg import divergences, golden, laws, perturbation, proximal
 from smartreg.config import SMARTConfig
 from smartreg.divergences import DIVERGENCES
-from smartreg.laws import BALLS, Law, bound, eps, worst
+from smartreg.laws import BALLS, HALF, Law, bound, eps, worst
 from smartreg.training import Batch, Functions, Parameters, Step, fit_reference, forward
 
 __all__ = ["FUNCTIONS", "Report", "Row", "check_backend", "load_backend"]
@@ -47,7 +47,7 @@ FUNCTIONS = (
     "ema_update",
     "bregman_divergence",
 )
-DTYPES = ("float32", "float64", "bfloat16")
+DTYPES = ("float32", "float64", *HALF)
 BACKENDS = {"numpy": "numpy", "torch": "torch", "tf": "tensorflow"}  # and the framework of each
 
 
@@ -113,7 +113,7 @@ def check_backend(
     Args:
         backend: a module or object as this module's head describes, or the name of one: "numpy", "torch", "tf", or
             that of a module to import.
-        dtype: "float32", "float64" or "bfloat16" (the divergences of narrow outputs, computed in float32).
+        dtype: "float32", "float64", or "bfloat16" or "float16" (only the divergences, which are computed in float32).
         functions: which of `FUNCTIONS` the backend has; one that is asked for and missing is a failure. Algorithm 1
             runs where all are asked for.
 
@@ -364,7 +364,7 @@ def law_checks(face: Face, functions: Sequence[str], rounds: int = 40) -> Iterat
 def _laws(face: Face, function: str, rng: np.random.Generator) -> Iterator[Law]:
     if function in DIVERGENCES:
         return laws.divergence_laws(face, function, laws.random_pair(rng, function, face.dtype))
-    if face.dtype == "bfloat16":  # everything else is float32 or wider
+    if face.dtype in HALF:  # everything else is float32 or wider
         return iter(())
     if function == "normalize":
         return laws.normalize_laws(face, laws.random_ball(rng, face.dtype))
@@ -387,7 +387,7 @@ def trajectory_checks(
     An intermediate may differ by what the reference itself moves by where its outputs, gradients and steps are rounded
     32 units in the last place off: so the bound knows the condition of each.
     """
-    if face.dtype not in ("float32", "float64") or set(functions) != set(FUNCTIONS):
+    if face.dtype in HALF or set(functions) != set(FUNCTIONS):
         return
     for name in names:
         what = f"Algorithm 1: {name}"
@@ -547,10 +547,10 @@ def _golden(face: Face, case: golden.Case) -> Iterator[tuple[float, float]]:
     if name in DIVERGENCES:
         limit = bound("divergence", face.dtype)
         yield golden.relative_error(face.value(name, **given), expected["value"]), limit
-        if face.dtype != "bfloat16":  # whose gradients are as narrow
+        if face.dtype not in HALF:  # whose gradients are as narrow
             for key, got in zip(("grad_a", "grad_b"), face.grad(name, **given), strict=True):
                 yield golden.relative_error(got, expected[key]), limit
-    elif face.dtype == "bfloat16":
+    elif face.dtype in HALF:
         return
     elif name == "ema_update":
         moved = face.ema_update(**given)["w"]

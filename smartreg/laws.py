@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 Array = NDArray[Any]
 Law = tuple[str, float, float]
 
+HALF = ("bfloat16", "float16")  # computed in float32
 BALLS = {"inf": "project_linf_ball", "2": "project_l2_ball", "1": "project_l1_ball"}
 _ORDERS = {"inf": np.inf, "2": 2, "1": 1}
 
@@ -108,7 +109,7 @@ def divergence_laws(face: Face, name: str, pair: Pair) -> Iterator[Law]:
     yield "symmetric", _relative(face.value(name, b, a), j, floor), 2 * required
     yield "0 at equal outputs", worst(face.value(name, a, a)), 0.0
     yield "0 only at equal distributions", float(np.any((j <= 0) & (exact > floor))), 0.0
-    if face.dtype == "bfloat16":
+    if face.dtype in HALF:
         narrow = type(face)(face.backend, "float32").value(name, a, b)
         yield "computed in float32", worst(j - narrow), 0.0
         return

@@ -1,0 +1,67 @@
+"""The laws of `smartreg.laws` on every backend, on the cases that hypothesis finds."""
+
+import pytest
+import strategies
+from hypothesis import given
+from hypothesis import strategies as st
+
+from smartreg import laws
+from smartreg.checking import Face, load_backend
+from smartreg.divergences import DIVERGENCES
+
+DTYPES = ["float32", "float64"]
+
+
+def face(backend, dtype):
+    if backend.name == "numpy" and dtype == "bfloat16":
+        pytest.importorskip("ml_dtypes", reason="NumPy has no bfloat16 without ml_dtypes")
+    return Face(load_backend(backend.name), dtype)
+
+
+def hold(found):
+    for what, error, bound in found:
+        assert error <= bound, f"{what}: {error:.2e} is over {bound:.1e}"
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, "bfloat16", "float16"])
+@pytest.mark.parametrize("name", list(DIVERGENCES))
+@given(data=st.data())
+def test_divergences(backend, name, dtype, data):
+    hold(laws.divergence_laws(face(backend, dtype), name, data.draw(strategies.pairs(name, dtype))))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@given(data=st.data())
+def test_normalize(backend, dtype, data):
+    hold(laws.normalize_laws(face(backend, dtype), data.draw(strategies.balls(dtype))))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("ball", list(laws.BALLS.values()))
+@given(data=st.data())
+def test_projections(backend, ball, dtype, data):
+    hold(laws.projection_laws(face(backend, dtype), ball, data.draw(strategies.balls(dtype))))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@given(data=st.data())
+def test_ascend(backend, dtype, data):
+    hold(laws.ascent_laws(face(backend, dtype), data.draw(strategies.ascents(dtype))))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@given(config=strategies.schedules)
+def test_momentum(backend, dtype, config):
+    hold(laws.momentum_laws(face(backend, dtype), config))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@given(data=st.data())
+def test_averages(backend, dtype, data):
+    hold(laws.ema_laws(face(backend, dtype), data.draw(strategies.pairs("squared_error", dtype))))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@given(data=st.data())
+def test_bregman_divergence(backend, dtype, data):
+    hold(laws.bregman_laws(face(backend, dtype), data.draw(strategies.pairs("symmetric_kl", dtype))))
