@@ -85,7 +85,7 @@ class Site:
             else the floating-point inputs.
 
     Raises:
-        ValueError: `layers` names one that the model does not have.
+        ValueError: `layers` names one that the model does not have, or has several of.
 
     Example:
         >>> model = keras.Sequential([keras.layers.Embedding(9, 4), keras.layers.Dense(2)])
@@ -299,23 +299,29 @@ def _find(model: Any, layers: str | Any | Sequence[Any] | None) -> list[Any]:
 
 
 def _named(inside: list[Any], asked: Any) -> Any:
-    for layer in inside:
-        if layer is asked or layer.name == asked:
-            return layer
+    found = [layer for layer in inside if layer is asked or layer.name == asked]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise ValueError(
+            f"SMART: layers= names {asked!r}, which {len(found)} layers of the model are called: give the layer itself "
+            "(SMARTModel saves names: give its layer a name of its own)"
+        )
     names = ", ".join(layer.name for layer in inside[1:])
     raise ValueError(
         f"SMART: layers= names {getattr(asked, 'name', asked)!r}, which the model does not have; it has {names}"
     )
 
 
-def _draws(model: Any) -> list[tuple[Any, Tensor]]:
-    """The states of the model's seed generators."""
+def seed_states(model: Any) -> list[Any]:
+    """The variables that hold the states of the model's seed generators: Keras counts them among no weights."""
     weights = {id(variable) for variable in model.weights}
-    return [
-        (variable, tf.identity(variable.value))
-        for variable in model.non_trainable_variables
-        if id(variable) not in weights
-    ]
+    return [variable for variable in model.non_trainable_variables if id(variable) not in weights]
+
+
+def _draws(model: Any) -> list[tuple[Any, Tensor]]:
+    """The seed generators' states as they are now."""
+    return [(variable, tf.identity(variable.value)) for variable in seed_states(model)]
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from smartreg_tf.divergences import DIVERGENCES
 from smartreg_tf.outputs import Head, Outputs, find_heads
 from smartreg_tf.perturbation import Ball, climb, floating, margin_gradient
 from smartreg_tf.proximal import ema_update, momentum
-from smartreg_tf.site import Pass, Patches, Site, half_precision_layers, in_float32, padding_mask
+from smartreg_tf.site import Pass, Patches, Site, half_precision_layers, in_float32, padding_mask, seed_states
 
 Tensor = Any
 Noise = Callable[[Tensor, Tensor], Tensor]
@@ -149,7 +149,7 @@ class Engine:
                 "two penalties"
             )
         self._patches.put(self.model, _ENGINE, self)
-        self._compiled = self.model._compile_config
+        self._compiled = getattr(self.model, "_compile_config", None)
         try:
             self.site.install()
             for name in self.METHODS:
@@ -169,7 +169,8 @@ class Engine:
         """Leave the model as it was before `install`."""
         self.site.remove()
         self._patches.remove()
-        if self.model._compile_config is not self._compiled:  # compile() came in between: that step is not to come back
+        # compile() came in between: that step is not to come back
+        if getattr(self.model, "_compile_config", None) is not self._compiled:
             object.__setattr__(self.model, "train_function", None)
 
     # What Keras calls
@@ -277,7 +278,7 @@ class Engine:
 
     def save_state(self, filepath: Any) -> None:
         """Write theta~, the step and the states of all seeds to `filepath` + '.smart.npz'."""
-        seeds = {f"seed/{i}": state for i, state in enumerate(self._seed_states())}
+        seeds = {f"seed/{i}": state for i, state in enumerate(seed_states(self.model))}
         averages = {f"average/{i}": average for i, average in enumerate(self.averages)}
         state = {"step": self.step, "draws": self.draws, **averages, **seeds}
         # complete or not at all
@@ -293,7 +294,7 @@ class Engine:
         self.build()
         own = {"step": self.step, "draws": self.draws}
         own |= {f"average/{i}": average for i, average in enumerate(self.averages)}
-        own |= {f"seed/{i}": state for i, state in enumerate(self._seed_states())}
+        own |= {f"seed/{i}": state for i, state in enumerate(seed_states(self.model))}
         if not os.path.exists(f"{filepath}{_SUFFIX}"):
             raise ValueError(
                 f"SMART: there is no {filepath}{_SUFFIX}: whatever saves the model while SMART is at work writes it, "
@@ -399,7 +400,8 @@ class Engine:
             self.draws.assign_add(1)
         gate.open = tf.math.is_finite(penalty)
         unnormalised = tf.reduce_any([head.unnormalised(clean.outputs) for head in heads])
-        self._count({**{name: ~good for name, good in finite.items()}, "unnormalised": unnormalised})
+        broken = {name: ~good & ~gate.open for name, good in finite.items()}  # a masked position may be NaN
+        self._count({**broken, "unnormalised": unnormalised})
         return tf.where(gate.open, penalty, tf.zeros_like(penalty))
 
     def _ascend(
@@ -533,10 +535,6 @@ class Engine:
                 f"{first} pass. Look at the learning rate and the loss before it, or let such steps go without a "
                 "penalty: SMARTConfig(non_finite='skip')."
             )
-
-    def _seed_states(self) -> list[Any]:
-        weights = {id(variable) for variable in self.model.weights}
-        return [variable for variable in self.model.non_trainable_variables if id(variable) not in weights]
 
 
 class SMARTCallback(keras.callbacks.Callback):  # type: ignore[misc]
