@@ -28,6 +28,7 @@ Noise = Callable[[Tensor, Tensor], Tensor]
 # What may go wrong in a compiled step, counted there and reported after it.
 _FAULTS = ("clean", "perturbed", "teacher", "unnormalised", "vanished")
 _ENGINE = "_smartreg_engine"
+_LOADS = "_smartreg_loads"
 _SUFFIX = ".smart.npz"
 
 
@@ -144,6 +145,7 @@ class Engine:
     def install(self) -> None:
         """Put SMART on the model's instance."""
         if hasattr(self.model, _ENGINE):
+            _remove_stale(self.model)  # this fit ends here, without an on_train_end
             raise ValueError(
                 "SMART: this model already has a SMARTCallback or attach() at work; give it one, since two would train "
                 "two penalties"
@@ -588,7 +590,6 @@ class SMARTCallback(keras.callbacks.Callback):  # type: ignore[misc]
         self.engine: Engine | None = None
         self._options = {"layers": layers, "outputs": outputs, "noise": noise, "seed": seed, "float32": float32}
         self._resume = resume
-        self._loads = Patches()
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -611,10 +612,7 @@ class SMARTCallback(keras.callbacks.Callback):  # type: ignore[misc]
     def set_model(self, model: Any) -> None:
         """Called by fit. A BackupAndRestore that comes first in the list loads before our `on_train_begin`."""
         super().set_model(model)
-        stale = getattr(model, _ENGINE, None)
-        if stale is not None and stale.temporary:
-            stale.remove()  # of a fit that another callback broke off
-        self._loads.remove()
+        _remove_stale(model)
         original = model.load_weights
 
         def load_weights(filepath: Any, *args: Any, **kwargs: Any) -> Any:
@@ -628,11 +626,13 @@ class SMARTCallback(keras.callbacks.Callback):  # type: ignore[misc]
                 )
             return original(filepath, *args, **kwargs)
 
-        self._loads.put(model, "load_weights", load_weights)
+        loads = Patches()
+        loads.put(model, _LOADS, loads)
+        loads.put(model, "load_weights", load_weights)
 
     def on_train_begin(self, logs: Any = None) -> None:
         """Called by fit."""
-        self._loads.remove()
+        _stop_listening(self.model)
         self.engine = engine = Engine(self.model, self._complete(), call="SMARTCallback", **self._options)
         if self._resume is not None:
             engine.load_state(self._resume)
@@ -659,11 +659,11 @@ class SMARTCallback(keras.callbacks.Callback):  # type: ignore[misc]
 
     def on_test_begin(self, logs: Any = None) -> None:
         """Called by evaluate, inside fit or alone."""
-        self._loads.remove()
+        _stop_listening(self.model)
 
     def on_predict_begin(self, logs: Any = None) -> None:
         """Called by predict."""
-        self._loads.remove()
+        _stop_listening(self.model)
 
     def _complete(self) -> SMARTConfig:
         """The configuration with `total_steps` = optimiser steps of the whole fit."""
@@ -718,9 +718,7 @@ def attach(
     if not engine.active:
         yield engine
         return
-    stale = getattr(model, _ENGINE, None)
-    if stale is not None and stale.temporary:
-        stale.remove()  # of a fit that another callback broke off
+    _remove_stale(model)
     engine.install()
     try:
         yield engine
@@ -842,6 +840,21 @@ class SMARTModel(keras.Model):  # type: ignore[misc]
         engine = self._engine
         engine.build()
         self._smart_variables = [engine.step, engine.draws, *engine.averages]  # Keras saves what it finds here
+
+
+def _stop_listening(model: Any) -> None:
+    """Take away what a callback's `set_model` put on the model, whichever callback it was."""
+    loads = getattr(model, _LOADS, None)
+    if loads is not None:
+        loads.remove()
+
+
+def _remove_stale(model: Any) -> None:
+    """Take away what the callback of a fit left that never ended, since another callback broke it off."""
+    engine = getattr(model, _ENGINE, None)
+    if engine is not None and engine.temporary:
+        engine.remove()
+    _stop_listening(model)
 
 
 class _Gate:
