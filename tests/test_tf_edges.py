@@ -248,6 +248,27 @@ def test_outputs_that_are_nan_where_masked_are_left_out(weights, start):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.parametrize("broken", ["clean", "teacher"])
+@pytest.mark.parametrize("eager", [True, False])
+def test_the_first_pass_that_is_not_finite_is_named(broken, eager):
+    model = small(run_eagerly=eager)
+    callback = SMARTCallback(CONFIG)
+
+    class Spoils(keras.callbacks.Callback):
+        def on_train_batch_begin(self, batch, logs=None):
+            weights = model.trainable_variables if broken == "clean" else callback.engine.averages
+            if batch == 1:
+                weights[0].assign(np.full(weights[0].shape, np.nan))
+
+    with pytest.raises(
+        FloatingPointError, match=f"penalty of step 2 is not finite; .* not finite are in the {broken} pass"
+    ):
+        model.fit(X, Y, batch_size=2, verbose=0, callbacks=[callback, Spoils()])
+    if broken == "teacher":  # the step was taken, without its penalty
+        assert model.optimizer.iterations == 2
+        assert all(np.isfinite(weight).all() for weight in model.get_weights())
+
+
 def test_layers_by_object_are_saved_by_name(tmp_path):
     inner = small()
     model = SMARTModel(inner, CONFIG, layers=inner.layers[0])

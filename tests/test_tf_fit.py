@@ -405,6 +405,28 @@ def test_early_stopping_and_a_second_fit():
     assert set(plain) == {"loss"}
 
 
+def test_early_stopping_restores_the_best_epochs_weights():
+    """The third epoch climbs, and nothing that SMART undoes at the end of fit touches what was restored."""
+    model = compiled(lambda: sequential(dropout=0.0), CE, 1.0)
+    seen = []
+
+    class Climbs(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            self.model.optimizer.learning_rate = 1.0 if epoch < 3 else -3.0
+
+        def on_epoch_end(self, epoch, logs=None):
+            seen.append(self.model.get_weights())
+
+    stop = keras.callbacks.EarlyStopping("loss", patience=2, restore_best_weights=True)
+    callbacks = [Climbs(), stop, SMARTCallback(SMARTConfig(**SETTINGS))]
+    losses = model.fit(IDS, Y, epochs=9, batch_size=4, verbose=0, callbacks=callbacks).history["loss"]
+    best = int(np.argmin(losses))
+    assert 0 < best == len(losses) - 3
+    for got, want, last in zip(model.get_weights(), seen[best], seen[-1], strict=True):
+        np.testing.assert_array_equal(got, want)
+        assert np.abs(last - want).max() > 1e-3
+
+
 class Breaks(keras.callbacks.Callback):
     def on_train_batch_end(self, batch, logs=None):
         raise KeyError("the user's own error")
