@@ -257,15 +257,38 @@ def padding_mask(clean: Pass, call: Call) -> Tensor | None:
 
 @contextmanager
 def in_float32(model: Any) -> Iterator[None]:
-    """The layers that compute in half precision do so in float32 inside the block (their weights are float32)."""
-    policy = keras.dtype_policies.DTypePolicy("float32")
-    patches = Patches()
+    """The layers that compute in half precision do so in float32 inside the block (their weights are float32), in this
+    thread: replicas share the layers, and meet in the middle where BatchNormalization is synchronised.
+    """
+    layers = half_precision_layers(model)
+    with _ThreadPolicy.lock:
+        for layer in layers:
+            if not isinstance(layer._dtype_policy, _ThreadPolicy):
+                object.__setattr__(layer, "_dtype_policy", _ThreadPolicy(layer._dtype_policy))
+            layer._dtype_policy.threads.add(threading.get_ident())
     try:
-        for layer in half_precision_layers(model):
-            patches.put(layer, "_dtype_policy", policy)
         yield
     finally:
-        patches.remove()
+        with _ThreadPolicy.lock:
+            for layer in layers:
+                policy = layer._dtype_policy
+                policy.threads.remove(threading.get_ident())
+                if not policy.threads:
+                    object.__setattr__(layer, "_dtype_policy", policy.own)
+
+
+class _ThreadPolicy:
+    """float32 in some threads, a layer's own policy in all others."""
+
+    lock = threading.Lock()
+    float32 = keras.dtype_policies.DTypePolicy("float32")
+
+    def __init__(self, own: Any) -> None:
+        self.own = own
+        self.threads: set[int] = set()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.float32 if threading.get_ident() in self.threads else self.own, name)
 
 
 def half_precision_layers(model: Any) -> list[Any]:

@@ -394,7 +394,6 @@ class Engine:
                 finite["teacher"] = _finite(outputs) & tf.math.is_finite(d_breg)
                 penalty += config.mu * d_breg
                 terms["proximal"] = d_breg
-        # replicas meet at an assignment, so that there is none above, where their shared layers are in float32
         for name, term in terms.items():
             self._show(name, term, targets[0])
         if config.lambda_s > 0:
