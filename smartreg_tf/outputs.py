@@ -127,7 +127,8 @@ def find_heads(model: Any, passed: Any, outputs: Outputs | None) -> list[Head]:
 
     Args:
         passed: what the model returned.
-        outputs: one of `KINDS` for all outputs, or a list or a dict of them (None leaves an output out).
+        outputs: one of `KINDS` for all outputs, or a list or a dict of them (None, and a name that the dict lacks,
+            leaves an output out).
 
     Raises:
         ValueError: a loss from which no kind follows, or `outputs` that does not fit the model.

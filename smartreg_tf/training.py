@@ -40,7 +40,8 @@ class Engine:
     Args: as `SMARTCallback`.
 
     Attributes:
-        averages: theta~, one variable for each trainable weight, float32 or wider; empty before the model is built.
+        averages: theta~, in the order of `model.trainable_variables`, float32 or wider; empty before the model is built
+            and where mu is 0.
     """
 
     METHODS = (
@@ -507,6 +508,8 @@ class Engine:
 
     def _report(self) -> None:
         """What the compiled step could only count: raise or warn about it, once."""
+        # Reading waits for the device, every step: a fault has to be raised before on_train_batch_end, where a
+        # checkpoint may be written, and a step that XLA compiles cannot raise by itself.
         counts = dict(zip(_FAULTS, _numpy(self.faults).tolist(), strict=True))
         if not any(counts.values()):
             return
@@ -544,13 +547,15 @@ class SMARTCallback(keras.callbacks.Callback):  # type: ignore[misc]
     F(theta) = L(theta) + lambda_s R_s(theta) + mu D_Breg(theta, theta~)
 
     `loss` in the progress bar includes the penalties; `smoothness` (R_s) and `proximal` (D_Breg) stand beside it;
-    `val_loss` is the plain one. After `fit` the model is as it was, but for its weights.
+    `val_loss` is the plain one. After `fit` the model is as it was, but for its weights; where another callback broke
+    the fit off, at the next `fit` or `attach`.
 
     Args:
         config: the settings; `total_steps` comes from fit's own epochs and steps where it is None.
         layers: names or objects of the layers whose outputs are perturbed; by default see `smartreg_tf.site.Site`.
         outputs: what the outputs are: "logits", "probabilities", "label_logits", "label_probabilities" or
-            "regression", one for all or a list or dict with one each. By default what the compiled losses say.
+            "regression", one for all, a list with one each, or a dict by name. None, and a name that the dict lacks,
+            leaves an output out of R_s and D_Breg. By default what the compiled losses say.
         noise: (step, like) -> standard normal tensor of the shape of `like`; by default drawn from a stream of its own,
             which `seed` starts.
         float32: compute the SMART passes in float32 under mixed precision, where half precision would lose them.
@@ -698,8 +703,9 @@ def attach(
     Args, Raises: as `SMARTCallback`; `total_steps` is needed where beta is scheduled.
 
     Returns:
-        the context's value has `metrics`, `swap_teacher()`, `save_state(path)`, `load_state(path)`, and
-        `training_step()`, a context for one step of a loop that calls no `train_step`.
+        the context's value has `metrics`, `swap_teacher()`, `save_state(path)`, `load_state(path)`,
+        `training_step()`, a context for one step of a loop that calls no `train_step`, and `averages`, theta~ in the
+        order of `model.trainable_variables`.
 
     Example:
         >>> model = keras.Sequential([keras.layers.Dense(2)])
