@@ -66,8 +66,7 @@ def symmetric_kl_grad(a: ArrayLike, b: ArrayLike, mask: ArrayLike | None = None)
     d_q = d_from(np.argmax(b, axis=-1, keepdims=True))
     grad_a = p * (d_p - _sum(p * d_p)) + p_minus_q
     grad_b = q * (_sum(q * d_q) - d_q) - p_minus_q
-    weight = position_weights(a, mask)
-    return weight * grad_a, weight * grad_b
+    return _mean_grad(grad_a, mask), _mean_grad(grad_b, mask)
 
 
 def bernoulli_symmetric_kl(a: ArrayLike, b: ArrayLike, mask: ArrayLike | None = None) -> Array:
@@ -98,10 +97,9 @@ def bernoulli_symmetric_kl_grad(a: ArrayLike, b: ArrayLike, mask: ArrayLike | No
     """
     a, b = _pair("bernoulli_symmetric_kl_grad", a, b)
     d, difference = _bernoulli_terms(a, b)
-    weight = position_weights(a, mask)
     return (
-        weight * (_sigmoid(a) * _sigmoid(-a) * d + difference),
-        -weight * (_sigmoid(b) * _sigmoid(-b) * d + difference),
+        _mean_grad(_sigmoid(a) * _sigmoid(-a) * d + difference, mask),
+        -_mean_grad(_sigmoid(b) * _sigmoid(-b) * d + difference, mask),
     )
 
 
@@ -128,7 +126,7 @@ def squared_error_grad(a: ArrayLike, b: ArrayLike, mask: ArrayLike | None = None
         array([[4.]])
     """
     a, b = _pair("squared_error_grad", a, b)
-    grad = position_weights(a, mask) * 2 * (a - b)
+    grad = _mean_grad(2 * (a - b), mask)
     return grad, -grad
 
 
@@ -148,6 +146,13 @@ def mean_positions(values: Array, mask: ArrayLike | None = None) -> Array:
     """
     weights = position_weights(values[..., None], mask)[..., 0]
     return np.sum(np.where(weights > 0, values, 0) * weights, axis=tuple(range(1, values.ndim)), dtype=values.dtype)
+
+
+def _mean_grad(grad: Array, mask: ArrayLike | None) -> Array:
+    """The gradient of `mean_positions` from that of each position: exactly 0 where the mask is false, NaN or not."""
+    weights = position_weights(grad, mask)
+    result: Array = np.where(weights > 0, grad, 0) * weights
+    return result
 
 
 def position_weights(outputs: Array, mask: ArrayLike | None) -> Array:

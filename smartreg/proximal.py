@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -31,14 +32,24 @@ def momentum(step: int, config: SMARTConfig) -> float:
         >>> momentum(10, config), momentum(11, config)
         (0.99, 0.999)
     """
-    if config.early_fraction == 0 or config.beta_early == config.beta_late:
-        return config.beta_late
-    if config.early_fraction == 1:
-        return config.beta_early
+    return config.beta_early if step <= last_early_step(config) else config.beta_late
+
+
+def last_early_step(config: SMARTConfig) -> float:
+    """Up to which optimiser step beta is `beta_early`: `early_fraction` of `total_steps`.
+
+    Raises:
+        ValueError: as `momentum`.
+
+    Example:
+        >>> last_early_step(SMARTConfig(early_fraction=0.29, total_steps=100))
+        29.0
+    """
+    if config.early_fraction in (0, 1):  # of any number of steps
+        return math.inf if config.early_fraction == 1 else 0.0
     config.check_total_steps("momentum")
     # round: 0.29 * 100 is 28.999999999999996, and step 29 is still early
-    last_early = round(config.early_fraction * (config.total_steps or 0), 9)
-    return config.beta_early if step <= last_early else config.beta_late
+    return round(config.early_fraction * (config.total_steps or 0), 9)
 
 
 def ema_update(teacher: Mapping[str, Array], theta: Mapping[str, Array], beta: float) -> dict[str, Array]:

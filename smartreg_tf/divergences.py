@@ -63,8 +63,7 @@ def symmetric_kl_grad(a: Tensor, b: Tensor, mask: Tensor | None = None) -> tuple
     d_p, d_q = d_from(_argmax(a)), d_from(_argmax(b))
     grad_a = p * (d_p - _sum(p * d_p)) + p_minus_q
     grad_b = q * (_sum(q * d_q) - d_q) - p_minus_q
-    weight = position_weights(a, mask)
-    return weight * grad_a, weight * grad_b
+    return _mean_grad(grad_a, mask), _mean_grad(grad_b, mask)
 
 
 def bernoulli_symmetric_kl(a: Tensor, b: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -97,10 +96,9 @@ def bernoulli_symmetric_kl_grad(a: Tensor, b: Tensor, mask: Tensor | None = None
     """
     a, b = _pair("bernoulli_symmetric_kl_grad", a, b)
     d, difference = _bernoulli_terms(a, b)
-    weight = position_weights(a, mask)
     return (
-        weight * (_sigmoid(a) * _sigmoid(-a) * d + difference),
-        -weight * (_sigmoid(b) * _sigmoid(-b) * d + difference),
+        _mean_grad(_sigmoid(a) * _sigmoid(-a) * d + difference, mask),
+        -_mean_grad(_sigmoid(b) * _sigmoid(-b) * d + difference, mask),
     )
 
 
@@ -130,7 +128,7 @@ def squared_error_grad(a: Tensor, b: Tensor, mask: Tensor | None = None) -> tupl
         array([[4.]], dtype=float32)
     """
     a, b = _pair("squared_error_grad", a, b)
-    grad = position_weights(a, mask) * 2 * (a - b)
+    grad = _mean_grad(2 * (a - b), mask)
     return grad, -grad
 
 
@@ -151,6 +149,12 @@ def mean_positions(values: Tensor, mask: Tensor | None = None) -> Tensor:
     weights = position_weights(values[..., None], mask)[..., 0]
     kept = tf.where(weights > 0, values, tf.zeros_like(values)) * weights
     return tf.reduce_sum(kept, axis=list(range(1, values.shape.rank)))
+
+
+def _mean_grad(grad: Tensor, mask: Tensor | None) -> Tensor:
+    """The gradient of `mean_positions` from that of each position: exactly 0 where the mask is false, NaN or not."""
+    weights = position_weights(grad, mask)
+    return tf.where(weights > 0, grad, tf.zeros_like(grad)) * weights
 
 
 def position_weights(outputs: Tensor, mask: Tensor | None) -> Tensor:

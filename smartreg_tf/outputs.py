@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-from smartreg_tf.divergences import DIVERGENCES, position_weights
+from smartreg_tf.divergences import DIVERGENCES, as_mask, position_weights
 from smartreg_tf.perturbation import floating, output_mask
 from smartreg_tf.proximal import mean_examples
 
@@ -98,7 +98,8 @@ class Head(NamedTuple):
             # every position as an example of its own, weighed by its share in the mean and by its own weight
             share = position_weights(a, mask)[..., 0] * weight
             rows = [tf.reshape(z, [-1, tf.shape(z)[-1]]) for z in (a, b)]
-            positions = tf.reshape(value(*rows), tf.shape(share))
+            each = value(*rows, None if mask is None else tf.reshape(as_mask(mask), [-1]))
+            positions = tf.reshape(each, tf.shape(share))
             mean = mean_examples(tf.reduce_sum(positions * share, axis=list(range(1, share.shape.rank))))
         if self.by_weights:
             mean = tf.math.divide_no_nan(mean * tf.cast(tf.size(weight), mean.dtype), tf.reduce_sum(weight))
@@ -126,7 +127,8 @@ def find_heads(model: Any, passed: Any, outputs: Outputs | None) -> list[Head]:
 
     Args:
         passed: what the model returned.
-        outputs: one of `KINDS` for all outputs, or a list or a dict of them (None leaves an output out).
+        outputs: one of `KINDS` for all outputs, or a list or a dict of them (None, and a name that the dict lacks,
+            leaves an output out).
 
     Raises:
         ValueError: a loss from which no kind follows, or `outputs` that does not fit the model.

@@ -8,7 +8,7 @@ from typing import Any
 import tensorflow as tf
 
 from smartreg.config import SMARTConfig
-from smartreg.proximal import momentum as _momentum
+from smartreg.proximal import last_early_step
 from smartreg_tf.divergences import DIVERGENCES
 from smartreg_tf.perturbation import output_mask
 
@@ -22,7 +22,7 @@ def momentum(step: Tensor, config: SMARTConfig) -> Tensor:
         step: optimiser steps taken so far, this one included: 1, 2, ...; a tensor, or a number.
 
     Raises:
-        ValueError: beta is scheduled and `config.total_steps` is None.
+        ValueError: mu > 0, beta is scheduled and `config.total_steps` is None.
 
     Source: paper, section 4.1.
 
@@ -31,12 +31,8 @@ def momentum(step: Tensor, config: SMARTConfig) -> Tensor:
         >>> [round(float(momentum(step, config)), 3) for step in (10, 11)]
         [0.99, 0.999]
     """
-    first, last = _momentum(1, config), _momentum(config.total_steps or 1, config)
-    if first == last:
-        return tf.constant(last, tf.float64)
-    # the last early step, which is all that a tensor needs to know of the NumPy schedule
-    last_early = round(config.early_fraction * (config.total_steps or 0), 9)
-    return tf.where(tf.cast(step, tf.float64) <= last_early, tf.constant(first, tf.float64), last)
+    early = tf.cast(step, tf.float64) <= last_early_step(config)
+    return tf.where(early, tf.constant(config.beta_early, tf.float64), config.beta_late)
 
 
 def ema_update(teacher: Mapping[str, Tensor], theta: Mapping[str, Tensor], beta: Tensor) -> dict[str, Tensor]:

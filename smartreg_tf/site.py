@@ -85,7 +85,7 @@ class Site:
             else the floating-point inputs.
 
     Raises:
-        ValueError: `layers` names one that the model does not have.
+        ValueError: `layers` names one that the model does not have, or has several of.
 
     Example:
         >>> model = keras.Sequential([keras.layers.Embedding(9, 4), keras.layers.Dense(2)])
@@ -257,15 +257,38 @@ def padding_mask(clean: Pass, call: Call) -> Tensor | None:
 
 @contextmanager
 def in_float32(model: Any) -> Iterator[None]:
-    """The layers that compute in half precision do so in float32 inside the block (their weights are float32)."""
-    policy = keras.dtype_policies.DTypePolicy("float32")
-    patches = Patches()
+    """The layers that compute in half precision do so in float32 inside the block (their weights are float32), in this
+    thread: replicas share the layers, and meet in the middle where BatchNormalization is synchronised.
+    """
+    layers = half_precision_layers(model)
+    with _ThreadPolicy.lock:
+        for layer in layers:
+            if not isinstance(layer._dtype_policy, _ThreadPolicy):
+                object.__setattr__(layer, "_dtype_policy", _ThreadPolicy(layer._dtype_policy))
+            layer._dtype_policy.threads.add(threading.get_ident())
     try:
-        for layer in half_precision_layers(model):
-            patches.put(layer, "_dtype_policy", policy)
         yield
     finally:
-        patches.remove()
+        with _ThreadPolicy.lock:
+            for layer in layers:
+                policy = layer._dtype_policy
+                policy.threads.remove(threading.get_ident())
+                if not policy.threads:
+                    object.__setattr__(layer, "_dtype_policy", policy.own)
+
+
+class _ThreadPolicy:
+    """float32 in some threads, a layer's own policy in all others."""
+
+    lock = threading.Lock()
+    float32 = keras.dtype_policies.DTypePolicy("float32")
+
+    def __init__(self, own: Any) -> None:
+        self.own = own
+        self.threads: set[int] = set()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.float32 if threading.get_ident() in self.threads else self.own, name)
 
 
 def half_precision_layers(model: Any) -> list[Any]:
@@ -299,23 +322,29 @@ def _find(model: Any, layers: str | Any | Sequence[Any] | None) -> list[Any]:
 
 
 def _named(inside: list[Any], asked: Any) -> Any:
-    for layer in inside:
-        if layer is asked or layer.name == asked:
-            return layer
+    found = [layer for layer in inside if layer is asked or layer.name == asked]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise ValueError(
+            f"SMART: layers= names {asked!r}, which {len(found)} layers of the model are called: give the layer itself "
+            "(SMARTModel saves names: give its layer a name of its own)"
+        )
     names = ", ".join(layer.name for layer in inside[1:])
     raise ValueError(
         f"SMART: layers= names {getattr(asked, 'name', asked)!r}, which the model does not have; it has {names}"
     )
 
 
-def _draws(model: Any) -> list[tuple[Any, Tensor]]:
-    """The states of the model's seed generators."""
+def seed_states(model: Any) -> list[Any]:
+    """The variables that hold the states of the model's seed generators: Keras counts them among no weights."""
     weights = {id(variable) for variable in model.weights}
-    return [
-        (variable, tf.identity(variable.value))
-        for variable in model.non_trainable_variables
-        if id(variable) not in weights
-    ]
+    return [variable for variable in model.non_trainable_variables if id(variable) not in weights]
+
+
+def _draws(model: Any) -> list[tuple[Any, Tensor]]:
+    """The seed generators' states as they are now."""
+    return [(variable, tf.identity(variable.value)) for variable in seed_states(model)]
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from smartreg_tf.divergences import DIVERGENCES
 from smartreg_tf.outputs import Head, Outputs, find_heads
 from smartreg_tf.perturbation import Ball, climb, floating, margin_gradient
 from smartreg_tf.proximal import ema_update, momentum
-from smartreg_tf.site import Pass, Patches, Site, half_precision_layers, in_float32, padding_mask
+from smartreg_tf.site import Pass, Patches, Site, half_precision_layers, in_float32, padding_mask, seed_states
 
 Tensor = Any
 Noise = Callable[[Tensor, Tensor], Tensor]
@@ -28,6 +28,7 @@ Noise = Callable[[Tensor, Tensor], Tensor]
 # What may go wrong in a compiled step, counted there and reported after it.
 _FAULTS = ("clean", "perturbed", "teacher", "unnormalised", "vanished")
 _ENGINE = "_smartreg_engine"
+_LOADS = "_smartreg_loads"
 _SUFFIX = ".smart.npz"
 
 
@@ -39,7 +40,8 @@ class Engine:
     Args: as `SMARTCallback`.
 
     Attributes:
-        averages: theta~, one variable for each trainable weight, float32 or wider; empty before the model is built.
+        averages: theta~, in the order of `model.trainable_variables`, float32 or wider; empty before the model is built
+            and where mu is 0.
     """
 
     METHODS = (
@@ -144,12 +146,13 @@ class Engine:
     def install(self) -> None:
         """Put SMART on the model's instance."""
         if hasattr(self.model, _ENGINE):
+            _remove_stale(self.model)  # this fit ends here, without an on_train_end
             raise ValueError(
                 "SMART: this model already has a SMARTCallback or attach() at work; give it one, since two would train "
                 "two penalties"
             )
         self._patches.put(self.model, _ENGINE, self)
-        self._compiled = self.model._compile_config
+        self._compiled = getattr(self.model, "_compile_config", None)
         try:
             self.site.install()
             for name in self.METHODS:
@@ -169,7 +172,8 @@ class Engine:
         """Leave the model as it was before `install`."""
         self.site.remove()
         self._patches.remove()
-        if self.model._compile_config is not self._compiled:  # compile() came in between: that step is not to come back
+        # compile() came in between: that step is not to come back
+        if getattr(self.model, "_compile_config", None) is not self._compiled:
             object.__setattr__(self.model, "train_function", None)
 
     # What Keras calls
@@ -277,7 +281,7 @@ class Engine:
 
     def save_state(self, filepath: Any) -> None:
         """Write theta~, the step and the states of all seeds to `filepath` + '.smart.npz'."""
-        seeds = {f"seed/{i}": state for i, state in enumerate(self._seed_states())}
+        seeds = {f"seed/{i}": state for i, state in enumerate(seed_states(self.model))}
         averages = {f"average/{i}": average for i, average in enumerate(self.averages)}
         state = {"step": self.step, "draws": self.draws, **averages, **seeds}
         # complete or not at all
@@ -293,7 +297,7 @@ class Engine:
         self.build()
         own = {"step": self.step, "draws": self.draws}
         own |= {f"average/{i}": average for i, average in enumerate(self.averages)}
-        own |= {f"seed/{i}": state for i, state in enumerate(self._seed_states())}
+        own |= {f"seed/{i}": state for i, state in enumerate(seed_states(self.model))}
         if not os.path.exists(f"{filepath}{_SUFFIX}"):
             raise ValueError(
                 f"SMART: there is no {filepath}{_SUFFIX}: whatever saves the model while SMART is at work writes it, "
@@ -391,7 +395,6 @@ class Engine:
                 finite["teacher"] = _finite(outputs) & tf.math.is_finite(d_breg)
                 penalty += config.mu * d_breg
                 terms["proximal"] = d_breg
-        # replicas meet at an assignment, so that there is none above, where their shared layers are in float32
         for name, term in terms.items():
             self._show(name, term, targets[0])
         if config.lambda_s > 0:
@@ -399,7 +402,8 @@ class Engine:
             self.draws.assign_add(1)
         gate.open = tf.math.is_finite(penalty)
         unnormalised = tf.reduce_any([head.unnormalised(clean.outputs) for head in heads])
-        self._count({**{name: ~good for name, good in finite.items()}, "unnormalised": unnormalised})
+        broken = {name: ~good & ~gate.open for name, good in finite.items()}  # a masked position may be NaN
+        self._count({**broken, "unnormalised": unnormalised})
         return tf.where(gate.open, penalty, tf.zeros_like(penalty))
 
     def _ascend(
@@ -504,6 +508,8 @@ class Engine:
 
     def _report(self) -> None:
         """What the compiled step could only count: raise or warn about it, once."""
+        # Reading waits for the device, every step: a fault has to be raised before on_train_batch_end, where a
+        # checkpoint may be written, and a step that XLA compiles cannot raise by itself.
         counts = dict(zip(_FAULTS, _numpy(self.faults).tolist(), strict=True))
         if not any(counts.values()):
             return
@@ -534,10 +540,6 @@ class Engine:
                 "penalty: SMARTConfig(non_finite='skip')."
             )
 
-    def _seed_states(self) -> list[Any]:
-        weights = {id(variable) for variable in self.model.weights}
-        return [variable for variable in self.model.non_trainable_variables if id(variable) not in weights]
-
 
 class SMARTCallback(keras.callbacks.Callback):  # type: ignore[misc]
     """SMART for plain `compile` and `fit`: add it to `callbacks`, and everything else stays as it is.
@@ -545,13 +547,15 @@ class SMARTCallback(keras.callbacks.Callback):  # type: ignore[misc]
     F(theta) = L(theta) + lambda_s R_s(theta) + mu D_Breg(theta, theta~)
 
     `loss` in the progress bar includes the penalties; `smoothness` (R_s) and `proximal` (D_Breg) stand beside it;
-    `val_loss` is the plain one. After `fit` the model is as it was, but for its weights.
+    `val_loss` is the plain one. After `fit` the model is as it was, but for its weights; where another callback broke
+    the fit off, at the next `fit` or `attach`.
 
     Args:
         config: the settings; `total_steps` comes from fit's own epochs and steps where it is None.
         layers: names or objects of the layers whose outputs are perturbed; by default see `smartreg_tf.site.Site`.
         outputs: what the outputs are: "logits", "probabilities", "label_logits", "label_probabilities" or
-            "regression", one for all or a list or dict with one each. By default what the compiled losses say.
+            "regression", one for all, a list with one each, or a dict by name. None, and a name that the dict lacks,
+            leaves an output out of R_s and D_Breg. By default what the compiled losses say.
         noise: (step, like) -> standard normal tensor of the shape of `like`; by default drawn from a stream of its own,
             which `seed` starts.
         float32: compute the SMART passes in float32 under mixed precision, where half precision would lose them.
@@ -590,7 +594,6 @@ class SMARTCallback(keras.callbacks.Callback):  # type: ignore[misc]
         self.engine: Engine | None = None
         self._options = {"layers": layers, "outputs": outputs, "noise": noise, "seed": seed, "float32": float32}
         self._resume = resume
-        self._loads = Patches()
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -613,10 +616,7 @@ class SMARTCallback(keras.callbacks.Callback):  # type: ignore[misc]
     def set_model(self, model: Any) -> None:
         """Called by fit. A BackupAndRestore that comes first in the list loads before our `on_train_begin`."""
         super().set_model(model)
-        stale = getattr(model, _ENGINE, None)
-        if stale is not None and stale.temporary:
-            stale.remove()  # of a fit that another callback broke off
-        self._loads.remove()
+        _remove_stale(model)
         original = model.load_weights
 
         def load_weights(filepath: Any, *args: Any, **kwargs: Any) -> Any:
@@ -630,11 +630,13 @@ class SMARTCallback(keras.callbacks.Callback):  # type: ignore[misc]
                 )
             return original(filepath, *args, **kwargs)
 
-        self._loads.put(model, "load_weights", load_weights)
+        loads = Patches()
+        loads.put(model, _LOADS, loads)
+        loads.put(model, "load_weights", load_weights)
 
     def on_train_begin(self, logs: Any = None) -> None:
         """Called by fit."""
-        self._loads.remove()
+        _stop_listening(self.model)
         self.engine = engine = Engine(self.model, self._complete(), call="SMARTCallback", **self._options)
         if self._resume is not None:
             engine.load_state(self._resume)
@@ -661,11 +663,11 @@ class SMARTCallback(keras.callbacks.Callback):  # type: ignore[misc]
 
     def on_test_begin(self, logs: Any = None) -> None:
         """Called by evaluate, inside fit or alone."""
-        self._loads.remove()
+        _stop_listening(self.model)
 
     def on_predict_begin(self, logs: Any = None) -> None:
         """Called by predict."""
-        self._loads.remove()
+        _stop_listening(self.model)
 
     def _complete(self) -> SMARTConfig:
         """The configuration with `total_steps` = optimiser steps of the whole fit."""
@@ -701,8 +703,9 @@ def attach(
     Args, Raises: as `SMARTCallback`; `total_steps` is needed where beta is scheduled.
 
     Returns:
-        the context's value has `metrics`, `swap_teacher()`, `save_state(path)`, `load_state(path)`, and
-        `training_step()`, a context for one step of a loop that calls no `train_step`.
+        the context's value has `metrics`, `swap_teacher()`, `save_state(path)`, `load_state(path)`,
+        `training_step()`, a context for one step of a loop that calls no `train_step`, and `averages`, theta~ in the
+        order of `model.trainable_variables`.
 
     Example:
         >>> model = keras.Sequential([keras.layers.Dense(2)])
@@ -720,9 +723,7 @@ def attach(
     if not engine.active:
         yield engine
         return
-    stale = getattr(model, _ENGINE, None)
-    if stale is not None and stale.temporary:
-        stale.remove()  # of a fit that another callback broke off
+    _remove_stale(model)
     engine.install()
     try:
         yield engine
@@ -844,6 +845,21 @@ class SMARTModel(keras.Model):  # type: ignore[misc]
         engine = self._engine
         engine.build()
         self._smart_variables = [engine.step, engine.draws, *engine.averages]  # Keras saves what it finds here
+
+
+def _stop_listening(model: Any) -> None:
+    """Take away what a callback's `set_model` put on the model, whichever callback it was."""
+    loads = getattr(model, _LOADS, None)
+    if loads is not None:
+        loads.remove()
+
+
+def _remove_stale(model: Any) -> None:
+    """Take away what the callback of a fit left that never ended, since another callback broke it off."""
+    engine = getattr(model, _ENGINE, None)
+    if engine is not None and engine.temporary:
+        engine.remove()
+    _stop_listening(model)
 
 
 class _Gate:

@@ -16,17 +16,24 @@ from smartreg_tf import SMARTCallback
 
 RNG = np.random.default_rng(0)
 IDS, Y = RNG.integers(20, size=(16, 5)), RNG.integers(3, size=16)
-NOISE = RNG.normal(size=(16, 5, 4))
+NOISE, WEIGHTS = RNG.normal(size=(16, 5, 4)), RNG.uniform(0.5, 2.0, size=16)
 
 
-def run(strategy, start, path):
+def run(strategy, start, path, policy):
     keras.utils.set_random_seed(1)
+    keras.config.set_dtype_policy(policy)
     with strategy.scope():
         model = keras.Sequential(
-            [keras.Input([5], dtype="int32"), layers.Embedding(20, 4), layers.Flatten(), layers.Dense(3)]
+            [
+                keras.Input([5], dtype="int32"),
+                layers.Embedding(20, 4),
+                layers.Flatten(),
+                layers.BatchNormalization(synchronized=True),
+                layers.Dense(3),
+            ]
         )
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-        model.compile(keras.optimizers.SGD(0.1), loss)
+        model.compile(keras.optimizers.SGD(0.1), loss, jit_compile=False)  # for the time it takes
 
     def noise(step, like):
         """The example's own noise, whichever replica has it."""
@@ -38,7 +45,16 @@ def run(strategy, start, path):
     config = SMARTConfig(epsilon=0.3, sigma=0.3, beta_early=0.5, proximal_steps=2, start=start)
     callback = SMARTCallback(config, noise=noise)
     saves = keras.callbacks.ModelCheckpoint(path + "{epoch}.weights.h5", save_weights_only=True)
-    history = model.fit(IDS, Y, batch_size=8, epochs=3, shuffle=False, verbose=0, callbacks=[callback, saves]).history
+    history = model.fit(
+        IDS,
+        Y,
+        sample_weight=WEIGHTS,
+        batch_size=8,
+        epochs=3,
+        shuffle=False,
+        verbose=0,
+        callbacks=[callback, saves],
+    ).history
     averages = [tf.convert_to_tensor(average.value).numpy() for average in callback.engine.averages]
     with np.load(path + "3.weights.h5.smart.npz") as saved:
         for i, average in enumerate(averages):
@@ -46,21 +62,26 @@ def run(strategy, start, path):
     with callback.swap_teacher():
         np.testing.assert_array_equal(tf.convert_to_tensor(model.trainable_variables[0].value), averages[0])
     assert callback.metrics["step"] == 6
-    return history, [tf.convert_to_tensor(v.value).numpy() for v in model.trainable_variables], averages
+    return history, [tf.convert_to_tensor(v.value).numpy() for v in model.weights], averages
 
 
-keras.config.set_floatx("float64")
 tf.config.set_logical_device_configuration(
     tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 2
 )
-for start in ("gaussian", "margin"):
-    one = run(tf.distribute.get_strategy(), start, f"{sys.argv[1]}/one")
-    two = run(tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]), start, f"{sys.argv[1]}/two")
+# one for all: a second strategy would meet the first one's collectives
+mirrored = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+for policy, start in (("float64", "gaussian"), ("float64", "margin"), ("mixed_bfloat16", "margin")):
+    keras.config.set_floatx("float64" if policy == "float64" else "float32")
+    one = run(tf.distribute.get_strategy(), start, f"{sys.argv[1]}/one", policy)
+    two = run(mirrored, start, f"{sys.argv[1]}/two", policy)
+    # in bfloat16 the clean pass rounds to 8 bits, of each replica's examples apart
+    ulp = 2.0**-8 if policy == "mixed_bfloat16" else 1e-13
     assert one[0].keys() == two[0].keys() == {"loss", "smoothness", "proximal"}
     for name in one[0]:
         # the metrics' sums are kept in float32 by Keras
-        np.testing.assert_allclose(two[0][name], one[0][name], rtol=1e-5, err_msg=name)
+        np.testing.assert_allclose(two[0][name], one[0][name], rtol=max(ulp, 1e-5), err_msg=name)
         assert min(one[0][name][1:]) > 1e-6, name
+    largest = max(np.abs(value).max() for value in one[1])
     for got, want in zip(two[1] + two[2], one[1] + one[2], strict=True):
-        np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-14)
+        np.testing.assert_allclose(got, want, rtol=0, atol=ulp * largest)
 print("equal")

@@ -158,6 +158,24 @@ def test_positions_and_mask(backend, name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("fill", [np.nan, np.inf])
+def test_whatever_is_masked_out_has_gradient_zero(backend, name, fill, request):
+    if backend.name == "torch":
+        request.applymarker(pytest.mark.xfail(strict=True, reason="0 * NaN in smartreg_torch/divergences.py"))
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(2, 3, 4, 5))
+    mask = np.array([[1, 1, 0, 1], [1, 0, 0, 0], [0, 0, 0, 0]])
+    broken_a, broken_b = a.copy(), b.copy()
+    broken_a[mask == 0] = fill
+    broken_b[mask == 0] = np.nan
+    for pair in ((broken_a, b), (a, broken_b), (broken_a, broken_b)):
+        assert np.array_equal(backend.value(name, *pair, mask), backend.value(name, a, b, mask))
+        for got, want in zip(backend.grad(name, *pair, mask), backend.grad(name, a, b, mask), strict=True):
+            assert np.all(got[mask == 0] == 0)
+            assert np.array_equal(got, want)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_gradients_against_finite_differences(backend, name):
     rng = np.random.default_rng(1)
     a, b, h = *rng.normal(size=(2, 1, 4)), 1e-6

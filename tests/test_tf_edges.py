@@ -192,6 +192,83 @@ def test_no_layers_are_named():
         pass
 
 
+def test_a_name_that_two_layers_share_is_refused():
+    class Twins(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = layers.Dense(3, name="twin"), layers.Dense(2, name="twin")
+
+        def call(self, x):
+            return self.second(self.first(x))
+
+    model = Twins()
+    with (
+        pytest.raises(ValueError, match=r"layers= names 'twin', which 2 layers of the model are called: give the"),
+        attach(model, CONFIG, layers="twin"),
+    ):
+        pass
+    with attach(model, CONFIG, layers=model.second) as smart:
+        assert smart.site.layers == [model.second]
+
+
+@pytest.mark.parametrize("weights", [None, np.full((8, 3), 2.0, np.float32)], ids=["", "by position"])
+@pytest.mark.parametrize("start", ["gaussian", "margin"])
+def test_outputs_that_are_nan_where_masked_are_left_out(weights, start):
+    """Of no account to the penalty, to its gradient, nor to what is reported as not finite."""
+
+    class Tagger(keras.Model):
+        def __init__(self, padding):
+            super().__init__()
+            self.embedding, self.head, self.padding = layers.Embedding(9, 4), layers.Dense(2), padding
+
+        def call(self, inputs):
+            z = self.head(self.embedding(inputs["ids"]))
+            return keras.ops.where(inputs["padding_mask"][..., None], z, self.padding)
+
+    def loss(y, z):
+        z = tf.where(tf.math.is_nan(z), tf.zeros_like(z), z)
+        return keras.losses.sparse_categorical_crossentropy(y, z, from_logits=True)
+
+    def trained(padding):
+        keras.utils.set_random_seed(0)
+        model = Tagger(padding)
+        model.compile("sgd", loss, run_eagerly=True)
+        with attach(model, CONFIG.replace(start=start), outputs="logits") as smart:
+            for _ in range(2):
+                model.train_on_batch(inputs, ids % 2, sample_weight=weights)
+            return [weight.numpy() for weight in model.weights], smart.metrics
+
+    ids = np.random.default_rng(0).integers(1, 9, size=(8, 3))
+    ids[::2, 2] = 0
+    inputs = {"ids": ids, "padding_mask": ids != 0}
+    (got, metrics), (want, expected) = trained(np.nan), trained(0.0)
+    assert metrics == expected
+    assert metrics["smoothness"] > 0
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("broken", ["clean", "teacher"])
+@pytest.mark.parametrize("eager", [True, False])
+def test_the_first_pass_that_is_not_finite_is_named(broken, eager):
+    model = small(run_eagerly=eager)
+    callback = SMARTCallback(CONFIG)
+
+    class Spoils(keras.callbacks.Callback):
+        def on_train_batch_begin(self, batch, logs=None):
+            weights = model.trainable_variables if broken == "clean" else callback.engine.averages
+            if batch == 1:
+                weights[0].assign(np.full(weights[0].shape, np.nan))
+
+    with pytest.raises(
+        FloatingPointError, match=f"penalty of step 2 is not finite; .* not finite are in the {broken} pass"
+    ):
+        model.fit(X, Y, batch_size=2, verbose=0, callbacks=[callback, Spoils()])
+    if broken == "teacher":  # the step was taken, without its penalty
+        assert model.optimizer.iterations == 2
+        assert all(np.isfinite(weight).all() for weight in model.get_weights())
+
+
 def test_layers_by_object_are_saved_by_name(tmp_path):
     inner = small()
     model = SMARTModel(inner, CONFIG, layers=inner.layers[0])

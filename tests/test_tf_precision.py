@@ -110,12 +110,31 @@ def test_fit_in_mixed_precision_leaves_the_policies(policy, start):
 
 
 def test_a_step_that_the_loss_scale_skips_does_not_move_theta():
+    """A step taken, one whose scaled gradients overflow, one taken: theta~ and the step stand still in the second."""
     model = classifier("mixed_float16")
-    optimizer = keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.1), initial_scale=1e38)
+    optimizer = keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.5))
     model.compile(optimizer, CE)
-    callback = SMARTCallback(SMARTConfig(epsilon=0.3, sigma=0.3))
+    optimizer.build(model.trainable_variables)  # its scale, for Scales
+    callback = SMARTCallback(SMARTConfig(epsilon=0.3, sigma=0.3, beta_early=0.5, beta_late=0.5))
     start = [weight.numpy() for weight in model.trainable_variables]
-    model.fit(IDS, Y, batch_size=8, verbose=0, callbacks=[callback])
-    assert callback.metrics["step"] == 0
-    for average, weight in zip(callback.engine.averages, start, strict=True):
-        np.testing.assert_array_equal(average, weight)
+    seen = []
+
+    class Scales(keras.callbacks.Callback):
+        def on_train_batch_begin(self, batch, logs=None):
+            optimizer.dynamic_scale.assign(1e38 if batch == 1 else 1024.0)
+
+        def on_train_batch_end(self, batch, logs=None):
+            averages = [average.numpy() for average in callback.engine.averages]
+            seen.append((callback.metrics["step"], [weight.numpy() for weight in model.trainable_variables], averages))
+
+    model.fit(IDS[:6], Y[:6], batch_size=2, verbose=0, shuffle=False, callbacks=[callback, Scales()])
+    assert [step for step, _, _ in seen] == [1, 1, 2]
+    expected = before = start
+    for batch, (_, weights, averages) in enumerate(seen):
+        moved = max(np.abs(new - old).max() for new, old in zip(weights, before, strict=True))
+        assert (moved > 1e-3) == (batch != 1)
+        if batch != 1:
+            expected = [0.5 * new + 0.5 * old for new, old in zip(weights, expected, strict=True)]
+        for average, value in zip(averages, expected, strict=True):
+            assert average == pytest.approx(value, rel=1e-6, abs=1e-7)
+        before = weights
