@@ -105,7 +105,7 @@ def by_seed(seed: int, classes: int, spread: int, exponent: int) -> Array:
 
     Example:
         >>> by_seed(1, 4, 8, -2)
-        array([[-2.  , -1.25, -0.75,  0.75]])
+        array([[ 0.25, -0.75, -1.75,  0.5 ]])
     """
     numbers = []
     for _ in range(classes):
