@@ -219,9 +219,8 @@ def projection_laws(face: Face, ball: str, case: BallCase) -> Iterator[Law]:
     yield "inside the ball", worst(np.maximum(_norms(once, norm, granularity) - limit * (1 + ulp), 0) / unit), 0.0
     again = face.call(ball, once, epsilon=radius, granularity=granularity)
     yield "idempotent", worst(again - once), 0.0
-    inside = np.broadcast_to(
-        (before <= limit * (1 - 20 * ulp)).reshape((len(u),) + (-1,) * (u.ndim > 2) + (1,)), u.shape
-    )
+    trailing = (1,) * (u.ndim - before.ndim)
+    inside = np.broadcast_to((before <= limit * (1 - 20 * ulp)).reshape(before.shape + trailing), u.shape)
     yield "the identity inside", worst((once - u)[inside]), 0.0
     apart, closer = (_norms(np.float64(p) - q, "2", granularity) for p, q in ((u, v), (once, other)))
     excess = np.maximum(closer - apart, 0) / np.maximum(np.maximum(apart, before), _floor(face.dtype))

@@ -73,7 +73,8 @@ def project_l2_ball(delta: ArrayLike, epsilon: ArrayLike, granularity: Granulari
     """
     delta = _floating(delta)
     rows = _rows(delta, granularity)
-    return _shrink(rows, _radius(epsilon, rows), "2").reshape(delta.shape)
+    radius, length = _radius(epsilon, rows), _scaled_length(rows, "2")
+    return _shrink(rows, length, radius, length <= radius).reshape(delta.shape)
 
 
 def project_l1_ball(delta: ArrayLike, epsilon: ArrayLike, granularity: Granularity = "example") -> Array:
@@ -100,7 +101,7 @@ def project_l1_ball(delta: ArrayLike, epsilon: ArrayLike, granularity: Granulari
     tau = np.take_along_axis(over, kept - 1, -1) / kept
     inside = _scaled_length(rows, "1") <= radius
     shrunk = np.where(inside, rows, np.sign(rows) * np.maximum(size - tau, 0).astype(rows.dtype))
-    return _shrink(shrunk, radius, "1").reshape(delta.shape)
+    return _shrink(shrunk, _scaled_length(shrunk, "1"), radius, inside).reshape(delta.shape)
 
 
 _PROJECTIONS = {"inf": project_linf_ball, "2": project_l2_ball, "1": project_l1_ball}
@@ -254,12 +255,11 @@ def _project(delta: Array, epsilon: Array, config: SMARTConfig) -> Array:
     return rescaled.reshape(delta.shape)
 
 
-def _shrink(rows: Array, radius: Array, norm: Norm) -> Array:
-    length = _scaled_length(rows, norm)
-    outside = length > radius
-    # a few ulps inside, so that the rounding of the product cannot leave the ball and a second projection does nothing
-    factor = np.where(outside, radius * (1 - 4 * np.finfo(rows.dtype).eps) / np.where(outside, length, 1), 1)
-    shrunk: Array = rows * factor.astype(rows.dtype)
+def _shrink(rows: Array, length: Array, radius: Array, inside: Array) -> Array:
+    """Rows that are not inside, to the radius."""
+    # a few ulps less, so that the rounding of the product cannot leave the ball and a second projection does nothing
+    factor = radius * (1 - 4 * np.finfo(rows.dtype).eps) / np.where(inside | (length == 0), 1, length)
+    shrunk: Array = rows * np.where(inside, 1, factor).astype(rows.dtype)
     return shrunk
 
 

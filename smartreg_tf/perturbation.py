@@ -71,7 +71,8 @@ def project_l2_ball(delta: Tensor, epsilon: Tensor, granularity: Granularity = "
     """
     delta = floating(delta)
     rows = _rows(delta, granularity)
-    return tf.reshape(_shrink(rows, _radius(epsilon, rows), "2"), tf.shape(delta))
+    radius, length = _radius(epsilon, rows), _scaled_length(rows, "2")
+    return tf.reshape(_shrink(rows, length, radius, length <= radius), tf.shape(delta))
 
 
 def project_l1_ball(delta: Tensor, epsilon: Tensor, granularity: Granularity = "example") -> Tensor:
@@ -98,7 +99,7 @@ def project_l1_ball(delta: Tensor, epsilon: Tensor, granularity: Granularity = "
     tau = tf.gather(over, kept - 1, axis=-1, batch_dims=rows.shape.rank - 1) / tf.cast(kept, rows.dtype)
     inside = _scaled_length(rows, "1") <= radius
     shrunk = tf.where(inside, rows, tf.sign(rows) * tf.maximum(size - tau, 0))
-    return tf.reshape(_shrink(shrunk, radius, "1"), tf.shape(delta))
+    return tf.reshape(_shrink(shrunk, _scaled_length(shrunk, "1"), radius, inside), tf.shape(delta))
 
 
 _PROJECTIONS = {"inf": project_linf_ball, "2": project_l2_ball, "1": project_l1_ball}
@@ -292,13 +293,12 @@ def _project(delta: Tensor, epsilon: Tensor, config: SMARTConfig) -> Tensor:
     return tf.reshape(rows / tf.where(divisor > 0, divisor, 1), tf.shape(delta))
 
 
-def _shrink(rows: Tensor, radius: Tensor, norm: Norm) -> Tensor:
-    length = _scaled_length(rows, norm)
-    outside = length > radius
-    # a few ulps inside, so that the rounding of the product cannot leave the ball and a second projection does nothing
+def _shrink(rows: Tensor, length: Tensor, radius: Tensor, inside: Tensor) -> Tensor:
+    """Rows that are not inside, to the radius."""
+    # a few ulps less, so that the rounding of the product cannot leave the ball and a second projection does nothing
     ulp = 2.0**-23 if rows.dtype == tf.float32 else 2.0**-52
-    factor = radius * (1 - 4 * ulp) / tf.where(outside, length, 1)
-    return tf.where(outside, rows * factor, rows)
+    factor = radius * (1 - 4 * ulp) / tf.where(length != 0, length, 1)
+    return rows * tf.where(inside, tf.ones_like(factor), factor)
 
 
 def _scaled_length(rows: Tensor, norm: Norm) -> Tensor:

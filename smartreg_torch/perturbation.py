@@ -69,7 +69,8 @@ def project_l2_ball(delta: Tensor, epsilon: Tensor | float, granularity: Granula
         tensor([[0.6000, 0.8000]])
     """
     rows = _rows(delta, granularity)
-    return _shrink(rows, _radius(epsilon, rows), "2").view_as(delta)
+    radius, length = _radius(epsilon, rows), _scaled_length(rows, "2")
+    return _shrink(rows, length, radius, length <= radius).view_as(delta)
 
 
 def project_l1_ball(delta: Tensor, epsilon: Tensor | float, granularity: Granularity = "example") -> Tensor:
@@ -95,7 +96,7 @@ def project_l1_ball(delta: Tensor, epsilon: Tensor | float, granularity: Granula
     tau = over.gather(-1, kept - 1) / kept
     inside = _scaled_length(rows, "1") <= radius
     shrunk = torch.where(inside, rows, rows.sign() * (size - tau).clamp(min=0))
-    return _shrink(shrunk, radius, "1").view_as(delta)
+    return _shrink(shrunk, _scaled_length(shrunk, "1"), radius, inside).view_as(delta)
 
 
 _PROJECTIONS = {"inf": project_linf_ball, "2": project_l2_ball, "1": project_l1_ball}
@@ -309,12 +310,11 @@ def _project(delta: Tensor, epsilon: Tensor | float, config: SMARTConfig) -> Ten
     return (rows / divisor.where(divisor > 0, 1)).view_as(delta)
 
 
-def _shrink(rows: Tensor, radius: Tensor, norm: Norm) -> Tensor:
-    length = _scaled_length(rows, norm)
-    outside = length > radius
-    # a few ulps inside, so that the rounding of the product cannot leave the ball and a second projection does nothing
-    factor = radius * (1 - 4 * torch.finfo(rows.dtype).eps) / length.where(outside, 1)
-    return torch.where(outside, rows * factor, rows)
+def _shrink(rows: Tensor, length: Tensor, radius: Tensor, inside: Tensor) -> Tensor:
+    """Rows that are not inside, to the radius."""
+    # a few ulps less, so that the rounding of the product cannot leave the ball and a second projection does nothing
+    factor = radius * (1 - 4 * torch.finfo(rows.dtype).eps) / length.where(length != 0, 1)
+    return rows * factor.where(~inside, 1)
 
 
 def _scaled_length(rows: Tensor, norm: Norm) -> Tensor:
