@@ -55,18 +55,21 @@ class Pair(NamedTuple):
 
 
 def random_pair(rng: np.random.Generator, name: str, dtype: str) -> Pair:
-    """Outputs of any shape, from a scalar head to (n, tokens, C), any distance apart, with ties and -inf classes."""
-    classes = int(rng.choice([2, 3, 7, 100])) if name == "symmetric_kl" else int(rng.choice([1, 2, 7]))
+    """Outputs of a few shapes, from a scalar head to (n, tokens, C), any distance apart, with ties and -inf classes.
+
+    Few shapes, since some frameworks compile each anew.
+    """
+    classes = int(rng.choice([2, 3, 40])) if name == "symmetric_kl" else int(rng.choice([1, 3]))
     return make_pair(
         name,
         dtype,
         seed=int(rng.integers(2**32)),
-        shape=(int(rng.integers(1, 4)), *([], [1], [4])[rng.integers(3)], classes),
+        shape=(3, *([], [4])[rng.integers(2)], classes),
         size=float(10 ** rng.uniform(-3, 4)),
         distance=float(10 ** rng.uniform(-7, 4)),
         shift=float(rng.choice([0.0, 1.0, 4096.0])),
         ties=bool(rng.random() < 0.2),
-        excluded=int(rng.integers(3)) if classes > 3 else 0,
+        excluded=int(rng.integers(2)) if classes > 2 else 0,
     )
 
 
@@ -159,7 +162,7 @@ def random_ball(rng: np.random.Generator, dtype: str) -> BallCase:
     return make_ball(
         dtype,
         seed=int(rng.integers(2**32)),
-        shape=(3, *([], [4])[rng.integers(2)], int(rng.integers(1, 7))),
+        shape=(3, *([], [4])[rng.integers(2)], int(rng.choice([1, 6]))),
         size=float(10 ** rng.uniform(-30, 20)),
         radius=float(10 ** rng.uniform(-2, 2)),
         each=bool(rng.random() < 0.5),
@@ -251,7 +254,7 @@ def random_ascent(rng: np.random.Generator, dtype: str) -> AscentCase:
         start=str(rng.choice(["gaussian", "margin"])),
         scale=str(rng.choice(["absolute", "rms"])),
         divergence=str(rng.choice(list(DIVERGENCES))),
-        epsilon=float(10 ** rng.uniform(-2, 1)),
+        epsilon=float(10 ** rng.uniform(-2, 0.4)),
     )
 
 
@@ -291,7 +294,7 @@ def ascent_laws(face: Face, case: AscentCase) -> Iterator[Law]:
     yield "masked positions stay", worst(delta[~mask]), 0.0
     yield "delta moves", float(not np.any(delta)), 0.0
     # a step short enough for the divergence to be nearly linear, in a ball that does not stop it
-    free = {"epsilon": 10.0, "sigma": 0.02, "start": "gaussian"}
+    free = {"epsilon": 2.5, "sigma": 0.02, "start": "gaussian"}
     if config.start == "gaussian":
         before, after = (
             DIVERGENCES[divergence].value(

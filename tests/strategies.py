@@ -51,7 +51,7 @@ def ascents(dtype):
         divergence=st.sampled_from(list(DIVERGENCES)),
         start=st.sampled_from(["gaussian", "margin"]),
         scale=st.sampled_from(["absolute", "rms"]),
-        epsilon=powers(-2, 1),
+        epsilon=powers(-2, 0.4),  # beyond, the network's own tanh overflows in float32
         **NORMS,
     )
 

@@ -1,0 +1,250 @@
+"""`check_backend`, `python -m smartreg check` and the trajectories: that they pass, and that they can fail."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from smartreg import checking, divergences, perturbation, proximal
+from smartreg.checking import FUNCTIONS, NUMPY, TRAJECTORIES, Face, Row, check_backend, compare_steps, run_trajectory
+from smartreg.divergences import squared_error
+from smartreg.training import Functions
+
+ROOT = Path(__file__).parents[1]
+
+
+def altered(**changes):
+    """NumPy's backend with some functions in place of its own; None takes one away."""
+    functions = {**vars(NUMPY), **changes}
+    return SimpleNamespace(**{name: function for name, function in functions.items() if function is not None})
+
+
+def failing(report):
+    return {row.what: row for row in report.rows if not row.ok}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_the_reference_passes(dtype):
+    report = check_backend("numpy", dtype)
+    assert report.ok, report
+    assert {row.what.split(":")[0] for row in report.rows} == {*FUNCTIONS, "Algorithm 1"}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("name", TRAJECTORIES)
+def test_algorithm_1(backend, dtype, name):
+    """Weights and noise from one file; every intermediate of 50 steps."""
+    steps = run_trajectory(name, Face(checking.load_backend(backend.name), dtype), dtype)
+    rows = compare_steps(steps, name, dtype)
+    assert len(rows) >= 50 * 15
+    assert not [row for row in rows if not row.ok][:3]
+
+
+def test_every_trajectory_uses_what_it_is_for():
+    for name, (changes, _) in TRAJECTORIES.items():
+        steps = run_trajectory(name, Functions())
+        assert min(step.R_s for step in steps) > 0
+        assert max(step.D_Breg for step in steps) > 0
+        betas = {step.beta for step in steps} - {None}
+        assert betas == ({0} if "beta_late" in changes else {0.5, 0.9})
+        limit = changes.get("epsilon", 0.2)
+        if changes.get("scale") == "absolute" and "projection" not in changes:
+            assert np.isclose([np.abs(step.delta).max() for step in steps], limit).all()  # the radius binds
+
+
+class SwappedBeta(Functions):
+    def ema_update(self, teacher, theta, beta):
+        return Functions.ema_update(teacher, theta, 1 - beta)
+
+
+class HalfGradient(Functions):
+    def grad(self, divergence, a, b, mask=None):
+        grad_a, grad_b = super().grad(divergence, a, b, mask)
+        return grad_a, 0 * grad_b
+
+
+class LateSwitch(Functions):
+    def momentum(self, step, config):
+        return Functions.momentum(step - 1, config)
+
+
+@pytest.mark.parametrize(
+    ("functions", "first"),
+    [
+        (SwappedBeta(), "step 16: teacher[E]"),
+        (HalfGradient(), "step 1: gradients[W1]"),
+        (LateSwitch(), "step 16: beta"),
+    ],
+)
+def test_the_first_intermediate_that_differs_is_named(functions, first):
+    rows = compare_steps(run_trajectory("paper", functions), "paper")
+    assert next(row for row in rows if not row.ok).at == first
+
+
+def test_a_run_that_lacks_intermediates_is_compared_by_what_it_has():
+    steps = [SimpleNamespace(R_s=step.R_s, delta=None) for step in run_trajectory("paper", Functions())]
+    assert len(compare_steps(steps, "paper")) == 50
+    steps[30].R_s *= 1 + 1e-6
+    assert [row.at for row in compare_steps(steps, "paper") if not row.ok] == ["step 31: R_s"]
+
+
+def naive_kl(a, b, mask=None):
+    """The sum of two KL terms, as the public packages have it."""
+    shifted = [z - z.max(-1, keepdims=True) for z in (a, b)]
+    log_p, log_q = (z - np.log(np.sum(np.exp(z), -1, keepdims=True)) for z in shifted)
+    return divergences.mean_positions(np.sum((np.exp(log_p) - np.exp(log_q)) * (log_p - log_q), -1), mask)
+
+
+def half_gradient(a, b, mask=None):
+    grad_a, grad_b = divergences.squared_error_grad(a, b, mask)
+    return grad_a, 0 * grad_b
+
+
+def descend(forward, *rest):
+    def reversed_forward(x):
+        outputs, vjp = forward(x)
+        return outputs, lambda grad: -vjp(grad)
+
+    return perturbation.ascend(reversed_forward, *rest)
+
+
+def ascend_padding(forward, x, target, config, noise, mask, divergence):
+    return perturbation.ascend(forward, x, target, config, noise, None, divergence)
+
+
+def unweighted(a, b, divergence, mask, weight):
+    return proximal.bregman_divergence(a, b, divergence, mask)
+
+
+def raising(*_, **__):
+    raise RuntimeError("no such\nkernel")
+
+
+BROKEN = {
+    "missing": ({"normalize": None}, "normalize: golden vectors", "normalize is missing"),
+    "raises": (
+        {"project_l1_ball": raising},
+        "project_l1_ball: laws",
+        "project_l1_ball raised RuntimeError: no such kernel",
+    ),
+    "shape": (
+        {"squared_error": lambda a, b, mask=None: np.sum((a - b) ** 2)},
+        "squared_error: laws",
+        "squared_error gave the shape (), expected (",
+    ),
+    "dtype": (
+        {"squared_error": lambda a, b, mask=None: squared_error(a, b, mask).astype(np.float64)},
+        "squared_error: laws",
+        "squared_error gave float64, expected float32 for float32 inputs",
+    ),
+    "nothing": ({"project_l2_ball": lambda *_, **__: None}, "project_l2_ball: laws", "gave the shape (), expected ("),
+    "names": ({"ema_update": lambda teacher, theta, beta: {}}, "ema_update: laws", "gave the names [], expected ['w']"),
+    "no dict": ({"ema_update": lambda teacher, theta, beta: 7}, "ema_update: laws", "ema_update raised AttributeError"),
+    "momentum": ({"momentum": lambda step, config: "late"}, "momentum: laws", "momentum raised ValueError"),
+    "gradient": (
+        {"symmetric_kl_grad": None},
+        "symmetric_kl: laws",
+        "symmetric_kl_grad is missing",
+    ),
+    "asarray": ({"asarray": raising}, "ascend: laws", "asarray raised RuntimeError"),
+    "gradients": ({"gradients": raising}, "squared_error: laws", "squared_error: gradient raised RuntimeError"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_what_cannot_be_compared_is_named_in_the_table(name):
+    changes, what, problem = BROKEN[name]
+    report = check_backend(altered(**changes))
+    assert not report.ok
+    assert problem in failing(report)[what].problem
+    assert problem in str(report)
+    assert json.loads(json.dumps(report.to_dict()))["ok"] is False
+
+
+WRONG = {
+    "rounding noise": ({"symmetric_kl": naive_kl}, "symmetric_kl: golden vectors"),
+    "half the gradient": ({"squared_error_grad": half_gradient}, "squared_error: gradient as the reference"),
+    "the mask": (
+        {"squared_error": lambda a, b, mask=None: squared_error(a, b)},
+        "squared_error: masked positions do not matter",
+    ),
+    "no projection": (
+        {"project_l2_ball": lambda delta, epsilon, granularity="example": delta},
+        "project_l2_ball: inside the ball",
+    ),
+    "a rescaling": ({"project_l1_ball": perturbation.project_l2_ball}, "project_l1_ball: as the reference"),
+    "the axis": (
+        {"normalize": lambda g, norm="inf", granularity="example": perturbation.normalize(g, norm)},
+        "normalize: as the reference",
+    ),
+    "descent": ({"ascend": descend}, "ascend: a small step ascends"),
+    "padding": ({"ascend": ascend_padding}, "ascend: masked positions stay"),
+    "beta": (
+        {"ema_update": lambda teacher, theta, beta: proximal.ema_update(teacher, theta, 1 - beta)},
+        "ema_update: beta = 0",
+    ),
+    "the schedule": (
+        {"momentum": lambda step, config: proximal.momentum(step + 1, config)},
+        "momentum: the step of the switch",
+    ),
+    "the weights": ({"bregman_divergence": unweighted}, "bregman_divergence: the weighted mean"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_formula_fails_its_own_law(name):
+    changes, what = WRONG[name]
+    found = failing(check_backend(altered(**changes), "float32"))
+    assert what in found
+    assert found[what].error > found[what].bound
+
+
+def test_a_part_of_a_backend_can_be_checked():
+    report = check_backend(SimpleNamespace(project_l2_ball=NUMPY.project_l2_ball), functions=["project_l2_ball"])
+    assert report.ok
+    assert report.backend == "SimpleNamespace"
+    with pytest.raises(ValueError, match=r"functions must be of symmetric_kl, .*, got 'projekt'"):
+        check_backend(NUMPY, functions=["projekt"])
+    with pytest.raises(ValueError, match="dtype must be one of float32, float64, bfloat16, float16, got 'int8'"):
+        check_backend(NUMPY, "int8")
+
+
+def test_a_row_without_error_is_ok_and_one_with_a_nan_is_not():
+    assert Row("", 0.0, 0.0, "").ok
+    assert not Row("", checking.worst([0.0, np.nan]), 1.0, "").ok
+
+
+def run(*arguments, cwd=ROOT):
+    return subprocess.run(
+        [sys.executable, "-m", "smartreg", *arguments],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_the_command(tmp_path):
+    done = run("check", "--backend", "numpy", "--dtype", "float32")
+    assert done.returncode == 0, done.stderr
+    assert "numpy, float32: passed" in done.stdout
+    (tmp_path / "my_backend.py").write_text(
+        "from smartreg.checking import NUMPY\n"
+        "globals().update(vars(NUMPY))\n"
+        "def project_linf_ball(delta, epsilon, granularity='example'):\n    return delta\n"
+    )
+    done = run("check", "--backend", "my_backend", "--dtype", "float64", "--json", cwd=tmp_path)
+    assert done.returncode == 1
+    (report,) = json.loads(done.stdout)
+    assert report["backend"] == "my_backend"
+    assert {row["what"] for row in report["rows"] if not row["ok"]} >= {"project_linf_ball: inside the ball"}
+    done = run("check", "--backend", "no_such_backend")
+    assert done.returncode == 1
+    assert "no_such_backend: not checked: No module named 'no_such_backend'" in done.stdout
+    assert "Traceback" not in done.stderr
