@@ -354,6 +354,7 @@ def _step_rows(number: int, step: _Step, config: SMARTConfig) -> Iterator[Row]:
     def agrees(what: str, recomputed: float, bound: float) -> Row:
         reported = step.reported(what)
         same = reported == recomputed or (np.isnan(reported) and np.isnan(recomputed))
+        bound = bound if np.isfinite(bound) else 0.0  # an infinite term is as good as nothing but itself
         return _row(number, what, reported, recomputed, 0.0 if same else abs(reported - recomputed), bound)
 
     def holds(what: str, recomputed: float, error: float, bound: float = 0.0) -> Row:
