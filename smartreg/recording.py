@@ -286,7 +286,7 @@ def compare_run(path: str | os.PathLike[str]) -> RunReport:
         rows += _teacher_rows(steps, config)
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     count = f"{len(steps)} step{'s' if len(steps) > 1 else ''}"
-    return RunReport(f"{count} on {about['backend']}, site {about['site']}; {versions}", rows)
+    return RunReport(f"{count} on {about['backend']}, site: {about['site']}; {versions}", rows)
 
 
 class _Output(NamedTuple):
@@ -310,9 +310,9 @@ class _Output(NamedTuple):
         elif w.ndim == 1:
             each, sizes = (value(a, b, self.positions) * v for v in (w, np.abs(w)))
         else:  # every position is weighed by its share in its example's mean and by its own weight
-            rows = value(a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1])).reshape(w.shape)
+            rows = value(a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1])).reshape(a.shape[:-1])
             shares = rows * position_weights(a, self.positions)[..., 0]
-            each, sizes = (np.sum(shares * v, axis=tuple(range(1, w.ndim))) for v in (w, np.abs(w)))
+            each, sizes = (np.sum(shares * v, axis=tuple(range(1, shares.ndim))) for v in (w, np.abs(w)))
         total = w.sum() if w is not None and self.by_weights else None
         scale = 1.0 if total is None or w is None else (w.size / total if total else 0.0)
         return self.weight * scale * float(np.mean(each)), abs(self.weight * scale) * float(np.mean(sizes))

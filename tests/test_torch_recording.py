@@ -1,7 +1,9 @@
 """Recording a PyTorch run: it changes nothing, the file passes compare_run, and what is wrong in a run shows."""
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -273,3 +275,18 @@ def test_a_broken_formula_shows(tmp_path, monkeypatch, what):
     config = BOTH.replace(start="margin", ascent_steps=0)
     run(Tagger(), [text() for _ in range(3)], config, lr=1.0, settings={**TWO, "record": tmp_path / "run.npz"})
     assert failed(tmp_path / "run.npz") == SHOWS[what]
+
+
+def test_the_page_prints_its_table(tmp_path, monkeypatch, capsys):
+    """In the page as it is printed, but for the digits of the errors and the versions."""
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parent.parent / "docs" / "debugging.md").read_text()
+    code, shown = (
+        re.search(rf"^```{kind}\n(.*?)^```", page, re.MULTILINE | re.DOTALL)[1] for kind in ("python", "text")
+    )
+    exec(compile(code, "debugging.md", "exec"), {})
+
+    def wording(text):
+        return [re.split(r"  +", line)[:2] for line in text.splitlines()[2:]]
+
+    assert wording(capsys.readouterr().out) == wording(shown)
