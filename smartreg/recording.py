@@ -279,8 +279,7 @@ def compare_run(path: str | os.PathLike[str]) -> RunReport:
         >>> [(row.what, row.recomputed) for row in report.rows if not row.ok]
         [('penalty', 2.0)]
     """
-    about, steps = _read(path)
-    config = SMARTConfig.from_dict(about["config"])
+    about, config, steps = _read(path)
     with np.errstate(all="ignore"):  # what is not finite has a row of its own
         rows = [row for i, step in enumerate(steps) for row in _step_rows(i + 1, step, config)]
         rows += _teacher_rows(steps, config)
@@ -374,10 +373,10 @@ def _step_rows(number: int, step: _Step, config: SMARTConfig) -> Iterator[Row]:
             mean, mean_size = output.mean(other)
             term, size = term + mean, size + mean_size
         penalty, penalty_size = penalty + weight * term, penalty_size + weight * size
-        terms.append(agrees(what, term, relative * max(size, smallest)))
+        terms.append(agrees(what, term, max(relative * size, smallest)))
     yield holds("all finite", broken, broken)
     yield from terms
-    yield agrees("penalty", penalty, relative * max(penalty_size, smallest))
+    yield agrees("penalty", penalty, max(relative * penalty_size, smallest))
 
     if config.lambda_s > 0:
         yield from _delta_rows(step, config, agrees, holds)
@@ -459,7 +458,7 @@ def _rounded(values: Array, dtype: str) -> Array:
     return ((bits + to_even) & np.uint32(0xFFFF0000)).view(np.float32)
 
 
-def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], list[_Step]]:
+def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], SMARTConfig, list[_Step]]:
     name = os.fspath(path)
     with open(path, "rb") as file:
         try:
@@ -468,13 +467,17 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], list[_Step]]:
             about = json.loads(str(arrays.pop("recording", "{}")))
         except (ValueError, EOFError, OSError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
             raise ValueError(f"compare_run: {name!r} is no recording, or it is damaged or cut short") from error
-    if "format" not in about:
+    if not isinstance(about, dict) or "format" not in about:
         raise ValueError(f"compare_run: {name!r} is an .npz file, but not one that record= wrote")
+    writer = f"it was written by smartreg {about['versions']['smartreg']}; install that one or a newer one"
     if about["format"] > _FORMAT:
-        raise ValueError(
-            f"compare_run: {name!r} has format {about['format']}, and this smartreg reads {_FORMAT}: it was written by "
-            f"smartreg {about['versions']['smartreg']}; install that one or a newer one"
-        )
+        raise ValueError(f"compare_run: {name!r} has format {about['format']}, this smartreg reads {_FORMAT}: {writer}")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SMARTWarning)  # the run had it
+            config = SMARTConfig.from_dict(about["config"])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"compare_run: {name!r} has another configuration ({error}): {writer}") from error
     steps = []
     for i, facts in enumerate(about["steps"]):
         own = {key: arrays.get(f"{i}/{key}") for key in facts["names"]}
@@ -482,4 +485,4 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], list[_Step]]:
         if missing:
             raise ValueError(f"compare_run: {name!r} is damaged: step {i + 1} has no {missing[0]!r}")
         steps.append(_Step(own, facts["dtypes"], facts["outputs"]))
-    return about, steps
+    return about, config, steps

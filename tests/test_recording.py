@@ -249,8 +249,14 @@ def test_what_is_no_recording_is_said_to_be_none(tmp_path, path):
         np.savez(bad, **{name: file[name] for name in file.files if name != "1/x/1"})
     with pytest.raises(ValueError, match=r"is damaged: step 2 has no 'x/1'"):
         compare_run(bad)
+    np.savez(bad, recording=5)
+    with pytest.raises(ValueError, match="not one that record= wrote"):
+        compare_run(bad)
+    tamper_header(path, lambda about: about["config"].update(colour="red"))
+    with pytest.raises(ValueError, match=r"no setting is called 'colour'.*: it was written by smartreg .*; install"):
+        compare_run(path)
     tamper_header(path, lambda about: about.update(format=2))
-    with pytest.raises(ValueError, match=r"has format 2, and this smartreg reads 1: it was written by smartreg"):
+    with pytest.raises(ValueError, match=r"has format 2, this smartreg reads 1: it was written by smartreg"):
         compare_run(path)
     with pytest.raises(FileNotFoundError):
         compare_run(tmp_path / "none.npz")

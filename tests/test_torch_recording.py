@@ -255,6 +255,14 @@ def test_an_optimiser_of_other_weights(tmp_path):
     assert failed(tmp_path / "run.npz") == {"theta~ is not theta"}
 
 
+def test_an_ascent_that_never_starts(tmp_path):
+    with pytest.warns(SMARTWarning, match="sigma=0"):
+        config = BOTH.replace(sigma=0)
+    run(Tagger(), [text()], config, settings={**TWO, "record": tmp_path / "run.npz"})
+    assert failed(tmp_path / "run.npz") == {"delta not all 0"}
+    assert "Is sigma 0" in str(compare_run(tmp_path / "run.npz"))
+
+
 BROKEN = {
     "DIVERGENCES": {"symmetric_kl": lambda *given: 1.001 * symmetric_kl(*given), "squared_error": squared_error},
     "bregman_divergence": lambda *given: 1.001 * smartreg_torch.proximal.bregman_divergence(*given),
