@@ -564,11 +564,18 @@ class Engine:
                 distances = [_distance(weight.value, average.value) for weight, average in pairs]
                 scalars["distance"] = tf.reduce_max(distances)
 
+            names, numbers = list(arrays), list(scalars)
+
             def save(index: Any, *values: Any) -> Any:
                 kept = [np.array(value) for value in values]  # TensorFlow's own memory is used again
-                tensors = dict(zip(arrays, kept, strict=False))
-                numbers = dict(zip(scalars, kept[len(arrays) :], strict=True))
-                recorder.add(tensors, numbers, dtypes, outputs, int(index))
+                tensors, reported = kept[: len(names)], kept[len(names) :]
+                recorder.add(
+                    dict(zip(names, tensors, strict=True)),
+                    dict(zip(numbers, reported, strict=True)),
+                    dtypes,
+                    outputs,
+                    int(index),
+                )
                 return index
 
             values = [*arrays.values(), *(tf.cast(value, tf.float64) for value in scalars.values())]
