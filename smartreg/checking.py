@@ -32,9 +32,10 @@ from smartreg import divergences, golden, laws, perturbation, proximal
 from smartreg.config import SMARTConfig
 from smartreg.divergences import DIVERGENCES
 from smartreg.laws import BALLS, HALF, Law, bound, eps, worst
+from smartreg.recording import compare_run
 from smartreg.training import Batch, Functions, Parameters, Step, fit_reference, forward
 
-__all__ = ["FUNCTIONS", "Report", "Row", "check_backend", "load_backend"]
+__all__ = ["FUNCTIONS", "Report", "Row", "check_backend", "compare_run", "load_backend"]
 
 Array = NDArray[Any]
 

@@ -6,6 +6,7 @@ import itertools
 import os
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
@@ -16,7 +17,8 @@ import numpy as np
 import tensorflow as tf
 
 from smartreg.config import SMARTConfig, SMARTWarning
-from smartreg_tf.divergences import DIVERGENCES
+from smartreg.recording import Recorder, flat
+from smartreg_tf.divergences import DIVERGENCES, as_mask
 from smartreg_tf.outputs import Head, Outputs, find_heads
 from smartreg_tf.perturbation import Ball, climb, floating, margin_gradient
 from smartreg_tf.proximal import ema_update, momentum
@@ -37,7 +39,7 @@ class Engine:
 
     The methods named in `METHODS` take Keras' own method first; `install` puts them on the model's instance.
 
-    Args: as `SMARTCallback`.
+    Args: as `SMARTCallback`, but for the `recorder` that `record` and `record_steps` make.
 
     Attributes:
         averages: theta~, in the order of `model.trainable_variables`, float32 or wider; empty before the model is built
@@ -65,6 +67,7 @@ class Engine:
         noise: Noise | None = None,
         seed: int = 0,
         float32: bool = True,
+        recorder: Recorder | None = None,
         call: str = "SMART",
     ) -> None:
         config = SMARTConfig() if config is None else config
@@ -84,9 +87,16 @@ class Engine:
         self._last: dict[str, float] = {}
         self.temporary = False  # of one fit: `SMARTCallback`
         self.on_error: Callable[[], None] = lambda: None
+        self._recorder = None if recorder is None or recorder.done else recorder
+        if self._recorder is not None:
+            self._check_recordable()
+            packages = {"tensorflow": tf.__version__, "keras": keras.__version__}
+            self._recorder.begin("tensorflow", packages, config, str(self.site))
+            weakref.finalize(self, self._recorder.write)  # where a fit broke off and no other one follows
         with model.distribute_strategy.scope():
             self.step = _variable(np.int64(0), "smart_step")
             self.draws = _variable(np.int64(0), "smart_draws")
+            self.recorded = _variable(np.int64(0), "smart_recorded") if self._recorder is not None else None
             # these are sums over the replicas
             self.faults = _variable(np.zeros(len(_FAULTS), np.int64), "smart_faults", "sum", "on_read")
             names = {"smoothness": config.lambda_s, "proximal": config.mu}
@@ -172,6 +182,8 @@ class Engine:
         """Leave the model as it was before `install`."""
         self.site.remove()
         self._patches.remove()
+        if self._recorder is not None:
+            self._recorder.close()
         # compile() came in between: that step is not to come back
         if getattr(self.model, "_compile_config", None) is not self._compiled:
             object.__setattr__(self.model, "train_function", None)
@@ -182,6 +194,7 @@ class Engine:
         """Keras' compiled training step, followed by a look at what went wrong in it."""
         if self.model.train_function is not None and not force:
             return self.model.train_function
+        self._check_recordable()
         followed = {id(weight) for weight in self.weights}
         new = [weight.path for weight in self.model.trainable_variables if id(weight) not in followed]
         if self.weights and new:
@@ -378,6 +391,7 @@ class Engine:
 
             penalty = tf.zeros([], targets[0].dtype)
             terms: dict[str, Tensor] = {}
+            seen: dict[str, list[Any]] = {"outputs": targets, "positions": positions}
             finite = {"clean": _finite(targets)}
             if config.lambda_s > 0:
                 deltas = self._ascend(clean, heads, targets, masks, positions)
@@ -388,6 +402,7 @@ class Engine:
                 finite["perturbed"] = _finite(outputs) & tf.math.is_finite(r_s)
                 penalty += config.lambda_s * r_s
                 terms["smoothness"] = r_s
+                seen |= {"x": [call.x for call in clean.calls], "delta": deltas, "mask": masks, "perturbed": outputs}
             if config.mu > 0:
                 taught = site.repeat(clean, weights=list(zip(self.weights, self.averages, strict=True)))
                 outputs = [tf.stop_gradient(head.logits(taught.outputs)) for head in heads]
@@ -395,15 +410,21 @@ class Engine:
                 finite["teacher"] = _finite(outputs) & tf.math.is_finite(d_breg)
                 penalty += config.mu * d_breg
                 terms["proximal"] = d_breg
+                seen["teacher"] = outputs
         for name, term in terms.items():
             self._show(name, term, targets[0])
+        observed: dict[str, Tensor] = {}
         if config.lambda_s > 0:
-            self._observe(clean, deltas)
+            observed = self._observe(clean, deltas)
             self.draws.assign_add(1)
         gate.open = tf.math.is_finite(penalty)
         unnormalised = tf.reduce_any([head.unnormalised(clean.outputs) for head in heads])
         broken = {name: ~good & ~gate.open for name, good in finite.items()}  # a masked position may be NaN
         self._count({**broken, "unnormalised": unnormalised})
+        if self._recorder is not None and not self._recorder.done:
+            # after everything else, since TensorFlow numbers its own random operations as they come
+            seen["sample_weight"] = [head._sample_weight(sample_weight, targets[0].dtype) for head in heads]
+            self._record(flat(seen), heads, {**terms, **observed, "penalty": penalty})
         return tf.where(gate.open, penalty, tf.zeros_like(penalty))
 
     def _ascend(
@@ -492,22 +513,89 @@ class Engine:
         value = tf.stop_gradient(value)
         self.shown[name].update_state(value, sample_weight=tf.shape(like)[0])
 
-    def _observe(self, clean: Pass, deltas: list[Tensor]) -> None:
+    def _observe(self, clean: Pass, deltas: list[Tensor]) -> dict[str, Tensor]:
         moved = lost = tf.zeros([], tf.float32)
         for call, delta in zip(clean.calls, deltas, strict=True):
             changed = delta != 0
             moved += tf.reduce_sum(tf.cast(changed, tf.float32))
             lost += tf.reduce_sum(tf.cast(changed & (_shifted(call.x, delta) == call.x), tf.float32))
         vanished = tf.math.divide_no_nan(lost, moved)
-        self.hidden["vanished"].update_state(vanished)
-        self.hidden["max_delta"].update_state(tf.reduce_max([tf.reduce_max(tf.abs(delta)) for delta in deltas]))
+        observed = {
+            "vanished": vanished,
+            "max_delta": tf.reduce_max([tf.reduce_max(tf.abs(delta)) for delta in deltas]),
+        }
+        for name, value in observed.items():
+            self.hidden[name].update_state(value)
         self._count({"vanished": vanished > 0.5})
+        return observed
+
+    def _check_recordable(self) -> None:
+        if self._recorder is None or self._recorder.done:
+            return
+        replicas = self.model.distribute_strategy.num_replicas_in_sync
+        if replicas > 1:
+            raise ValueError(
+                f"SMART: record= needs one device, and this {type(self.model.distribute_strategy).__name__} has "
+                f"{replicas}. Record a short run without the strategy: it trains alike."
+            )
+        if getattr(self.model, "compiled", False) and self.model.jit_compile:
+            raise ValueError(
+                "SMART: record= cannot take tensors out of a step that XLA compiles. For the recording give "
+                "compile(..., jit_compile=False); Keras' default, 'auto', turns XLA on where there is a GPU."
+            )
+
+    def _record(self, seen: dict[str, Tensor], heads: list[Head], reported: dict[str, Tensor]) -> None:
+        """Hand a step to the recorder: out of the graph, where this is one, until all steps are there."""
+        recorder, recorded, config = self._recorder, self.recorded, self.config
+        assert recorder is not None
+        assert recorded is not None
+        dtypes = {name: tensor.dtype.name for name, tensor in seen.items()}
+        outputs = [
+            {"divergence": head.divergence, "weight": head.weight, "by_weights": head.by_weights} for head in heads
+        ]
+        paper = {"smoothness": "R_s", "proximal": "D_Breg"}
+        step = tf.convert_to_tensor(self.step.value)
+
+        def out() -> Tensor:
+            arrays = {
+                name: floating(tensor) if tensor.dtype.is_floating else as_mask(tensor) for name, tensor in seen.items()
+            }
+            scalars = {paper.get(name, name): value for name, value in reported.items()} | {"step": step}
+            if config.mu > 0:
+                moved = step - step % config.proximal_steps
+                scalars["beta"] = tf.where(moved > 0, momentum(moved, config), np.nan)
+                pairs = zip(self.weights, self.averages, strict=True)
+                distances = [_distance(weight.value, average.value) for weight, average in pairs]
+                scalars["distance"] = tf.reduce_max(distances)
+
+            names, numbers = list(arrays), list(scalars)
+
+            def save(index: Any, *values: Any) -> Any:
+                kept = [np.array(value) for value in values]  # TensorFlow's own memory is used again
+                tensors, reported = kept[: len(names)], kept[len(names) :]
+                recorder.add(
+                    dict(zip(names, tensors, strict=True)),
+                    dict(zip(numbers, reported, strict=True)),
+                    dtypes,
+                    outputs,
+                    int(index),
+                )
+                return index
+
+            values = [*arrays.values(), *(tf.cast(value, tf.float64) for value in scalars.values())]
+            return tf.numpy_function(save, [index, *map(tf.stop_gradient, values)], tf.int64)
+
+        index = tf.convert_to_tensor(recorded.value)
+        tf.cond(index < recorder.steps, out, lambda: index)
+        recorded.assign_add(1)
 
     def _count(self, faults: dict[str, Tensor]) -> None:
         self.faults.assign_add(tf.stack([tf.cast(faults.get(name, False), tf.int64) for name in _FAULTS]))
 
     def _report(self) -> None:
-        """What the compiled step could only count: raise or warn about it, once."""
+        """What the compiled step could only count: raise or warn about it, once; and write what it recorded."""
+        if self._recorder is not None and self._recorder.full:
+            self._recorder.write()
         # Reading waits for the device, every step: a fault has to be raised before on_train_batch_end, where a
         # checkpoint may be written, and a step that XLA compiles cannot raise by itself.
         counts = dict(zip(_FAULTS, _numpy(self.faults).tolist(), strict=True))
@@ -560,9 +648,14 @@ class SMARTCallback(keras.callbacks.Callback):  # type: ignore[misc]
             which `seed` starts.
         float32: compute the SMART passes in float32 under mixed precision, where half precision would lose them.
         resume: the checkpoint of a broken run, with what this callback left beside it; BackupAndRestore needs none.
+        record: a file to be written with what SMART saw in the first `record_steps` training steps, for
+            `smartreg.recording.compare_run`; it must not exist yet, so that no old run is taken for this one. It is
+            written after the last of them, or with fewer when `fit` ends. Training stays the same, bit for bit; the
+            tensors of those steps are kept in main memory. Not with `jit_compile=True`, nor on several replicas.
 
     Raises:
         ValueError, RuntimeError, TypeError: when `fit` begins or the first step is traced; the message says what to do.
+        FileExistsError, FileNotFoundError: `record` is there already, or its folder is not.
         FloatingPointError: a penalty was NaN or infinite, and `config.non_finite` is "raise".
 
     Source: Jiang et al. 2020 (arXiv 1911.03437), section 3 and Algorithm 1.
@@ -588,12 +681,15 @@ class SMARTCallback(keras.callbacks.Callback):  # type: ignore[misc]
         seed: int = 0,
         float32: bool = True,
         resume: Any = None,
+        record: str | os.PathLike[str] | None = None,
+        record_steps: int = 10,
     ) -> None:
         super().__init__()
         self.config = SMARTConfig() if config is None else config
         self.engine: Engine | None = None
         self._options = {"layers": layers, "outputs": outputs, "noise": noise, "seed": seed, "float32": float32}
         self._resume = resume
+        self._recorder = None if record is None else Recorder(record, record_steps, "SMARTCallback")
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -637,7 +733,9 @@ class SMARTCallback(keras.callbacks.Callback):  # type: ignore[misc]
     def on_train_begin(self, logs: Any = None) -> None:
         """Called by fit."""
         _stop_listening(self.model)
-        self.engine = engine = Engine(self.model, self._complete(), call="SMARTCallback", **self._options)
+        self.engine = engine = Engine(
+            self.model, self._complete(), recorder=self._recorder, call="SMARTCallback", **self._options
+        )
         if self._resume is not None:
             engine.load_state(self._resume)
             self._resume = None
@@ -697,6 +795,8 @@ def attach(
     noise: Noise | None = None,
     seed: int = 0,
     float32: bool = True,
+    record: str | os.PathLike[str] | None = None,
+    record_steps: int = 10,
 ) -> Iterator[Engine]:
     """SMART in `train_on_batch`, in several `fit`s or in a loop of your own, inside the block.
 
@@ -717,9 +817,9 @@ def attach(
         >>> smart.metrics["step"]
         3.0
     """
-    engine = Engine(
-        model, config, layers=layers, outputs=outputs, noise=noise, seed=seed, float32=float32, call="attach"
-    )
+    recorder = None if record is None else Recorder(record, record_steps, "attach")
+    options = {"layers": layers, "outputs": outputs, "noise": noise, "seed": seed, "float32": float32}
+    engine = Engine(model, config, recorder=recorder, call="attach", **options)
     if not engine.active:
         yield engine
         return
@@ -902,6 +1002,12 @@ def _matching(passes: list[Pass], y_pred: Any) -> Pass:
 def _shifted(x: Tensor, delta: Tensor) -> Tensor:
     """x + delta, rounded once to x's dtype."""
     return tf.cast(tf.cast(x, delta.dtype) + delta, x.dtype)
+
+
+def _distance(weight: Tensor, average: Tensor) -> Tensor:
+    """max|theta - theta~|, theta~ in the dtype in which its pass has it."""
+    weight = tf.convert_to_tensor(weight)
+    return tf.cast(tf.reduce_max(tf.abs(weight - tf.cast(average, weight.dtype))), tf.float64)
 
 
 def _finite(tensors: list[Tensor]) -> Tensor:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import inspect
+import os
 import random
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
 from types import TracebackType
@@ -16,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from smartreg.config import SMARTConfig, SMARTWarning
+from smartreg.recording import Recorder, flat
 from smartreg_torch.divergences import DIVERGENCES
 from smartreg_torch.perturbation import ascend, output_mask
 from smartreg_torch.proximal import bregman_divergence, ema_update, mean_examples, momentum, swapped
@@ -57,6 +60,10 @@ class SMART:
             `decoder_attention_mask` leaves, or whose label is not -100.
         noise: like -> standard normal tensor of that shape; by default drawn from a generator of its own, seeded with
             `torch.initial_seed()`.
+        record: a file to be written with what SMART saw in the first `record_steps` training steps, for
+            `smartreg.recording.compare_run`; it must not exist yet, so that no old run is taken for this one. It is
+            written after the last of them, or with fewer at `remove()` or when the run ends. Training stays the same,
+            bit for bit; the tensors of those steps are kept in main memory.
 
     Attributes:
         step: optimiser steps taken, counted by `update`.
@@ -64,6 +71,7 @@ class SMART:
 
     Raises:
         TypeError, ValueError: bad arguments; the message says which and what to do.
+        FileExistsError, FileNotFoundError: `record` is there already, or its folder is not.
 
     Source: paper, section 3 and Algorithm 1.
 
@@ -94,6 +102,8 @@ class SMART:
         divergence: str | Sequence[str] | None = None,
         mask: Masks | None = None,
         noise: Callable[[Tensor], Tensor] | None = None,
+        record: str | os.PathLike[str] | None = None,
+        record_steps: int = 10,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"SMART: model must be a torch.nn.Module, got {type(model).__name__}")
@@ -104,6 +114,7 @@ class SMART:
         for name in [divergence] if isinstance(divergence, str) else divergence or []:
             if name not in DIVERGENCES:
                 raise ValueError(f"SMART: divergence must be one of {', '.join(DIVERGENCES)}, got {name!r}")
+        self._recorder = None if record is None else Recorder(record, record_steps, "SMART")
         self.model = model
         self.config = config
         self.step = 0
@@ -121,6 +132,10 @@ class SMART:
         self._removed = False
         if config.mu > 0:
             self._follow_new_parameters()
+        if self._recorder is not None:
+            site_name = "none" if self._site is None else self._site.name
+            self._recorder.begin("torch", {"torch": torch.__version__}, config, site_name)
+            weakref.finalize(self, self._recorder.write)  # where nobody calls remove(), at the latest when Python ends
 
     def __call__(self, *args: Any, sample_weight: Tensor | None = None, **kwargs: Any) -> tuple[Any, Tensor]:
         """The model's own output, and the penalty to add to the loss.
@@ -187,6 +202,8 @@ class SMART:
         penalty = _total(
             weight * terms[name] for name, weight in (("R_s", config.lambda_s), ("D_Breg", config.mu)) if name in terms
         )
+        if self._recorder is not None and not self._recorder.done:
+            self._record(calls, masks, stages, divergences, positions, sample_weight, penalty)
         if not penalty.isfinite():
             penalty = self._on_non_finite(terms, stages)
         self._check_updates()
@@ -282,6 +299,8 @@ class SMART:
             self._site.remove()
         if self._optimizer_hook is not None:
             self._optimizer_hook.remove()
+        if self._recorder is not None:
+            self._recorder.close()
         self._removed = True
 
     def __enter__(self) -> Self:
@@ -441,6 +460,42 @@ class SMART:
                 "float32 embeddings.",
             )
 
+    def _record(
+        self,
+        calls: list[Call],
+        masks: list[Tensor | None],
+        stages: dict[str, list[Tensor]],
+        divergences: list[str],
+        positions: list[Tensor | None],
+        sample_weight: Tensor | None,
+        penalty: Tensor,
+    ) -> None:
+        assert self._recorder is not None
+        tensors = flat(
+            {
+                "x": [call.x for call in calls],
+                "delta": stages.get("ascent", []),
+                "mask": masks if calls else [],
+                "outputs": stages["clean"],
+                "perturbed": stages.get("perturbed", []),
+                "teacher": stages.get("teacher", []),
+                "positions": positions,
+                "sample_weight": [sample_weight] * len(positions),
+            }
+        )
+        reported = {name: float(value) for name, value in self._metrics.items()}
+        reported |= {"penalty": float(penalty.detach()), "step": self.step}
+        if self.config.mu > 0:
+            reported["distance"] = _distance(self._parameters(), self.teacher)
+        self._recorder.add(
+            {name: _array(tensor) for name, tensor in tensors.items()},
+            reported,
+            {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in tensors.items()},
+            [{"divergence": name, "weight": 1.0, "by_weights": False} for name in divergences],
+        )
+        if self._recorder.full:
+            self._recorder.write()
+
     def _on_non_finite(self, terms: dict[str, Tensor], stages: dict[str, list[Tensor]]) -> Tensor:
         if self.config.non_finite == "skip":
             self._skipped += 1
@@ -578,6 +633,19 @@ def _copied(value: Any) -> Any:
             new[key] = _copied(new[key])
         return new
     return value
+
+
+def _array(tensor: Tensor) -> Any:
+    """A copy in main memory, half precision as float32."""
+    wide = torch.promote_types(tensor.dtype, torch.float32) if tensor.is_floating_point() else tensor.dtype
+    return tensor.detach().to("cpu", wide, copy=True).numpy()
+
+
+@torch.no_grad()
+def _distance(theta: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> float:
+    """max|theta - theta~|, theta~ in the dtype in which its pass has it."""
+    pairs = [(theta[name], average) for name, average in teacher.items() if average.numel()]
+    return max((float((weight - average.to(weight)).abs().max()) for weight, average in pairs), default=0.0)
 
 
 def _total(terms: Any) -> Tensor:
