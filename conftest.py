@@ -47,6 +47,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture(scope="session")
+def every_backend():
+    """The names of all backends under test."""
+    return ["numpy", *BACKENDS]
+
+
+@pytest.fixture(scope="session")
 def backend(request: pytest.FixtureRequest):
     """A backend's functions on NumPy arrays, see tests/backends.py."""
     import backends

@@ -392,6 +392,16 @@ def _relative(got: Any, want: Any, floor: float) -> float:
     return worst((np.asarray(got, np.float64) - want) / np.maximum(np.abs(want), floor))
 
 
+def ulps_apart(a: Array, b: Array, dtype: str) -> float:
+    """How far two results are apart, in units in the last place of the largest entry of their row.
+
+    Example:
+        >>> ulps_apart(np.array([[1.0, 0.0]]), np.array([[1.0, 2.0**-52]]), "float64")
+        1.0
+    """
+    return _by_row(a.astype(np.float64), b.astype(np.float64), _floor(dtype)) / eps(dtype)
+
+
 def _by_row(got: Array, want: Array, floor: float) -> float:
     """Errors relative to the largest entry of their row."""
     return worst((got - want) / np.maximum(np.abs(want).max(-1, keepdims=True), floor))

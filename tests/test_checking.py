@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -248,3 +249,14 @@ def test_the_command(tmp_path):
     assert done.returncode == 1
     assert "no_such_backend: not checked: No module named 'no_such_backend'" in done.stdout
     assert "Traceback" not in done.stderr
+
+
+def test_the_page_says_what_is_printed(capsys):
+    page = (ROOT / "docs" / "backends.md").read_text("utf-8")
+    block = re.search(r"```python\n(import numpy.*?)```", page, re.DOTALL)[1]
+    exec(compile(block, "docs/backends.md", "exec"), {})
+    promised = re.search(r"among other rows, `! (.*?)  (.*?)`", page)
+    assert any(
+        line.startswith("!") and promised[1] in line and promised[2] in line
+        for line in capsys.readouterr().out.split("\n")
+    )

@@ -1,5 +1,7 @@
 """The laws of `smartreg.laws` on every backend, on the cases that hypothesis finds."""
 
+import itertools
+
 import pytest
 import strategies
 from hypothesis import given
@@ -65,3 +67,17 @@ def test_averages(backend, dtype, data):
 @given(data=st.data())
 def test_bregman_divergence(backend, dtype, data):
     hold(laws.bregman_laws(face(backend, dtype), data.draw(strategies.pairs("symmetric_kl", dtype))))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", list(DIVERGENCES))
+@given(data=st.data())
+def test_every_pair_of_backends(every_backend, name, dtype, data):
+    """Values and gradients of any two backends against each other."""
+    case = data.draw(strategies.pairs(name, dtype))
+    faces = [Face(load_backend(backend), dtype) for backend in every_backend]
+    limit = 2 * laws.bound("divergence", dtype) / laws.eps(dtype)
+    results = [(face.value(name, *case[:3])[:, None], *face.grad(name, *case[:3])) for face in faces]
+    for one, other in itertools.combinations(results, 2):
+        for a, b in zip(one, other, strict=True):
+            assert laws.ulps_apart(a, b, dtype) <= limit
