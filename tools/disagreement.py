@@ -105,8 +105,8 @@ def main() -> None:
     units = " and ".join(f"{eps(dtype):.2g}" for dtype in DTYPES)
     text = (
         f"The largest disagreement over {count:,} hypothesis examples, searched for the worst, in units in the last\n"
-        f"place of the largest entry of a row ({units} of it). `tox run -e nightly` prints this table and\nputs it here.\n\n"
-        + "\n".join(lines)
+        f"place of the largest entry of a row ({units} of it). `tox run -e nightly` prints it\n"
+        "and puts it here.\n\n" + "\n".join(lines)
     )
     print(text)
     if not given.no_write:
