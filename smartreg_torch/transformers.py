@@ -267,7 +267,7 @@ class SMARTMixin(_Base):
         means = {name: metrics[name] for name in ("R_s", "D_Breg", "vanished") if name in metrics}
         if not all(map(math.isfinite, means.values())):
             return  # left out of the loss as well
-        for name, value in {"steps": 1.0, **means}.items():
+        for name, value in ({"steps": 1.0} | means).items():
             window[name] += share * value
         window["max_delta"] = max(window["max_delta"], metrics.get("max_delta", 0.0))
 
