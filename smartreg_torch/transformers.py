@@ -208,6 +208,7 @@ class SMARTMixin(_Base):
         if config.total_steps is None:
             config = config.replace(total_steps=max(self.state.max_steps, 1))
         self.smart, self._smart_window = self.create_smart(self.model_wrapped, config), dict.fromkeys(_WINDOW, 0.0)
+        self.smart._seed += args.process_index  # Trainer seeds all processes alike, and row k is another in each
 
     def _smart_divided(self, num_items_in_batch: Any) -> bool:
         """Whether Trainer divides what compute_loss returns by the accumulation steps."""

@@ -1,6 +1,7 @@
 """SMART in the Hugging Face Trainer: equal to the plain loop, to the large batch, and to itself after a resume."""
 
 import copy
+import importlib.util
 import os
 import signal
 import socket
@@ -272,9 +273,8 @@ class Counting(transformers.BertForTokenClassification):
 
     def forward(self, input_ids, attention_mask, labels=None, num_items_in_batch=None, **kwargs):
         output = super().forward(input_ids, attention_mask)
-        if labels is not None:
-            output.loss = summed(output, labels, num_items_in_batch)
-        return output
+        loss = None if labels is None else summed(output, labels, num_items_in_batch)
+        return transformers.modeling_outputs.TokenClassifierOutput(loss=loss, logits=output.logits)
 
 
 PATHS = {
@@ -749,6 +749,7 @@ for name, way in tests.WAYS.items():
     if name == "plain":
         tests.in_double(sys.argv[1] + "/run", max_steps=3).train(resume_from_checkpoint=True)
     found = {"weights": tests.weights(trainer), "teacher": trainer.smart.teacher, "logs": tests.logged(trainer)}
+    found["seed"] = trainer.smart.state_dict()["seed"]
     torch.save(found, f"{sys.argv[1]}/{name}_{trainer.args.process_index}.pt")
 torch.distributed.destroy_process_group()
 """
@@ -786,6 +787,66 @@ def test_two_processes_are_one_with_the_whole_batch(tmp_path):
             assert_same(first[part], second[part])
             assert_same(first[part], expected, 1e-6)
         assert first["logs"] == second["logs"]
-        names = ["R_s", "D_Breg", "max_delta", "beta", "loss", "grad_norm"]
+        assert first["seed"] != second["seed"]
+        names = ["R_s", "D_Breg", "max_delta", "vanished", "beta", "loss", "grad_norm"]
         found = [{key: row[key] for key in names} for row in first["logs"]]
         assert_logs_close(found, [{key: row[key] for key in names} for row in logged(whole)], 1e-6)
+
+
+# the example
+
+
+@pytest.fixture
+def pretrained(tmp_path):
+    """A tiny model and its tokenizer, as from_pretrained takes them."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "this", "is", "good", "bad", "number"]
+    folder = tmp_path / "tiny"
+    bert().save_pretrained(folder)
+    (folder / "vocab.txt").write_text("\n".join(words))
+    transformers.BertTokenizerFast(vocab_file=str(folder / "vocab.txt")).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def finetune(tmp_path, monkeypatch, capsys, pretrained):
+    """The script, called with arguments: what it prints."""
+    spec = importlib.util.spec_from_file_location("finetune_trainer", ROOT / "examples" / "finetune_trainer.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "finetune_trainer", module)
+    spec.loader.exec_module(module)
+    rows = [f"this is {'good' if i % 2 else 'bad'} number {i}\t{i % 2}" for i in range(16)]
+    tsv = tmp_path / "rows.tsv"
+    tsv.write_text("\n".join(["sentence\tlabel", *rows]) + "\n")
+
+    def call(*arguments):
+        given = ["--train", tsv, "--dev", tsv, "--model", pretrained, "--output_dir", tmp_path / "out", "--use_cpu"]
+        monkeypatch.setattr(sys, "argv", ["finetune_trainer.py", *map(str, [*given, "--save_steps", "2", *arguments])])
+        module.main()
+        return capsys.readouterr().out
+
+    return call
+
+
+def test_the_example_trains_and_resumes(finetune, tmp_path):
+    out = tmp_path / "out"
+    first = finetune("--max_steps", 4)
+    assert "dev accuracy of the averaged weights: " in first
+    assert f"last checkpoint: {out / 'checkpoint-4'}" in first
+    before = torch.load(out / "checkpoint-4" / "smart_state.pt", weights_only=True)
+    (out / "checkpoint-4" / "trainer_state.json").unlink()  # as if it had been killed while it saved
+    again = finetune("--max_steps", 4, "--resume")
+    assert first.splitlines()[-3:] == again.splitlines()[-3:]
+    after = torch.load(out / "checkpoint-4" / "smart_state.pt", weights_only=True)
+    assert_same(before["smart"]["teacher"], after["smart"]["teacher"])
+    assert SMARTConfig.from_json((out / "smart_config.json").read_text()).total_steps == 4
+
+
+def test_the_example_plain_and_with_bad_input(finetune, tmp_path):
+    with pytest.raises(SystemExit, match="--resume: no checkpoint in"):
+        finetune("--resume")
+    with pytest.raises(SystemExit, match="no setting is called 'epsilom'; did you mean 'epsilon'"):
+        finetune("--smart", '{"epsilom": 1}')
+    printed = finetune("--max_steps", 2, "--plain")
+    assert "dev accuracy: " in printed
+    assert "averaged" not in printed
+    assert not (tmp_path / "out" / "smart_config.json").exists()
