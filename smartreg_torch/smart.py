@@ -428,13 +428,9 @@ class SMART:
             mask, labels = given.get("decoder_attention_mask"), given.get("labels")
             masks = [labels != -100 if mask is None and labels is not None else mask]
         real, labelled = output_mask(z, masks), output_mask(z, label_mask)
-        return (
-            (real > 0) & labelled
-            if real is not None and labelled is not None
-            else real
-            if labelled is None
-            else labelled
-        )
+        if real is None or labelled is None:
+            return labelled if real is None else real
+        return (real > 0) & labelled
 
     def _observe(self, calls: list[Call], deltas: list[Tensor]) -> None:
         with torch.no_grad():

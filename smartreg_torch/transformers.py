@@ -131,8 +131,8 @@ class SMARTMixin(_Base):
         if smart is None or window is None or not (model.training and torch.is_grad_enabled()):
             return super().compute_loss(model, inputs, **settings)
         self._smart_ran = True
-        steps = self.current_gradient_accumulation_steps if self._smart_divided(num_items_in_batch) else 1
-        if num_items_in_batch is not None and steps < self.current_gradient_accumulation_steps:
+        divided = self._smart_divided(num_items_in_batch)
+        if num_items_in_batch is not None and not divided:
             self._check_smart_scaling(inputs, num_items_in_batch)
         self._check_smart_labels(inputs)
         # Of the penalties of one optimiser step the mean over its examples counts, as in one large batch.
@@ -143,7 +143,7 @@ class SMARTMixin(_Base):
         if not penalties:
             raise RuntimeError(f"{type(self).__name__}: compute_loss did not call the model, so SMART saw no outputs")
         self._note_smart(window, smart.metrics, share)
-        penalty = steps * share * penalties[0]
+        penalty = penalties[0] * share * (self.current_gradient_accumulation_steps if divided else 1)
         if return_outputs:
             loss, outputs = found
             return loss + penalty, outputs
@@ -220,7 +220,9 @@ class SMARTMixin(_Base):
 
     def _check_smart_scaling(self, inputs: dict[str, Any], num_items: Tensor | int) -> None:
         """Once: Trainer leaves the division to the loss; does it divide? (transformers issue 47688)."""
-        if self._smart_checked:
+        steps, processes = self.args.gradient_accumulation_steps, self.args.world_size
+        times = steps * (processes if self.args.average_tokens_across_devices else 1)
+        if self._smart_checked or times == 1:
             return
         self._smart_checked = True
         model: Any = self.model
@@ -230,14 +232,14 @@ class SMARTMixin(_Base):
                 loss: Any = super().compute_loss(model, dict(inputs), num_items_in_batch=items)
                 losses.append(float(loss))
         if losses[0] == losses[1] != 0:
-            steps = self.args.gradient_accumulation_steps
             how = "set model.accepts_loss_kwargs = False before making the trainer"
             if self.compute_loss_func is not None:
                 how = "let compute_loss_func divide a sum by num_items_in_batch"
             warnings.warn(
-                f"{type(self).__name__}: the task loss ignores num_items_in_batch, and Trainer leaves the division by "
-                f"gradient_accumulation_steps={steps} to it (transformers issue 47688). So it is {steps} times what "
-                f"one large batch gives, and lambda_s and mu weigh {steps} times less beside it. To mend it, {how}.",
+                f"{type(self).__name__}: the task loss ignores num_items_in_batch, and Trainer leaves it to the loss "
+                f"to divide by it (transformers issue 47688). With gradient_accumulation_steps={steps} and {processes} "
+                f"process(es) it is {times} times what one large batch gives, and lambda_s and mu weigh {times} times "
+                f"less beside it. To mend it, {how}.",
                 SMARTWarning,
                 stacklevel=4,
             )
