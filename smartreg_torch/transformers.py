@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 try:
     from transformers import Trainer, TrainerCallback
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     from transformers.trainer_pt_utils import find_batch_size
 except ImportError as error:
     raise ImportError("smartreg_torch.transformers needs transformers 5: pip install 'smartreg[hf]'") from error
@@ -261,8 +262,7 @@ class SMARTMixin(_Base):
         labels = inputs.get("labels")
         if not isinstance(labels, Tensor) or labels.ndim < 2:
             return None
-        model: Any = self.model
-        if getattr(model, "loss_type", None) == "ForCausalLM" and not model.config.is_encoder_decoder:
+        if type(self.model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
             labels = nn.functional.pad(labels[..., 1:], (0, 1), value=-100)
         return labels != -100
 
