@@ -48,6 +48,11 @@ class Site:
     def __init__(self, model: nn.Module, site: str | None = None) -> None:
         self.name, module = _find(model, site)
         self._pass: Callable[[Tensor, Tensor | None], Tensor] | None = None
+        # All that torch.compile sees is this flag. Where it is up the compiled graph ends at the site: x is then on
+        # autograd's own graph, and all passes run the same code behind the site, with the same rounding.
+        self._is_armed = False
+        self._put_output = torch.compiler.disable(self._changed_output)  # type: ignore[no-untyped-call]
+        self._put_input = torch.compiler.disable(self._changed_input)  # type: ignore[no-untyped-call]
         if module is None:
             self._positions = {name: at for at, name in enumerate(inspect.signature(model.forward).parameters)}
             self._handle = model.register_forward_pre_hook(self._on_input, with_kwargs=True)
@@ -76,7 +81,8 @@ class Site:
         if not calls:
             raise ValueError(
                 f"SMART: the site {self.name!r} was not run by the model's forward. Name the module that gives the "
-                "embeddings: SMART(model, config, site='...'). For T5 and BART that is the encoder's embedding."
+                "embeddings: SMART(model, config, site='...'). For T5 and BART that is the encoder's embedding. Where "
+                "the model was compiled and run before SMART was made, call torch.compiler.reset() first."
             )
 
     @contextmanager
@@ -121,24 +127,35 @@ class Site:
 
     @contextmanager
     def _armed(self, on_call: Callable[[Tensor, Tensor | None], Tensor]) -> Iterator[None]:
-        self._pass = on_call
+        self._pass, self._is_armed = on_call, True
         try:
             yield
+        except RuntimeError as error:
+            if "torch.compiler.disable" in str(error) and "Site._changed" in str(error):
+                raise RuntimeError(
+                    f"SMART: torch.compile with fullgraph=True cannot work: the graph ends at the site {self.name!r}, "
+                    "where the perturbation enters. Compile without fullgraph=True"
+                ) from error
+            raise
         finally:
-            self._pass = None
+            self._pass, self._is_armed = None, False
 
     def _on_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        if self._pass is None:
-            return output
+        return self._put_output(module, args, output) if self._is_armed else output
+
+    def _on_input(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self._put_input(args, kwargs) if self._is_armed else None
+
+    def _changed_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor:
+        assert self._pass is not None
         padding = None
         index = getattr(module, "padding_idx", None)
         if isinstance(module, nn.Embedding) and index is not None and args and isinstance(args[0], Tensor):
             padding = args[0] != index
         return self._pass(output, padding)
 
-    def _on_input(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self._pass is None:
-            return None
+    def _changed_input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        assert self._pass is not None
         name = self.name.removeprefix("input").removeprefix(".") or (None if args else next(iter(kwargs), None))
         at = 0 if name is None else self._positions.get(name, len(args))
         if name in kwargs:

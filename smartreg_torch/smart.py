@@ -6,6 +6,7 @@ import copy
 import inspect
 import os
 import random
+import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
@@ -116,7 +117,13 @@ class SMART:
                 raise ValueError(f"SMART: divergence must be one of {', '.join(DIVERGENCES)}, got {name!r}")
         self._recorder = None if record is None else Recorder(record, record_steps, "SMART")
         self._wrapped = model
-        self.model: nn.Module = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+        self._call: nn.Module = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+        self.model: nn.Module = getattr(self._call, "_orig_mod", self._call)  # torch.compile's; all passes run its code
+        if isinstance(self.model, nn.parallel.DistributedDataParallel):
+            raise ValueError(
+                "SMART: torch.compile(DistributedDataParallel(model)) would run one pass compiled and the others not. "
+                "Compile inside: DistributedDataParallel(torch.compile(model))"
+            )
         self.config = config
         self.step = 0
         self.teacher: dict[str, Tensor] = {}
@@ -126,10 +133,13 @@ class SMART:
         self._metrics: dict[str, Tensor | float] = {}
         self._skipped = 0
         self._calls_since_update = 0
+        self._calls_compiled = 0
         self._warned: set[str] = set()
         self._parameter_names = list(inspect.signature(self.model.forward).parameters)
         self._optimizer_hook: torch.utils.hooks.RemovableHandle | None = None
         self._site = Site(self.model, site) if config.lambda_s > 0 else None
+        if self._site is not None and _is_compiled(model):
+            torch.compiler.reset()  # code that was compiled before there was the site's hook would go on without it
         self._removed = False
         if config.mu > 0:
             self._follow_new_parameters()
@@ -159,7 +169,7 @@ class SMART:
             raise RuntimeError("SMART: called after remove(); make a new SMART(model, config)")
         if "sample_weight" in self._parameter_names and sample_weight is not None:
             kwargs["sample_weight"] = sample_weight
-        config = self.config
+        config, compiled = self.config, _frames_compiled()
         if not (self.model.training and torch.is_grad_enabled()) or config.lambda_s == config.mu == 0:
             output = self._wrapped(*args, **kwargs)
             return output, _zero(self.model)
@@ -181,7 +191,7 @@ class SMART:
         def passes() -> list[Tensor]:
             args, kwargs = _copied(given)
             with state.replayed():
-                return self._select(self.model(*args, **kwargs), None)
+                return self._select(self._call(*args, **kwargs), None)
 
         terms: dict[str, Tensor] = {}
         stages = {"clean": targets}
@@ -212,6 +222,7 @@ class SMART:
         if not penalty.isfinite():
             penalty = self._on_non_finite(terms, stages)
         self._check_updates()
+        self._check_recompiling(compiled)
         return output, penalty
 
     def update(self) -> None:
@@ -531,6 +542,17 @@ class SMART:
                 "or smart.attach(optimizer) once.",
             )
 
+    def _check_recompiling(self, before: int) -> None:
+        # once, and once more for each axis that turns out to have several lengths, is as it should be
+        self._calls_compiled += _frames_compiled() > before
+        if self._calls_compiled > 3:
+            self._warn(
+                "compile",
+                "SMART: torch.compile compiled the model anew in 4 batches, most likely for their shapes. It is slow, "
+                "and stops at torch._dynamo.config.recompile_limit: the model then runs uncompiled. Pad the batches to "
+                "one shape (padding='max_length' and drop_last=True), or say torch.compile(model, dynamic=True).",
+            )
+
     def _warn(self, what: str, message: str) -> None:
         if what not in self._warned:
             self._warned.add(what)
@@ -665,6 +687,17 @@ def _total(terms: Any) -> Tensor:
 
 def _device(model: nn.Module) -> torch.device:
     return next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    """Whether torch.compile or .compile() was called on it or on a module inside."""
+    return any(hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in model.modules())
+
+
+def _frames_compiled() -> int:
+    """How often torch.compile has compiled something in this process."""
+    dynamo = sys.modules.get("torch._dynamo.utils")  # not to be imported for this alone
+    return 0 if dynamo is None else int(dynamo.counters["frames"]["total"])
 
 
 def _zero(model: nn.Module) -> Tensor:
