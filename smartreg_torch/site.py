@@ -19,11 +19,14 @@ class Call:
     Attributes:
         x: what the site gave, the x of the paper, on the clean pass's graph.
         padding: true at tokens that are not the embedding's `padding_idx`, or None where the site does not know.
+        dtype: in which the model goes on with x: autocast's where that is on.
     """
 
     def __init__(self, x: Tensor, padding: Tensor | None) -> None:
         self.x = x
         self.padding = padding
+        kind = x.device.type
+        self.dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 class Site:

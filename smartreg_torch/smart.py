@@ -10,9 +10,9 @@ import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self, get_args
 
 import numpy as np
 import torch
@@ -26,8 +26,10 @@ from smartreg_torch.proximal import bregman_divergence, ema_update, mean_example
 from smartreg_torch.site import Call, Site, shift
 
 Outputs = str | int | Sequence[str | int] | Callable[[Any], Tensor | Sequence[Tensor]]
+Precision = Literal["float32", "model"]
 Masks = str | Callable[..., Tensor | Sequence[Tensor | None]]
 
+_HALF = (torch.bfloat16, torch.float16)
 # What Hugging Face calls the loss that goes with the outputs, and the l_s that goes with that.
 _PROBLEM_TYPES = {
     "single_label_classification": "symmetric_kl",
@@ -61,6 +63,10 @@ class SMART:
             `decoder_attention_mask` leaves, or whose label is not -100.
         noise: like -> standard normal tensor of that shape; by default drawn from a generator of its own, seeded with
             `torch.initial_seed()`.
+        precision: of all passes that the penalty compares: "float32", whatever autocast or half-precision weights say
+            for the model's own pass and the task loss, which stay as they are; or the "model"'s, which loses small
+            radii. "float32" costs one more clean pass where autocast is on or weights are half, and nothing elsewhere;
+            for these passes half-precision weights have float32 copies (docs/precision.md).
         record: a file to be written with what SMART saw in the first `record_steps` training steps, for
             `smartreg.recording.compare_run`; it must not exist yet, so that no old run is taken for this one. It is
             written after the last of them, or with fewer at `remove()` or when the run ends. Training stays the same,
@@ -103,6 +109,7 @@ class SMART:
         divergence: str | Sequence[str] | None = None,
         mask: Masks | None = None,
         noise: Callable[[Tensor], Tensor] | None = None,
+        precision: Precision = "float32",
         record: str | os.PathLike[str] | None = None,
         record_steps: int = 10,
     ) -> None:
@@ -115,6 +122,8 @@ class SMART:
         for name in [divergence] if isinstance(divergence, str) else divergence or []:
             if name not in DIVERGENCES:
                 raise ValueError(f"SMART: divergence must be one of {', '.join(DIVERGENCES)}, got {name!r}")
+        if precision not in get_args(Precision):
+            raise ValueError(f"SMART: precision must be 'float32' or 'model', got {precision!r}")
         self._recorder = None if record is None else Recorder(record, record_steps, "SMART")
         self._wrapped = model
         self._call: nn.Module = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
@@ -125,6 +134,7 @@ class SMART:
                 "Compile inside: DistributedDataParallel(torch.compile(model))"
             )
         self.config = config
+        self.precision = precision
         self.step = 0
         self.teacher: dict[str, Tensor] = {}
         self._outputs, self._divergence, self._mask, self._noise = outputs, divergence, mask, noise
@@ -179,19 +189,27 @@ class SMART:
         state = _State(self.model)
         given = _copied((args, kwargs))  # a model may change the containers that it is given
         calls: list[Call] = []
+        in_float32 = _Float32(self.model) if self.precision == "float32" and _in_half(self.model) else None
+
+        def passes(theta: Mapping[str, Tensor] | None = None) -> list[Tensor]:
+            with state.replayed(), in_float32(theta or {}) if in_float32 else nullcontext():
+                args, kwargs = _copied(given, _widened if in_float32 else None)
+                return self._select(self._call(*args, **kwargs), None)
+
         with ExitStack() as clean:
-            if self._site is not None:
-                calls = clean.enter_context(self._site.recording(differentiable=config.start == "margin"))
+            if self._site is not None and in_float32 is None:
+                calls = clean.enter_context(self._recording(self._site))
             output = self._wrapped(*args, **kwargs)
-        targets = self._select(output, len(calls[0].x) if calls else None)
+        if in_float32 is None:
+            targets = self._select(output, len(calls[0].x) if calls else None)
+        else:  # the clean pass once more: the rounding of the model's own is far above R_s
+            with ExitStack() as clean:
+                if self._site is not None:
+                    calls = clean.enter_context(self._recording(self._site))
+                targets = passes()
         divergences = self._divergences(targets)
         masks = self._masks(calls, *given)
         positions = [self._positions(z, masks, label_mask, *given) for z in targets]
-
-        def passes() -> list[Tensor]:
-            args, kwargs = _copied(given)
-            with state.replayed():
-                return self._select(self._call(*args, **kwargs), None)
 
         terms: dict[str, Tensor] = {}
         stages = {"clean": targets}
@@ -207,7 +225,7 @@ class SMART:
             self._observe(calls, delta)
         if config.mu > 0:
             with torch.no_grad(), self.swap_teacher():
-                taught = passes()
+                taught = passes(self.teacher)
             stages["teacher"] = taught
             terms["D_Breg"] = _total(
                 bregman_divergence(z, z_taught, name, m, sample_weight)
@@ -255,7 +273,14 @@ class SMART:
         """
         if self._optimizer_hook is not None:
             raise RuntimeError("SMART: attach() was called before; one optimiser moves theta~")
-        self._optimizer_hook = optimizer.register_step_post_hook(lambda *_: self._update())
+
+        def update(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+            # GradScaler does not call an optimiser whose gradients overflow, but a fused one, which then does nothing
+            overflow = getattr(optimizer, "found_inf", None)
+            if overflow is None or not bool(overflow):
+                self._update()
+
+        self._optimizer_hook = optimizer.register_step_post_hook(update)
         return self
 
     @property
@@ -327,6 +352,9 @@ class SMART:
     ) -> None:
         self.remove()
 
+    def _recording(self, site: Site) -> AbstractContextManager[list[Call]]:
+        return site.recording(differentiable=self.config.start == "margin")
+
     def _ascend(
         self,
         passes: Callable[[], list[Tensor]],
@@ -340,12 +368,15 @@ class SMART:
         assert site is not None
 
         frozen = ExitStack()
+        # a backward under autocast would round its products: the passes have the caller's, the gradients none
+        kind = _device(self.model).type
+        autocast = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
 
         def outputs_at(points: list[Tensor]) -> list[Tensor]:
             # not before the first pass of the ascent: the margin start still has a gradient to take of the clean graph,
             # which checkpointed layers rebuild as it was
             frozen.enter_context(_frozen_weights(self.model))
-            with site.replaced(points):
+            with site.replaced(points), torch.autocast(kind, autocast[1], autocast[0]):
                 return passes()
 
         xs = [call.x for call in calls]
@@ -355,7 +386,7 @@ class SMART:
         elif "squared_error" in divergences:
             noise = [self._draw(z) for z in targets]
         try:
-            with frozen:
+            with frozen, torch.autocast(kind, enabled=False):
                 return ascend(outputs_at, xs, targets, self.config, noise, masks, divergences, positions)
         except RuntimeError as error:
             if "use_reentrant" in str(error):
@@ -464,22 +495,27 @@ class SMART:
 
     def _observe(self, calls: list[Call], deltas: list[Tensor]) -> None:
         with torch.no_grad():
-            moved = torch.stack([(delta != 0).sum() for delta in deltas]).sum()
-            lost = torch.stack(
-                [
-                    ((delta != 0) & (shift(call.x, delta) == call.x)).sum()
-                    for call, delta in zip(calls, deltas, strict=True)
-                ]
-            ).sum()
-            vanished = lost / moved.clamp(min=1)
+            moved = torch.stack([(delta != 0).sum() for delta in deltas]).sum().clamp(min=1)
+
+            def lost(dtypes: list[torch.dtype]) -> Tensor:
+                same = []
+                for call, delta, dtype in zip(calls, deltas, dtypes, strict=True):
+                    x = call.x.to(dtype)
+                    same.append(((delta != 0) & (shift(x, delta) == x)).sum())
+                return torch.stack(same).sum() / moved
+
+            vanished = lost([call.x.dtype for call in calls])
             self._metrics["vanished"] = vanished
             self._metrics["max_delta"] = torch.stack([delta.abs().max() for delta in deltas]).max()
+            dtypes = [call.dtype for call in calls]
+            if any(call.x.dtype != call.dtype for call in calls) and "vanished" not in self._warned:
+                vanished = lost(dtypes)  # in the next layer, under autocast
         if "vanished" not in self._warned and vanished > 0.5:
             self._warn(
                 "vanished",
                 f"SMART: adding the perturbation leaves {float(vanished):.0%} of the entries as they were: it is below "
-                f"the precision of {calls[0].x.dtype}, and R_s measures nothing there. Use a larger epsilon, or "
-                "float32 embeddings.",
+                f"the precision of {dtypes[0]}, and R_s measures nothing there. Use a larger epsilon, or where that is "
+                "half precision, precision='float32'.",
             )
 
     def _record(
@@ -571,6 +607,58 @@ class SMART:
                 self.teacher[name] = self.teacher[name].to(parameter.device)
 
 
+class _Float32:
+    """The passes of a model in float32, whatever it computes in itself, while the block lasts.
+
+    Autocast is off, and half-precision weights and buffers have float32 copies: of the weights, on the graph of theta.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._copies = {weight: weight.to(torch.float32) for weight in model.parameters() if weight.dtype in _HALF}
+        if not self._copies:
+            return
+        unsupported = {
+            "torch.compile": _is_compiled(model),
+            "checkpointed layers, which run again with the weights as they are": any(
+                getattr(module, "gradient_checkpointing", False) for module in model.modules()
+            ),
+            "nn.LSTM, nn.GRU and nn.RNN": any(isinstance(module, nn.RNNBase) for module in model.modules()),
+        }
+        for what, found in unsupported.items():
+            if found:
+                raise ValueError(
+                    f"SMART: the model has {next(iter(self._copies)).dtype} weights, and with {what}, the float32 "
+                    "copies of them that the passes of SMART need are not possible. Train float32 weights under "
+                    "torch.autocast, or say SMART(..., precision='model') with a radius that this precision can hold."
+                )
+
+    @contextmanager
+    def __call__(self, theta: Mapping[str, Tensor]) -> Iterator[None]:
+        """One pass, with the values of theta where it has them."""
+        given = {weight: theta[name] for name, weight in self._model.named_parameters() if name in theta}
+        own: list[tuple[dict[str, Any], str, Any]] = []
+        forward = vars(self._model).get("forward")
+        with torch.autocast(_device(self._model).type, enabled=False):
+            try:
+                if "_original_forward" in vars(self._model):  # accelerate has put autocast around the other
+                    vars(self._model)["forward"] = self._model._original_forward
+                for module in self._model.modules():
+                    groups: list[dict[str, Any]] = [module._parameters, module._buffers]
+                    for tensors in groups:
+                        own += [(tensors, name, tensor) for name, tensor in tensors.items() if _is_half(tensor)]
+                for tensors, name, tensor in own:
+                    copied = given.get(tensor, self._copies.get(tensor))
+                    copied = tensor.to(torch.float32) if copied is None else copied
+                    tensors[name] = copied if tensor.requires_grad else copied.detach()
+                yield
+            finally:
+                for tensors, name, tensor in own:
+                    tensors[name] = tensor
+                if forward is not None:
+                    vars(self._model)["forward"] = forward
+
+
 class _State:
     """What a forward in training mode changes, as it was before the clean pass, to be replayed in the others.
 
@@ -623,6 +711,20 @@ def _frozen_weights(model: nn.Module) -> Iterator[None]:
             weight.requires_grad_(True)
 
 
+def _in_half(model: nn.Module) -> bool:
+    """Whether anything in the model computes in half precision, as far as can be seen from outside."""
+    autocast = torch.is_autocast_enabled(_device(model).type) or "_original_forward" in vars(model)
+    return autocast or any(map(_is_half, model.parameters()))
+
+
+def _is_half(tensor: Any) -> bool:
+    return isinstance(tensor, Tensor) and tensor.dtype in _HALF
+
+
+def _widened(value: Any) -> Any:
+    return value.to(torch.float32) if _is_half(value) else value
+
+
 def _chosen(output: Any, outputs: Outputs | None) -> list[Any]:
     if callable(outputs):
         found = outputs(output)
@@ -656,16 +758,16 @@ def _chosen(output: Any, outputs: Outputs | None) -> list[Any]:
     )
 
 
-def _copied(value: Any) -> Any:
-    """New containers around the same tensors."""
+def _copied(value: Any, convert: Callable[[Any], Any] | None = None) -> Any:
+    """New containers around the same tensors, or around what `convert` makes of them."""
     if type(value) in (list, tuple):
-        return type(value)(map(_copied, value))
+        return type(value)(_copied(item, convert) for item in value)
     if isinstance(value, MutableMapping):
         new = copy.copy(value)
         for key in list(new):
-            new[key] = _copied(new[key])
+            new[key] = _copied(new[key], convert)
         return new
-    return value
+    return value if convert is None else convert(value)
 
 
 def _array(tensor: Tensor) -> Any:

@@ -125,6 +125,12 @@ def test_a_compiled_model_with_checkpointed_layers_is_the_eager_one():
     assert_as_eager(make, ARCHITECTURES["BERT"].inputs(), wrapped, CONFIG, "aot_eager", 3)
 
 
+def test_compiled_under_autocast_is_the_eager_step():
+    inputs = {"ids": torch.randint(11, (6, 5))}
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_as_eager(Model, inputs, wrapped, CONFIG, BACKEND, 6)
+
+
 def test_inductor_compares_like_with_like():
     """Its dropout is not eager's, but the same in all passes: theta = theta~ gives D_Breg = 0, and R_s is as small."""
     model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 3))

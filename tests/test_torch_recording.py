@@ -92,8 +92,8 @@ SITUATIONS = {
     "several outputs, positions": (Tagger, text, BOTH, TWO),
     "margin, several outputs": (Tagger, text, BOTH.replace(start="margin"), TWO),
     "float64": (lambda: Tagger().double(), text, BOTH, TWO),
-    "bfloat16": (lambda: Tagger().bfloat16(), text, BOTH, TWO),
-    "float16": (lambda: Tagger().half(), text, BOTH, TWO),
+    "bfloat16": (lambda: Tagger().bfloat16(), text, BOTH, TWO | {"precision": "model"}),
+    "float16": (lambda: Tagger().half(), text, BOTH, TWO | {"precision": "model"}),
 }
 
 
@@ -119,9 +119,11 @@ def test_every_situation_passes(tmp_path, name, weighted):
         assert ("0/sample_weight/0" in file.files) == weighted
 
 
-def test_autocast(tmp_path):
+@pytest.mark.parametrize("precision", ["float32", "model"])
+def test_autocast(tmp_path, precision):
+    settings = {"precision": precision, "record": tmp_path / "run.npz"}
     with torch.autocast("cpu", torch.bfloat16):
-        run(classifier("Bert")().train(), [text() for _ in range(3)], settings={"record": tmp_path / "run.npz"})
+        run(classifier("Bert")().train(), [text() for _ in range(3)], settings=settings)
     report = compare_run(tmp_path / "run.npz")
     assert report.ok, str(report)
 
@@ -134,9 +136,9 @@ def test_what_half_precision_loses_is_recomputed(tmp_path):
         with np.errstate(all="raise"):
             if some == 0.5:
                 with pytest.warns(SMARTWarning, match="below the precision of torch.bfloat16"):
-                    run(Tagger().bfloat16(), [text()], config, settings={**TWO, "record": path})
+                    run(Tagger().bfloat16(), [text()], config, settings={**TWO, "precision": "model", "record": path})
             else:
-                run(Tagger().bfloat16(), [text()], config, settings={**TWO, "record": path})
+                run(Tagger().bfloat16(), [text()], config, settings={**TWO, "precision": "model", "record": path})
         (row,) = (row for row in compare_run(path).rows if row.what == "vanished")
         assert row.ok
         assert row.recomputed > some
@@ -180,7 +182,7 @@ class Breaks(Tagger):
 def test_a_model_that_raises_leaves_the_complete_steps(tmp_path):
     path = tmp_path / "run.npz"
     with pytest.raises(KeyError, match="own error"):
-        run(Breaks(), [text() for _ in range(4)], settings={**TWO, "record": path})
+        run(Breaks(), [text() for _ in range(4)], settings={**TWO, "precision": "model", "record": path})
     report = compare_run(path)
     assert report.ok, str(report)
     assert max(row.step for row in report.rows) == 2

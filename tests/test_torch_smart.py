@@ -781,17 +781,17 @@ def test_nan_can_be_skipped_and_is_counted(ids):
 
 def test_vanishing_perturbations_warn_once(ids):
     model = nn.Sequential(nn.Embedding(11, 8), nn.Flatten(), nn.Linear(40, 3)).to(torch.bfloat16)
-    some = SMART(model, SMARTConfig.paper(mu=0, epsilon=8e-3, sigma=8e-3, ascent_steps=0))
+    some = SMART(model, SMARTConfig.paper(mu=0, epsilon=8e-3, sigma=8e-3, ascent_steps=0), precision="model")
     some(ids)  # a part of the entries: no warning
     assert 0.1 < some.metrics["vanished"] < 0.5
-    smart = SMART(model, SMARTConfig.paper(mu=0))
+    smart = SMART(model, SMARTConfig.paper(mu=0), precision="model")
     with pytest.warns(SMARTWarning, match="leaves 9[0-9]% of the entries as they were.*torch.bfloat16"):
         smart(ids)
     assert smart.metrics["vanished"] > 0.9
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         smart(ids)
-        SMART(model, R_S)(ids)  # a radius that bf16 resolves
+        SMART(model, R_S, precision="model")(ids)  # a radius that bf16 resolves
 
 
 def test_forgetting_update_warns(ids):
