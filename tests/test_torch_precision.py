@@ -166,6 +166,16 @@ def test_half_precision_weights_have_float32_copies(config, dtype):
         assert torch.equal(weight, state[name])
 
 
+def test_the_float32_copies_have_a_graph_only_where_a_gradient_is_wanted():
+    model, seen = Model().bfloat16(), []
+    model.head.register_forward_hook(lambda head, args, output: seen.append((head.weight.dtype, output.requires_grad)))
+    model.norm.register_forward_hook(lambda norm, args, output: seen.append(norm.weight.requires_grad))
+    SMART(model, BOTH)(**text())
+    half, wide = (torch.bfloat16, True), (torch.float32, True)
+    ascent, teacher = [False, wide], [False, (torch.float32, False)]
+    assert seen == [True, half, True, wide, *ascent, True, wide, *teacher]
+
+
 @pytest.mark.parametrize("name", ["BERT", "GPT-2"])
 def test_architectures_with_bfloat16_weights_train(name):
     architecture = ARCHITECTURES[name]
