@@ -57,7 +57,7 @@ class Site:
         self._put_output = torch.compiler.disable(self._changed_output)  # type: ignore[no-untyped-call]
         self._put_input = torch.compiler.disable(self._changed_input)  # type: ignore[no-untyped-call]
         if module is None:
-            self._positions = {name: at for at, name in enumerate(inspect.signature(model.forward).parameters)}
+            self._positions = {name: at for at, name in enumerate(argument_names(model))}
             self._handle = model.register_forward_pre_hook(self._on_input, with_kwargs=True)
         else:
             self._handle = module.register_forward_hook(self._on_output)
@@ -84,8 +84,8 @@ class Site:
         if not calls:
             raise ValueError(
                 f"SMART: the site {self.name!r} was not run by the model's forward. Name the module that gives the "
-                "embeddings: SMART(model, config, site='...'). For T5 and BART that is the encoder's embedding. Where "
-                "the model was compiled and run before SMART was made, call torch.compiler.reset() first."
+                "embeddings: SMART(model, config, site='...'). For T5 and BART that is the encoder's embedding. Make "
+                "SMART after adapters are added; if the model was compiled and run before, call torch.compiler.reset()."
             )
 
     @contextmanager
@@ -152,6 +152,7 @@ class Site:
     def _changed_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor:
         assert self._pass is not None
         padding = None
+        module = getattr(module, "base_layer", getattr(module, "original_module", module))  # inside PEFT's
         index = getattr(module, "padding_idx", None)
         if isinstance(module, nn.Embedding) and index is not None and args and isinstance(args[0], Tensor):
             padding = args[0] != index
@@ -204,6 +205,21 @@ def shift(x: Tensor, delta: Tensor) -> Tensor:
         tensor([1.5000], dtype=torch.bfloat16)
     """
     return (x.to(delta.dtype) + delta).to(x.dtype)
+
+
+def argument_names(model: Any) -> list[str]:
+    """What the model's forward calls its arguments; in a plain `PeftModel`, what the model inside calls them.
+
+    Example:
+        >>> argument_names(nn.Bilinear(2, 2, 2))
+        ['input1', 'input2']
+    """
+    parameters = inspect.signature(model.forward).parameters
+    if hasattr(model, "get_base_model") and all(
+        p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters.values()
+    ):
+        parameters = inspect.signature(model.get_base_model().forward).parameters
+    return list(parameters)
 
 
 def _find(model: nn.Module, site: str | None) -> tuple[str, nn.Module | None]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import os
 import random
 import sys
@@ -23,7 +22,7 @@ from smartreg.recording import Recorder, flat
 from smartreg_torch.divergences import DIVERGENCES
 from smartreg_torch.perturbation import ascend, output_mask
 from smartreg_torch.proximal import bregman_divergence, ema_update, mean_examples, momentum, swapped
-from smartreg_torch.site import Call, Site, shift
+from smartreg_torch.site import Call, Site, argument_names, shift
 
 Outputs = str | int | Sequence[str | int] | Callable[[Any], Tensor | Sequence[Tensor]]
 Precision = Literal["float32", "model"]
@@ -145,7 +144,7 @@ class SMART:
         self._calls_since_update = 0
         self._calls_compiled = 0
         self._warned: set[str] = set()
-        self._parameter_names = list(inspect.signature(self.model.forward).parameters)
+        self._parameter_names = argument_names(self.model)
         self._optimizer_hook: torch.utils.hooks.RemovableHandle | None = None
         self._site = Site(self.model, site) if config.lambda_s > 0 else None
         if self._site is not None and _is_compiled(model):
@@ -595,11 +594,18 @@ class SMART:
             warnings.warn(message, SMARTWarning, stacklevel=4)
 
     def _parameters(self) -> dict[str, nn.Parameter]:
-        return dict(self.model.named_parameters())
+        found = dict(self.model.named_parameters())
+        gone = sorted(self.teacher.keys() - found.keys())
+        if gone:
+            raise RuntimeError(
+                f"SMART: the model no longer has {gone[:3]}, of which theta~ was made ({len(gone)} parameters in all). "
+                "Make SMART after adapters are added, merged or deleted: SMART(get_peft_model(model, ...), config)"
+            )
+        return found
 
     def _follow_new_parameters(self) -> None:
         """theta~ of a parameter starts when it is first trainable, at its value then, and stays on its device."""
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in self._parameters().items():
             if parameter.requires_grad and name not in self.teacher:
                 wide = torch.promote_types(parameter.dtype, torch.float32)
                 self.teacher[name] = parameter.detach().to(wide, copy=True)
