@@ -18,7 +18,9 @@ try:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     from transformers.trainer_pt_utils import find_batch_size
 except ImportError as error:
-    raise ImportError("smartreg_torch.transformers needs transformers 5: pip install 'smartreg[hf]'") from error
+    raise ImportError(
+        "smartreg_torch.transformers needs transformers 5.18 or later: pip install 'smartreg[hf]'"
+    ) from error
 
 from smartreg.config import SMARTConfig, SMARTWarning
 from smartreg_torch.smart import SMART, _State
