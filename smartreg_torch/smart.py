@@ -46,7 +46,7 @@ class SMART:
     weights are then.
 
     Args:
-        model: any module.
+        model: any module. In DistributedDataParallel only the clean pass runs through the wrapper.
         config: the settings; `total_steps` is needed where beta is scheduled, which the default does.
         site: where x is, see `smartreg_torch.site.Site`.
         outputs: which of the model's outputs f(x) are: a name or index, several (they add up), or a function from
@@ -115,7 +115,8 @@ class SMART:
             if name not in DIVERGENCES:
                 raise ValueError(f"SMART: divergence must be one of {', '.join(DIVERGENCES)}, got {name!r}")
         self._recorder = None if record is None else Recorder(record, record_steps, "SMART")
-        self.model = model
+        self._wrapped = model
+        self.model: nn.Module = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
         self.config = config
         self.step = 0
         self.teacher: dict[str, Tensor] = {}
@@ -126,9 +127,9 @@ class SMART:
         self._skipped = 0
         self._calls_since_update = 0
         self._warned: set[str] = set()
-        self._parameter_names = list(inspect.signature(model.forward).parameters)
+        self._parameter_names = list(inspect.signature(self.model.forward).parameters)
         self._optimizer_hook: torch.utils.hooks.RemovableHandle | None = None
-        self._site = Site(model, site) if config.lambda_s > 0 else None
+        self._site = Site(self.model, site) if config.lambda_s > 0 else None
         self._removed = False
         if config.mu > 0:
             self._follow_new_parameters()
@@ -137,7 +138,9 @@ class SMART:
             self._recorder.begin("torch", {"torch": torch.__version__}, config, site_name)
             weakref.finalize(self, self._recorder.write)  # where nobody calls remove(), at the latest when Python ends
 
-    def __call__(self, *args: Any, sample_weight: Tensor | None = None, **kwargs: Any) -> tuple[Any, Tensor]:
+    def __call__(
+        self, *args: Any, sample_weight: Tensor | None = None, label_mask: Tensor | None = None, **kwargs: Any
+    ) -> tuple[Any, Tensor]:
         """The model's own output, and the penalty to add to the loss.
 
         In eval mode and under `torch.no_grad()` this is the model's own call, and the penalty is 0.
@@ -145,6 +148,8 @@ class SMART:
         Args:
             sample_weight: w_i, (n,): weighs R_s and D_Breg, 1/n sum_i w_i l_s. Everything else goes to the model (and
                 this too, where its forward takes it).
+            label_mask: true at the positions that have a label, (n, tokens): where the outputs have that axis, the
+                others take no part in the mean.
 
         Raises:
             FloatingPointError: the penalty is NaN or infinite and `config.non_finite` is "raise".
@@ -156,7 +161,7 @@ class SMART:
             kwargs["sample_weight"] = sample_weight
         config = self.config
         if not (self.model.training and torch.is_grad_enabled()) or config.lambda_s == config.mu == 0:
-            output = self.model(*args, **kwargs)
+            output = self._wrapped(*args, **kwargs)
             return output, _zero(self.model)
 
         if config.mu > 0:
@@ -167,11 +172,11 @@ class SMART:
         with ExitStack() as clean:
             if self._site is not None:
                 calls = clean.enter_context(self._site.recording(differentiable=config.start == "margin"))
-            output = self.model(*args, **kwargs)
+            output = self._wrapped(*args, **kwargs)
         targets = self._select(output, len(calls[0].x) if calls else None)
         divergences = self._divergences(targets)
         masks = self._masks(calls, *given)
-        positions = [self._positions(z, masks, *given) for z in targets]
+        positions = [self._positions(z, masks, label_mask, *given) for z in targets]
 
         def passes() -> list[Tensor]:
             args, kwargs = _copied(given)
@@ -429,16 +434,22 @@ class SMART:
         return [given] * count
 
     def _positions(
-        self, z: Tensor, masks: list[Tensor | None], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        z: Tensor,
+        masks: list[Tensor | None],
+        label_mask: Tensor | None,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> Tensor | None:
-        """Which positions of an output count: those of the site, or of a decoder where there is one."""
-        if "decoder_input_ids" not in self._parameter_names:
-            return output_mask(z, masks)
-        given = self._arguments(args, kwargs)
-        mask, labels = given.get("decoder_attention_mask"), given.get("labels")
-        if mask is None and labels is not None:
-            mask = labels != -100
-        return output_mask(z, mask)
+        """Which positions of an output count: those of the site, or of a decoder where there is one, with a label."""
+        if "decoder_input_ids" in self._parameter_names:
+            given = self._arguments(args, kwargs)
+            mask, labels = given.get("decoder_attention_mask"), given.get("labels")
+            masks = [labels != -100 if mask is None and labels is not None else mask]
+        real, labelled = output_mask(z, masks), output_mask(z, label_mask)
+        if real is None or labelled is None:
+            return labelled if real is None else real
+        return (real > 0) & labelled
 
     def _observe(self, calls: list[Call], deltas: list[Tensor]) -> None:
         with torch.no_grad():

@@ -1,0 +1,381 @@
+"""SMART in the Hugging Face Trainer: one changed word in a script (docs/trainer.md)."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+try:
+    from transformers import Trainer, TrainerCallback
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    from transformers.trainer_pt_utils import find_batch_size
+except ImportError as error:
+    raise ImportError(
+        "smartreg_torch.transformers needs transformers 5.18 or later: pip install 'smartreg[hf]'"
+    ) from error
+
+from smartreg.config import SMARTConfig, SMARTWarning
+from smartreg_torch.smart import SMART, _State
+
+__all__ = ["SMARTMixin", "SMARTTrainer"]
+
+if TYPE_CHECKING:
+    _Base = Trainer
+else:
+    _Base = object
+
+
+class SMARTMixin(_Base):
+    """SMART for a Trainer of your own: `class MyTrainer(SMARTMixin, TheirTrainer)`, with one more argument, `smart=`.
+
+    F(theta) = L(theta) + lambda_s R_s(theta) + mu D_Breg(theta, theta~), with L whatever TheirTrainer computes.
+
+    Args:
+        smart: the settings, by default `SMARTConfig()`. `total_steps` is the Trainer's own where it is None; lambda_s =
+            mu = 0 is TheirTrainer, bit for bit. All other arguments are TheirTrainer's.
+
+    Attributes:
+        smart_config: as given.
+        smart: the `SMART` of the last `train()`; None before it, and where SMART is switched off.
+
+    Raises:
+        TypeError: smart= is no SMARTConfig. ValueError, RuntimeError: what cannot work; the message says what to do.
+
+    Example:
+        >>> from transformers import Seq2SeqTrainer
+        >>> class SMARTSeq2SeqTrainer(SMARTMixin, Seq2SeqTrainer):
+        ...     pass
+    """
+
+    def __init__(self, *args: Any, smart: SMARTConfig | None = None, **kwargs: Any) -> None:
+        if not (smart is None or isinstance(smart, SMARTConfig)):
+            raise TypeError(f"{type(self).__name__}: smart= must be a SMARTConfig, got {type(smart).__name__}")
+        self.smart_config = SMARTConfig() if smart is None else smart
+        self.smart: SMART | None = None
+        self._smart_window: _Window | None = None  # the metrics since the last log; None outside of train()
+        self._smart_rows = 0  # of all batches of this optimiser step
+        self._smart_ran = self._smart_checked = False
+        super().__init__(*args, **kwargs)
+        self.add_callback(_Steps(self))
+
+    def create_smart(self, model: nn.Module, config: SMARTConfig) -> SMART:
+        """The SMART of one `train()`: override it to say site=, outputs=, divergence= or mask=, see `SMART`.
+
+        Example:
+            >>> class MyTrainer(SMARTMixin, Trainer):
+            ...     def create_smart(self, model, config):
+            ...         return SMART(model, config, site="bert.embeddings")
+        """
+        return SMART(model, config)
+
+    @contextmanager
+    def swap_teacher(self) -> Iterator[None]:
+        """The model has the averaged weights theta~ of the last `train()` inside the block, to evaluate or save them.
+
+        Example:
+            >>> def averaged(trainer):
+            ...     with trainer.swap_teacher():
+            ...         return trainer.evaluate()
+        """
+        if self.smart is None or not self.smart.teacher:
+            raise RuntimeError(
+                f"{type(self).__name__}.swap_teacher: there is no theta~: it is made by train(), where mu > 0"
+            )
+        with self.smart.swap_teacher():
+            yield
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's; afterwards the model is without SMART again, and `swap_teacher` still works."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self._smart_window = None
+            if self.smart is not None:
+                self.smart.remove()
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """The batches of one optimiser step: how many examples that is."""
+        batches, num_items = super().get_batch_samples(*args, **kwargs)
+        self._smart_rows = sum(map(_rows, batches))
+        return batches, num_items
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As Trainer's, and sees to it that the penalty was in the loss."""
+        self._smart_ran = False
+        loss: Tensor = super().training_step(*args, **kwargs)
+        if self._smart_window is not None and not self._smart_ran:
+            raise RuntimeError(
+                f"{type(self).__name__}: compute_loss is overridden without super().compute_loss(), so SMART is never "
+                "reached. Override it in a Trainer of your own, Mine, and train class SMARTMine(SMARTMixin, Mine)."
+            )
+        return loss
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The Trainer's own loss, by whichever of its ways, plus the penalty while training."""
+        settings: dict[str, Any] = {"return_outputs": return_outputs, "num_items_in_batch": num_items_in_batch}
+        smart, window = self.smart, self._smart_window
+        if smart is None or window is None or not (model.training and torch.is_grad_enabled()):
+            return super().compute_loss(model, inputs, **settings)
+        self._smart_ran = True
+        divided = _divided(self, num_items_in_batch)
+        if not self._smart_checked:
+            self._smart_checked = True
+            _check_labels(self, inputs)
+            if num_items_in_batch is not None and not divided:
+                _check_scaling(self, super().compute_loss, inputs, num_items_in_batch)
+        # Of the penalties of one optimiser step the mean over its examples counts, as in one large batch.
+        share = _rows(inputs) / (self._smart_rows or _rows(inputs))
+        with _first_call(model, partial(smart, label_mask=_label_mask(self.model, inputs))) as penalties:
+            found: Any = super().compute_loss(model, inputs, **settings)
+        if not penalties:
+            raise RuntimeError(f"{type(self).__name__}: compute_loss did not call the model, so SMART saw no outputs")
+        window.add(smart.metrics, share)
+        penalty = penalties[0] * share * (self.current_gradient_accumulation_steps if divided else 1)
+        if return_outputs:
+            loss, outputs = found
+            return loss + penalty, outputs
+        return found + penalty
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As Trainer's; beside "loss", the means of SMART's metrics since the last log."""
+        if self._smart_window is not None and self.smart is not None and "loss" in logs:
+            logs.update(self._smart_window.means(self, self.smart.metrics))
+            self._smart_window = _Window()
+        super().log(logs, *args, **kwargs)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        if self.smart is not None and self._smart_window is not None:
+            state = {"smart": self.smart.state_dict(), "window": self._smart_window.sums}
+            torch.save(state, _state_file(self, output_dir))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)
+        if checkpoint is None or self.smart is None:
+            return
+        file = _state_file(self, checkpoint)
+        if not file.exists():
+            raise ValueError(
+                f"{type(self).__name__}: {checkpoint} has no {file.name}, so theta~ is lost: was it written by a plain "
+                "Trainer, with save_only_model=True, or by another number of processes? Load its weights with "
+                "from_pretrained and train anew from them, or resume it as it was made."
+            )
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        self.smart.load_state_dict(state["smart"])
+        self._smart_window = _Window(state["window"])
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict=state_dict)
+        if self.args.should_save:
+            config = self.smart_config if self.smart is None else self.smart.config
+            folders = {str(output_dir or self.args.output_dir)}
+            if self.args.push_to_hub:  # of a checkpoint Trainer copies there only the files that it knows
+                folders.add(str(self.args.output_dir))
+            for folder in folders:
+                Path(folder, "smart_config.json").write_text(config.to_json() + "\n", encoding="utf-8")
+
+    def _begin_smart(self) -> None:
+        """A SMART for this train(): the model is on its device, wrapped, and has the weights that it starts with."""
+        if self.smart is not None:
+            self.smart.remove()
+        self.smart, self._smart_checked = None, False
+        config, args = self.smart_config, self.args
+        if config.lambda_s == config.mu == 0:
+            return
+        unsupported = {
+            "several GPUs in one process (nn.DataParallel); start it with torchrun": args.n_gpu > 1,
+            "FSDP": self.is_fsdp_enabled,
+            "DeepSpeed": self.is_deepspeed_enabled,
+            "torch_compile=True": args.torch_compile,
+        }
+        for what, wanted in unsupported.items():
+            if wanted:
+                raise ValueError(f"{type(self).__name__}: not supported yet: {what}")
+        if config.total_steps is None:
+            config = config.replace(total_steps=max(self.state.max_steps, 1))
+        self.smart, self._smart_window = self.create_smart(self.model_wrapped, config), _Window()
+        self.smart._seed += args.process_index  # Trainer seeds all processes alike, and row k is another in each
+
+
+class SMARTTrainer(SMARTMixin, Trainer):
+    """`transformers.Trainer` with SMART: `SMARTTrainer(..., smart=SMARTConfig(...))`; all else is Trainer's.
+
+    R_s, D_Breg, max_delta, vanished, beta and skipped are in the logs beside "loss" (which has the penalty in it),
+    theta~ and the noise generator in the checkpoints. See `SMARTMixin`, and docs/trainer.md.
+
+    Example:
+        >>> import tempfile
+        >>> from transformers import BertConfig, BertForSequenceClassification, TrainingArguments
+        >>> model = BertForSequenceClassification(
+        ...     BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+        ... )
+        >>> rows = [{"input_ids": [2, 3, 4], "labels": 0}, {"input_ids": [5, 6, 7], "labels": 1}]
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     args = TrainingArguments(folder, max_steps=2, logging_steps=1, use_cpu=True, report_to="none")
+        ...     trainer = SMARTTrainer(model, args, train_dataset=rows, smart=SMARTConfig())
+        ...     _ = trainer.train()  # doctest: +ELLIPSIS
+        {'loss': ...
+        >>> trainer.smart.config.total_steps, trainer.state.log_history[1]["D_Breg"] > 0
+        (2, True)
+    """
+
+
+class _Steps(TrainerCallback):
+    """The moments that Trainer has no method for."""
+
+    def __init__(self, trainer: SMARTMixin) -> None:
+        self._trainer = trainer
+        self._scale = 0.0
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self._trainer._begin_smart()
+
+    def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+        self._scale = self._loss_scale()
+
+    def on_optimizer_step(self, *_: Any, **__: Any) -> None:
+        # Where a gradient overflows, theta does not move and GradScaler lowers its scale. accelerate's own
+        # optimizer_step_was_skipped misses that with a fused optimiser, which is called and then does nothing.
+        if self._trainer.smart is not None and self._loss_scale() >= self._scale:
+            self._trainer.smart.update()
+
+    def _loss_scale(self) -> float:
+        scaler = self._trainer.accelerator.scaler
+        return 1.0 if scaler is None else float(scaler.get_scale())
+
+
+class _Window:
+    """SMART's metrics since the last log: of each optimiser step the mean over its examples, summed up."""
+
+    _NAMES = ("steps", "R_s", "D_Breg", "vanished", "max_delta")
+
+    def __init__(self, sums: dict[str, float] | None = None) -> None:
+        self.sums = dict.fromkeys(self._NAMES, 0.0) if sums is None else sums
+
+    def add(self, metrics: dict[str, float], share: float) -> None:
+        found = {name: metrics[name] for name in ("R_s", "D_Breg", "vanished") if name in metrics}
+        if not all(map(math.isfinite, found.values())):
+            return  # left out of the loss as well
+        for name, value in ({"steps": 1.0} | found).items():
+            self.sums[name] += share * value
+        self.sums["max_delta"] = max(self.sums["max_delta"], metrics.get("max_delta", 0.0))
+
+    def means(self, trainer: Trainer, metrics: dict[str, float]) -> dict[str, float]:
+        """Over the steps and the processes; of max_delta the largest; beta and skipped as they are now."""
+        every = torch.tensor([[self.sums[name] for name in self._NAMES]], dtype=torch.float64)
+        if trainer.args.world_size > 1:
+            every = trainer.accelerator.gather(every.float().to(trainer.args.device)).double().cpu()
+        steps, means = float(every[:, 0].sum()), {}
+        if steps > 0:
+            means = {name: float(every[:, k].sum()) / steps for k, name in enumerate(self._NAMES)}
+            means["max_delta"] = float(every[:, -1].max())
+        return {k: means.get(k, value) for k, value in metrics.items() if k in means or k not in self._NAMES}
+
+
+def _divided(trainer: Trainer, num_items_in_batch: Any) -> bool:
+    """Whether Trainer divides what compute_loss returns by the accumulation steps."""
+    scaled = getattr(trainer, "loss_is_scaled_for_ga", None)
+    if scaled is None:
+        told = trainer.model_accepts_loss_kwargs and num_items_in_batch is not None
+        scaled = told or trainer.compute_loss_func is not None
+    return not scaled
+
+
+def _check_scaling(
+    trainer: Trainer, compute_loss: Callable[..., Any], inputs: dict[str, Any], num_items: Tensor | int
+) -> None:
+    """Trainer leaves the division to the loss; does it divide? (transformers issue 47688)."""
+    steps, processes = trainer.args.gradient_accumulation_steps, trainer.args.world_size
+    times = steps * (processes if trainer.args.average_tokens_across_devices else 1)
+    if times == 1:
+        return
+    model: Any = trainer.model
+    state, losses = _State(model), []
+    for items in (num_items, 2 * num_items):
+        with torch.no_grad(), state.replayed():
+            losses.append(float(compute_loss(model, dict(inputs), num_items_in_batch=items)))
+    if losses[0] == losses[1] != 0:
+        how = "set model.accepts_loss_kwargs = False before making the trainer"
+        if trainer.compute_loss_func is not None:
+            how = "let compute_loss_func divide a sum by num_items_in_batch"
+        warnings.warn(
+            f"{type(trainer).__name__}: the task loss ignores num_items_in_batch, and Trainer leaves it to the loss to "
+            f"divide by it (transformers issue 47688). With gradient_accumulation_steps={steps} and {processes} "
+            f"process(es) it is {times} times what one large batch gives, and lambda_s and mu weigh {times} times less "
+            f"beside it. To mend it, {how}.",
+            SMARTWarning,
+            stacklevel=4,
+        )
+
+
+def _check_labels(trainer: Trainer, inputs: dict[str, Any]) -> None:
+    """The model infers its problem_type from labels that it sees; compute_loss_func keeps them from it."""
+    settings, labels = getattr(trainer.model, "config", None), inputs.get("labels")
+    several = getattr(settings, "num_labels", 1) > 1 and getattr(settings, "problem_type", None) is None
+    if trainer.compute_loss_func is not None and several and isinstance(labels, Tensor) and labels.is_floating_point():
+        raise ValueError(
+            f"{type(trainer).__name__}: with compute_loss_func the model does not see the labels, and floating-point "
+            "ones do not tell SMART what the outputs are. Set model.config.problem_type to "
+            "'multi_label_classification', 'regression', or 'single_label_classification' (labels that are "
+            "probabilities of the classes)."
+        )
+
+
+def _label_mask(model: Any, inputs: dict[str, Any]) -> Tensor | None:
+    """Which positions have a label; a causal language model's output i has label i + 1."""
+    labels = inputs.get("labels")
+    if not isinstance(labels, Tensor) or labels.ndim < 2:
+        return None
+    if type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        labels = nn.functional.pad(labels[..., 1:], (0, 1), value=-100)
+    return labels != -100
+
+
+def _state_file(trainer: Trainer, folder: str) -> Path:
+    """Beside rng_state.pth, and like it one a process: the noise differs."""
+    several = trainer.args.world_size > 1
+    return Path(folder, f"smart_state_{trainer.args.process_index}.pt" if several else "smart_state.pt")
+
+
+def _rows(batch: Any) -> int:
+    """The examples in a batch; 1, so that every batch counts the same, where it holds no tensor."""
+    return find_batch_size(batch) or 1  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def _first_call(model: nn.Module, smart: Callable[..., tuple[Any, Tensor]]) -> Iterator[list[Tensor]]:
+    """The first call of the model inside the block is SMART's; the penalty is put in the list."""
+    penalties: list[Tensor] = []
+    own = vars(model).get("forward")  # accelerate's, for mixed precision
+
+    def restore() -> None:
+        if own is None:
+            vars(model).pop("forward", None)
+        else:
+            vars(model)["forward"] = own
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        restore()
+        output, penalty = smart(*args, **kwargs)
+        penalties.append(penalty)
+        return output
+
+    vars(model)["forward"] = forward
+    try:
+        yield penalties
+    finally:
+        restore()
