@@ -386,7 +386,7 @@ def _laws(face: Face, function: str, rng: np.random.Generator) -> Iterator[Law]:
 
 
 def trajectory_checks(
-    face: Face, functions: Sequence[str], names: Sequence[str] = ("paper", "l2, token", "margin, regression")
+    face: Face, functions: Sequence[str], names: Sequence[str] = ("paper", "l2, token", "margin")
 ) -> Iterator[Row]:
     """50 steps of Algorithm 1 with the backend's functions, every intermediate against the NumPy reference.
 
