@@ -10,6 +10,8 @@ from smartreg import SMARTConfig
 from smartreg import divergences as reference
 from smartreg_tf import SMARTCallback, SMARTModel, attach
 from smartreg_tf.outputs import Head, find_heads
+from smartreg_tf.site import Pass
+from smartreg_tf.training import _matching
 
 X = np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32)
 CONFIG = SMARTConfig(epsilon=0.3, sigma=0.3, beta_early=0.9, total_steps=9)
@@ -98,6 +100,13 @@ def test_weights_of_positions_and_the_mean_by_weights():
     w = np.array([[1.0], [2.0], [0.0], [0.5]])
     want = (reference.symmetric_kl(a, b, mask) * w[:, 0]).sum() / w.sum()
     np.testing.assert_allclose(Head(0, "logits", 1.0, True).mean(*tensors, w), want, rtol=1e-12)
+
+
+def test_keras_mask_on_the_output_goes_before_the_sites():
+    z, own, other = tf.zeros([2, 3, 4]), tf.ones([2, 3], tf.bool), tf.zeros([2, 3], tf.bool)
+    assert Head(0, "logits").mask(z, [None, other]) is other
+    z._keras_mask = own
+    assert Head(0, "logits").mask(z, [None, other]) is own
 
 
 def test_outputs_that_cannot_be_told():
@@ -227,6 +236,12 @@ class NeverAsks(keras.Model):
         if self.calls:
             return {"own": keras.ops.mean(self(x))}
         return {"own": self.compute_loss(x, y, self.dense(x))}
+
+
+def test_the_penalty_is_of_the_call_that_gave_y_pred():
+    passes = [Pass((), {}, [], [], {"z": tf.zeros([n])}, None) for n in (1, 2, 3)]
+    assert _matching(passes, passes[1].outputs) is passes[1]
+    assert _matching(passes, {"z": tf.zeros([2])}) is passes[2]  # another tensor made of it: the last
 
 
 def test_a_train_step_that_never_asks_for_the_loss_or_never_calls_the_model():

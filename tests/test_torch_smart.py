@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from smartreg_torch import SMART, SMARTConfig, SMARTWarning
 from smartreg_torch.divergences import symmetric_kl
+from smartreg_torch.proximal import bregman_divergence
 
 
 class Named(NamedTuple):
@@ -184,6 +185,13 @@ def test_the_teacher_is_a_model_with_the_averaged_weights(make, ids):
     assert not torch.allclose(model(ids), twin(ids))
 
 
+def test_no_gradient_reaches_the_teachers_outputs():
+    outputs, taught = (torch.randn(3, 2, requires_grad=True) for _ in range(2))
+    bregman_divergence(outputs, taught).backward()
+    assert outputs.grad.abs().max() > 0
+    assert taught.grad is None
+
+
 def test_theta_tilde_moves_every_S_steps():
     model = Model()
     smart = SMART(model, SMARTConfig(lambda_s=0, proximal_steps=3, beta_early=0.5, beta_late=0.5))
@@ -341,6 +349,12 @@ def test_the_paper_start_and_the_seed_make_a_run_reproducible():
         torch.manual_seed(seed)
         runs.append(train(model, SMART(model, BOTH), batches))
     assert runs[0] == runs[1] != runs[2]
+
+
+def test_the_noise_is_standard_normal():
+    drawn = SMART(Model(), R_S)._draw(torch.zeros(10_000))
+    assert (drawn.mean().item(), drawn.std().item()) == pytest.approx((0, 1), abs=0.05)
+    assert drawn.abs().max() > 3
 
 
 # what the model may return, and what SMART makes of it
