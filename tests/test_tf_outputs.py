@@ -84,6 +84,8 @@ def test_probabilities_keep_the_digits_of_their_logits():
     p = tf.constant([[0.9, 0.2]])
     np.testing.assert_allclose(Head(0, "label_probabilities").logits(p), np.log([[9, 0.25]]), rtol=1e-5)
     assert np.isfinite(Head(0, "label_probabilities").logits(tf.constant([[0.0, 1.0]]))).all()
+    certain = keras.activations.sigmoid(tf.constant([[20.0]]))  # 1 in float32
+    assert Head(0, "label_probabilities").logits(certain).numpy() == 20
 
 
 def test_weights_of_positions_and_the_mean_by_weights():

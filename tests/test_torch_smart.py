@@ -295,6 +295,31 @@ def test_all_random_streams_are_replayed(ids):
     assert (random.getstate(), np.random.get_state()[2]) == after
 
 
+def test_a_pass_that_breaks_off_leaves_the_random_streams_as_the_clean_pass_did(ids):
+    class Fails(Model):
+        calls = 0
+
+        def forward(self, ids):
+            self.calls += 1
+            if self.calls == 2:
+                raise ZeroDivisionError
+            return super().forward(ids) * (1 + random.random()) * (1 + np.random.rand())
+
+    def after(call):
+        random.seed(1), np.random.seed(1), torch.manual_seed(1)
+        call()
+        return torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[2]
+
+    def broken():
+        with pytest.raises(ZeroDivisionError):
+            SMART(model, BOTH)(ids)
+
+    model = Fails()
+    expected = after(lambda: model(ids))
+    model.calls = 0
+    assert after(broken) == expected
+
+
 def test_buffers_that_move_in_a_forward_are_replayed_and_kept(ids):
     """Spectral normalisation takes a power iteration a forward."""
     config = SMARTConfig(scale="absolute", epsilon=1e-30, sigma=1e-30, ascent_steps=0, mu=0)
