@@ -226,6 +226,7 @@ def test_each_run_of_the_site_has_its_own_delta():
         smart._ascend = lambda clean, *rest: [tf.fill(call.x.shape, float(run)) for run, call in enumerate(clean.calls)]
         model.train_on_batch([IDS, IDS[::-1]], Y)
         assert smart.metrics["smoothness"] > 0  # the first run's delta is 0
+        assert smart.metrics["max_delta"] == 1
 
 
 def test_padding_is_not_perturbed():

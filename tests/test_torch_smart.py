@@ -151,6 +151,7 @@ def test_both_sides_of_r_s_carry_gradient(ids):
     torch.manual_seed(1)
     output, penalty = smart(ids)
     gradient = torch.autograd.grad(penalty, model.head.weight)[0]
+    assert smart.metrics["max_delta"] == deltas[0].abs().max()
     torch.manual_seed(1)
     clean = model(ids)
     handle = model.embedding.register_forward_hook(lambda _m, _i, given: given + deltas[0])
@@ -331,6 +332,16 @@ def test_buffers_that_move_in_a_forward_are_replayed_and_kept(ids):
     torch.manual_seed(1)
     twin(ids)
     assert penalty.item() == 0
+    assert all(torch.equal(a, b) for a, b in zip(model.buffers(), twin.buffers(), strict=True))
+
+
+def test_batchnorm_statistics_are_the_clean_passs(ids):
+    model = Model()
+    twin = copy.deepcopy(model)
+    torch.manual_seed(1)
+    SMART(model, R_S.replace(epsilon=1, sigma=1))(ids)  # the last pass is the perturbed one
+    torch.manual_seed(1)
+    twin(ids)
     assert all(torch.equal(a, b) for a, b in zip(model.buffers(), twin.buffers(), strict=True))
 
 

@@ -229,7 +229,6 @@ TORCH_POSITIONS = "test_torch_training.py::test_every_kind_of_output[gaussian-Fa
 TORCH_ALIKE = "test_torch_architectures.py::test_the_perturbed_pass_at_zero_is_the_clean_pass_bit_for_bit[CNN]"
 TORCH_ALONE = "test_torch_architectures.py::test_a_step_leaves_everything_else_alone[CNN-gaussian]"
 TEACHER = SMART + "the_teacher_is_a_model_with_the_averaged_weights[Model]"
-BUFFERS = SMART + "buffers_that_move_in_a_forward_are_replayed_and_kept"
 STREAMS = SMART + "all_random_streams_are_replayed"
 BROKEN_OFF = SMART + "a_pass_that_breaks_off_leaves_the_random_streams_as_the_clean_pass_did"
 
@@ -421,7 +420,12 @@ TORCH = [
             BROKEN_OFF,
         ),
         ("BatchNorm's statistics are moved by each pass", "buffers[name] = before.clone()", "pass", TORCH_ALONE),
-        ("buffers stay as the passes left them", "buffers[name] = own", "pass", BUFFERS),
+        (
+            "buffers stay as the passes left them",
+            "buffers[name] = own",
+            "pass",
+            SMART + "batchnorm_statistics_are_the_clean_passs",
+        ),
         ("the noise is from torch's own stream", "generator=self._generator", "generator=None", TORCH_ALONE),
         (
             "the noise is uniform",
@@ -460,7 +464,12 @@ TORCH = [
             '"regression": "symmetric_kl"',
             SMART + "hugging_faces_problem_type_chooses_the_divergence[gaussian-regression-3]",
         ),
-        ("max_delta is the smallest", "delta.abs().max() for delta", "delta.abs().min() for delta", TORCH_ALONE),
+        (
+            "max_delta is the smallest",
+            "delta.abs().max() for delta",
+            "delta.abs().min() for delta",
+            SMART + "both_sides_of_r_s_carry_gradient",
+        ),
         (
             "vanished counts what did not vanish",
             "shift(call.x, delta) == call.x",
@@ -865,6 +874,18 @@ TF = [
             'non_finite == "raise"',
             'non_finite == "skip"',
             OUTPUTS + "a_penalty_that_is_not_finite[eager]",
+        ),
+        (
+            "max_delta is the smallest",
+            "tf.reduce_max([tf.reduce_max(tf.abs(delta))",
+            "tf.reduce_min([tf.reduce_max(tf.abs(delta))",
+            FIT + "each_run_of_the_site_has_its_own_delta",
+        ),
+        (
+            "vanished counts what did not vanish",
+            "(_shifted(call.x, delta) == call.x)",
+            "(_shifted(call.x, delta) != call.x)",
+            "test_tf_precision.py::test_the_published_epsilon_survives[mixed_bfloat16]",
         ),
         (
             "theta~ stays in the model after the block",
