@@ -933,8 +933,9 @@ def run(backend: str, tree: Path, *command: str) -> tuple[int, str]:
         "OMP_NUM_THREADS": "1",
         "TF_CPP_MIN_LOG_LEVEL": "3",
         "KERAS_BACKEND": "tensorflow",
+        "HYPOTHESIS_PROFILE": "default",
+        "SMARTREG_BACKENDS": "" if backend == "numpy" else backend,
     }
-    set_env["SMARTREG_BACKENDS"] = "" if backend == "numpy" else backend
     done = subprocess.run(
         [sys.executable, *command],
         cwd=tree,
