@@ -201,7 +201,7 @@ CASES = {
     "regression, margin": ({"start": "margin"}, {"divergence": "squared_error", "optimizer": "sgd"}),
     "released code": ({"projection": "rescale", "scale": "absolute", "epsilon": 1e-3, "sigma": 0.1}, {}),
     "R_s alone": ({"mu": 0.0}, {}),
-    "D_Breg alone": ({"lambda_s": 0.0, "proximal_steps": 3}, {"pooled": False}),
+    "D_Breg alone": ({"lambda_s": 0.0, "mu": 2.0, "proximal_steps": 3}, {"pooled": False}),
 }
 
 
