@@ -54,7 +54,7 @@ FUNCTIONS = (
     "bregman_divergence",
 )
 DTYPES = ("float32", "float64", *HALF)
-BACKENDS = {"numpy": "numpy", "torch": "torch", "tf": "tensorflow"}  # and the framework of each
+BACKENDS = ("numpy", "torch", "tf")
 
 
 class Row(NamedTuple):
@@ -206,13 +206,13 @@ class Face(Functions):
     def grad(self, divergence: str, a: Any, b: Any, mask: Any = None) -> tuple[Array, Array]:
         """The gradients of the sum over the examples of l_s(a, b), with respect to both."""
         given, mask = (self._put(a), self._put(b)), self._put(mask)
-        if self._gradients is None:
-            gradients = self._call(f"{divergence}_grad", *given, mask=mask)
-        else:
-            with _as_problem(f"{divergence}: gradient"):
-                gradients = self._gradients(lambda a, b: self._call(divergence, a, b, mask=mask), *given)
-        grad_a, grad_b = (self._array(f"{divergence}: gradient", g, np.shape(a)) for g in gradients)
-        return grad_a, grad_b
+        what = f"{divergence}: gradient"
+        with _as_problem(what):
+            if self._gradients is None:
+                grad_a, grad_b = self._call(f"{divergence}_grad", *given, mask=mask)
+            else:
+                grad_a, grad_b = self._gradients(lambda a, b: self._call(divergence, a, b, mask=mask), *given)
+        return self._array(what, grad_a, np.shape(a)), self._array(what, grad_b, np.shape(b))
 
     def call(self, function: str, *arrays: Any, **settings: Any) -> Array:
         """A function that gives an array of the shape of its first one."""
@@ -277,7 +277,8 @@ class Face(Functions):
         """D_Breg."""
         given = self._put(outputs), self._put(teacher_outputs)
         result = self._call("bregman_divergence", *given, divergence, self._put(mask), self._put(sample_weight))
-        return float(self._array("bregman_divergence", result, (), dtyped=False))
+        with _as_problem("bregman_divergence"):
+            return float(self._array("bregman_divergence", result, (), dtyped=False))
 
     def _call(self, function: str, *args: Any, **kwargs: Any) -> Any:
         if not hasattr(self.backend, function):

@@ -152,6 +152,11 @@ BROKEN = {
         "symmetric_kl: laws",
         "symmetric_kl_grad is missing",
     ),
+    "no gradients": (
+        {"squared_error_grad": lambda a, b, mask=None: None},
+        "squared_error: laws",
+        "squared_error: gradient raised TypeError",
+    ),
     "asarray": ({"asarray": raising}, "ascend: laws", "asarray raised RuntimeError"),
     "gradients": ({"gradients": raising}, "squared_error: laws", "squared_error: gradient raised RuntimeError"),
 }
