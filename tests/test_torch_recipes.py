@@ -272,7 +272,7 @@ def pairs(n=32):
 
 
 def fit_sentences(folder, out, *, resume=None, accumulate=1, dropout=0.1, double=False, on_score=False, epochs=3):
-    from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+    from sentence_transformers import SentenceTransformerTrainingArguments
 
     model = sentence_transformer(folder, dropout)
     model = model.double() if double else model
@@ -396,7 +396,7 @@ def run_example(script, monkeypatch, *arguments):
     [
         ("finetune_accelerate.py", 11, False, r"accuracy [\d.]+% on 24 rows after 6 steps"),  # 6 batches an epoch
         ("finetune_lightning.py", 9, False, r"R_s .*, D_Breg .*, accuracy [\d.]+ after 6 steps, on 24 rows"),
-        ("finetune_sentence_transformers.py", 17, True, r"Spearman .*% before, .*% after 9 steps, on 24 rows"),
+        ("finetune_sentence_transformers.py", 17, True, r"Spearman .*% before, .*% after 18 steps, on 24 rows"),
     ],
 )
 def test_an_example_killed_on_the_way_ends_where_it_would_have(
@@ -404,8 +404,6 @@ def test_an_example_killed_on_the_way_ends_where_it_would_have(
 ):
     path = tsv(scored)
     more = ["--batch-size", 4, "--examples", 24, "--epochs", 3, "--model", folder, "--learning-rate", 1e-3]
-    if scored:
-        more += ["--accumulate", 2]
     if "accelerate" in script:
         more += ["--save-every", 1]
     command = ["--train", path, "--dev", path, *more]
