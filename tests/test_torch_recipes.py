@@ -46,6 +46,7 @@ def recipe(having, **names):
     """Run the block of docs/recipes.md that has this text."""
     (block,) = [block for block in BLOCKS if having in block]
     exec(compile(block, "docs/recipes.md", "exec"), names)
+    del names["__builtins__"]
     return names
 
 
@@ -102,8 +103,8 @@ def taken(seen):
 
 
 def test_every_recipe_is_under_20_lines():
-    assert len(BLOCKS) == 5
-    for block in BLOCKS:
+    accelerate, lightning, *sentences, score, save = BLOCKS
+    for block in (accelerate, lightning, "".join(sentences), score, save):
         lines = [line for line in block.splitlines() if line and not line.startswith(("import ", "from "))]
         assert len(lines) < 20, block
 
@@ -264,6 +265,10 @@ def sentence_transformer(folder, dropout):
     return model
 
 
+def real(features):
+    return features["attention_mask"]
+
+
 def pairs(n=32):
     from datasets import Dataset
 
@@ -290,17 +295,17 @@ def fit_sentences(folder, out, *, resume=None, accumulate=1, dropout=0.1, double
     )
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2) if double else torch.optim.AdamW(model.parameters())
     names = {"model": model, "args": arguments, "dataset": pairs(), "steps": 2 * epochs, "optimizer": optimizer}
-    names = recipe("class SMARTLoss", **names)
+    names = recipe("SentenceTransformerTrainer(", **names, **recipe("class SMARTLoss"))
     smart, trainer = names["smart"], names["trainer"]
     if double:  # the columns are drawn in turn, so that a batch and its quarters would draw in another order
         drawn = torch.randn(64, 16, dtype=torch.double, generator=torch.Generator().manual_seed(0))
         smart._noise = lambda like: drawn[: like.shape[1]].expand_as(like)
     if on_score:
         smart.remove()
-        names = recipe("class Score(", model=model, steps=2 * epochs, torch=torch, SMART=SMART, SMARTConfig=SMARTConfig)
+        names = recipe("class Score(", model=model, steps=2 * epochs)
         smart = names["smart"].attach(optimizer)
         trainer.loss = names["SMARTScoreLoss"](smart)
-    trainer.add_callback(recipe("class SaveSMART", torch=torch)["SaveSMART"](smart))
+    trainer.add_callback(recipe("class SaveSMART")["SaveSMART"](smart))
     if resume is not None:
         smart.load_state_dict(torch.load(resume / "smart.pt"))
     trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
@@ -330,12 +335,31 @@ def test_sentence_transformers_accumulate_as_the_large_batch(folder, tmp_path, s
     assert relative_difference(small, large) < 1e-6
 
 
+@pytest.mark.parametrize("name", ["CosineSimilarityLoss", "MSELoss", "MultipleNegativesRankingLoss"])
+def test_the_loss_itself_stays(folder, name):
+    from sentence_transformers.sentence_transformer import losses
+
+    model = sentence_transformer(folder, dropout=0.0).train()
+    smart = SMART(model, SMARTConfig(mu=0), outputs="sentence_embedding", divergence="squared_error", mask=real)
+    columns = [model.preprocess([f"this is {word} {i}" for i in range(4)]) for word in ("good", "bad")]
+    labels = {"CosineSimilarityLoss": torch.rand(4), "MSELoss": torch.rand(4, 16)}.get(name)
+    loss = getattr(losses, name)(model)
+    smart_loss = recipe("class SMARTLoss")["SMARTLoss"](loss, smart)
+    if name == "MSELoss":
+        of_columns, each = loss.compute_loss_from_embeddings, len(columns)
+        loss.compute_loss_from_embeddings = lambda embeddings, labels: of_columns(embeddings, [labels] * each)
+    found = smart_loss([dict(column) for column in columns], labels)
+    loss.__dict__.pop("compute_loss_from_embeddings", None)
+    torch.testing.assert_close(found["task"], loss([dict(column) for column in columns], labels))
+    assert found["smart"] > 0
+
+
 def test_the_penalty_of_embeddings_is_the_squared_distance(folder):
     """Written out by hand: R_s of one column at the perturbation that SMART found."""
     model = sentence_transformer(folder, dropout=0.0).train()
     config = SMARTConfig(mu=0, lambda_s=1.0, epsilon=0.5, sigma=0.5)
     names = {"outputs": "sentence_embedding", "divergence": "squared_error"}
-    smart = SMART(model, config, mask=lambda features: features["attention_mask"], **names)
+    smart = SMART(model, config, mask=real, **names)
     deltas, ascend = [], smart._ascend
     smart._ascend = lambda *args: deltas.append(ascend(*args)) or deltas[-1]
     features = model.preprocess(["this is good", "this is bad number 3"])
