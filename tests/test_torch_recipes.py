@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 
 accelerate = pytest.importorskip("accelerate")
 lightning = pytest.importorskip("lightning")
+pytest.importorskip("datasets")  # for sentence-transformers' Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint  # noqa: E402
 
 import smartreg_torch  # noqa: E402
@@ -302,9 +303,8 @@ def fit_sentences(folder, out, *, resume=None, accumulate=1, dropout=0.1, double
         smart._noise = lambda like: drawn[: like.shape[1]].expand_as(like)
     if on_score:
         smart.remove()
-        names = recipe("class Score(", model=model, steps=2 * epochs)
-        smart = names["smart"].attach(optimizer)
-        trainer.loss = names["SMARTScoreLoss"](smart)
+        names = recipe("class Score(", model=model, steps=2 * epochs, optimizer=optimizer)
+        smart, trainer.loss = names["smart"], names["loss"]
     trainer.add_callback(recipe("class SaveSMART")["SaveSMART"](smart))
     if resume is not None:
         smart.load_state_dict(torch.load(resume / "smart.pt"))
