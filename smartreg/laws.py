@@ -265,7 +265,8 @@ def make_ascent(dtype: str, *, seed: int, divergence: str, **settings: Any) -> A
         name: round_to(value, dtype)
         for name, value in init_parameters(rng, vocabulary=9, d=4, hidden=5, outputs=3).items()
     }
-    x = theta["E"][rng.integers(9, size=(3, 4))]
+    # no token twice: of coordinates that tie, rounding decides which one the l1 margin start moves
+    x = theta["E"][np.stack([rng.permutation(9)[:4] for _ in range(3)])]
     mask = np.arange(4) < rng.integers(1, 5, size=(3, 1))
     config = SMARTConfig(**{"sigma": 0.05, "eta": 0.05, **settings})
     noise = round_to(rng.normal(size=x.shape if config.start == "gaussian" else (3, 3)), dtype)

@@ -33,14 +33,13 @@ from numpy.typing import NDArray
 import smartreg
 from smartreg.config import SMARTConfig, SMARTWarning
 from smartreg.divergences import DIVERGENCES, position_weights
+from smartreg.laws import bound, round_to
 from smartreg.perturbation import _rows, _scaled_length, expand_mask, rms
 from smartreg.proximal import momentum
 
 Array = NDArray[Any]
 
 _FORMAT = 1
-# What the divergences promise (docs/math.md), for both sides of a comparison; narrower types are computed in float32.
-_RELATIVE = {"float32": 1e-5, "float64": 2e-12}
 
 _HINTS = {
     "all finite": "A NaN or an infinity in x, delta or the outputs. Look at the learning rate and the loss before this "
@@ -347,7 +346,7 @@ class _Step(NamedTuple):
 def _step_rows(number: int, step: _Step, config: SMARTConfig) -> Iterator[Row]:
     outputs = step.outputs()
     dtype = step.dtype(("outputs", "perturbed", "teacher"))
-    relative = _RELATIVE[dtype]
+    relative = bound("divergence", dtype)
     smallest = float(np.finfo(dtype).tiny / np.finfo(dtype).eps)  # below it there is no full precision
 
     def agrees(what: str, recomputed: float, bound: float) -> Row:
@@ -386,7 +385,7 @@ def _step_rows(number: int, step: _Step, config: SMARTConfig) -> Iterator[Row]:
 
 
 def _delta_rows(step: _Step, config: SMARTConfig, agrees: Any, holds: Any) -> Iterator[Row]:
-    relative = _RELATIVE[step.dtype(("delta",))]
+    relative = bound("divergence", step.dtype(("delta",)))
     largest = longest = padding = 0.0
     moved = lost = 0
     for k, (x, delta, mask) in enumerate(zip(step.listed("x"), step.listed("delta"), step.listed("mask"), strict=True)):
@@ -396,7 +395,7 @@ def _delta_rows(step: _Step, config: SMARTConfig, agrees: Any, holds: Any) -> It
             padding = np.maximum(padding, np.max(np.abs(np.where(expand_mask(mask, x), 0, delta))))
         changed = delta != 0
         moved += int(np.count_nonzero(changed))
-        shifted = _rounded(x.astype(delta.dtype) + delta, step.dtypes[f"x/{k}"])
+        shifted = round_to(x.astype(delta.dtype) + delta, step.dtypes[f"x/{k}"])
         lost += int(np.count_nonzero(changed & (shifted == x)))
     vanished = lost / max(moved, 1)
     yield agrees("max_delta", float(largest), relative * float(largest))
@@ -447,15 +446,6 @@ def _badness(row: Row) -> tuple[bool, float]:
 
 def _not_finite(values: Array) -> int:
     return int(np.count_nonzero(~np.isfinite(values)))
-
-
-def _rounded(values: Array, dtype: str) -> Array:
-    """Rounded to `dtype` and back; NumPy has no bfloat16, which is the upper half of a float32."""
-    if dtype != "bfloat16":
-        return values.astype(dtype).astype(values.dtype)
-    bits = values.astype(np.float32).view(np.uint32)
-    to_even = np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
-    return ((bits + to_even) & np.uint32(0xFFFF0000)).view(np.float32)
 
 
 def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], SMARTConfig, list[_Step]]:

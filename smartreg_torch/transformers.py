@@ -18,7 +18,9 @@ try:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     from transformers.trainer_pt_utils import find_batch_size
 except ImportError as error:
-    raise ImportError("smartreg_torch.transformers needs transformers 5: pip install 'smartreg[hf]'") from error
+    raise ImportError(
+        "smartreg_torch.transformers needs transformers 5.18 or later: pip install 'smartreg[hf]'"
+    ) from error
 
 from smartreg.config import SMARTConfig, SMARTWarning
 from smartreg_torch.smart import SMART, _State
@@ -29,7 +31,6 @@ if TYPE_CHECKING:
     _Base = Trainer
 else:
     _Base = object
-_WINDOW = ("steps", "R_s", "D_Breg", "vanished", "max_delta")  # what is summed up between two logs
 
 
 class SMARTMixin(_Base):
@@ -59,7 +60,7 @@ class SMARTMixin(_Base):
             raise TypeError(f"{type(self).__name__}: smart= must be a SMARTConfig, got {type(smart).__name__}")
         self.smart_config = SMARTConfig() if smart is None else smart
         self.smart: SMART | None = None
-        self._smart_window: dict[str, float] | None = None  # sums since the last log; None outside of train()
+        self._smart_window: _Window | None = None  # the metrics since the last log; None outside of train()
         self._smart_rows = 0  # of all batches of this optimiser step
         self._smart_ran = self._smart_checked = False
         super().__init__(*args, **kwargs)
@@ -90,8 +91,6 @@ class SMARTMixin(_Base):
             )
         with self.smart.swap_teacher():
             yield
-
-    # what Trainer calls
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As Trainer's; afterwards the model is without SMART again, and `swap_teacher` still works."""
@@ -132,18 +131,19 @@ class SMARTMixin(_Base):
         if smart is None or window is None or not (model.training and torch.is_grad_enabled()):
             return super().compute_loss(model, inputs, **settings)
         self._smart_ran = True
-        divided = self._smart_divided(num_items_in_batch)
-        if num_items_in_batch is not None and not divided:
-            self._check_smart_scaling(inputs, num_items_in_batch)
-        self._check_smart_labels(inputs)
+        divided = _divided(self, num_items_in_batch)
+        if not self._smart_checked:
+            self._smart_checked = True
+            _check_labels(self, inputs)
+            if num_items_in_batch is not None and not divided:
+                _check_scaling(self, super().compute_loss, inputs, num_items_in_batch)
         # Of the penalties of one optimiser step the mean over its examples counts, as in one large batch.
         share = _rows(inputs) / (self._smart_rows or _rows(inputs))
-        mask = self._smart_label_mask(inputs)
-        with _first_call(model, partial(smart, label_mask=mask)) as penalties:
+        with _first_call(model, partial(smart, label_mask=_label_mask(self.model, inputs))) as penalties:
             found: Any = super().compute_loss(model, inputs, **settings)
         if not penalties:
             raise RuntimeError(f"{type(self).__name__}: compute_loss did not call the model, so SMART saw no outputs")
-        self._note_smart(window, smart.metrics, share)
+        window.add(smart.metrics, share)
         penalty = penalties[0] * share * (self.current_gradient_accumulation_steps if divided else 1)
         if return_outputs:
             loss, outputs = found
@@ -153,20 +153,21 @@ class SMARTMixin(_Base):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As Trainer's; beside "loss", the means of SMART's metrics since the last log."""
         if self._smart_window is not None and self.smart is not None and "loss" in logs:
-            logs.update(self._smart_means(self._smart_window, self.smart.metrics))
-            self._smart_window = dict.fromkeys(_WINDOW, 0.0)
+            logs.update(self._smart_window.means(self, self.smart.metrics))
+            self._smart_window = _Window()
         super().log(logs, *args, **kwargs)
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
-        if self.smart is not None:
-            torch.save({"smart": self.smart.state_dict(), "window": self._smart_window}, self._smart_file(output_dir))
+        if self.smart is not None and self._smart_window is not None:
+            state = {"smart": self.smart.state_dict(), "window": self._smart_window.sums}
+            torch.save(state, _state_file(self, output_dir))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)
         if checkpoint is None or self.smart is None:
             return
-        file = self._smart_file(checkpoint)
+        file = _state_file(self, checkpoint)
         if not file.exists():
             raise ValueError(
                 f"{type(self).__name__}: {checkpoint} has no {file.name}, so theta~ is lost: was it written by a plain "
@@ -175,7 +176,7 @@ class SMARTMixin(_Base):
             )
         state = torch.load(file, map_location="cpu", weights_only=True)
         self.smart.load_state_dict(state["smart"])
-        self._smart_window = state["window"]
+        self._smart_window = _Window(state["window"])
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict=state_dict)
@@ -186,8 +187,6 @@ class SMARTMixin(_Base):
                 folders.add(str(self.args.output_dir))
             for folder in folders:
                 Path(folder, "smart_config.json").write_text(config.to_json() + "\n", encoding="utf-8")
-
-    # the rest
 
     def _begin_smart(self) -> None:
         """A SMART for this train(): the model is on its device, wrapped, and has the weights that it starts with."""
@@ -208,89 +207,8 @@ class SMARTMixin(_Base):
                 raise ValueError(f"{type(self).__name__}: not supported yet: {what}")
         if config.total_steps is None:
             config = config.replace(total_steps=max(self.state.max_steps, 1))
-        self.smart, self._smart_window = self.create_smart(self.model_wrapped, config), dict.fromkeys(_WINDOW, 0.0)
+        self.smart, self._smart_window = self.create_smart(self.model_wrapped, config), _Window()
         self.smart._seed += args.process_index  # Trainer seeds all processes alike, and row k is another in each
-
-    def _smart_divided(self, num_items_in_batch: Any) -> bool:
-        """Whether Trainer divides what compute_loss returns by the accumulation steps."""
-        scaled = getattr(self, "loss_is_scaled_for_ga", None)
-        if scaled is None:
-            told = self.model_accepts_loss_kwargs and num_items_in_batch is not None
-            scaled = told or self.compute_loss_func is not None
-        return not scaled
-
-    def _check_smart_scaling(self, inputs: dict[str, Any], num_items: Tensor | int) -> None:
-        """Once: Trainer leaves the division to the loss; does it divide? (transformers issue 47688)."""
-        steps, processes = self.args.gradient_accumulation_steps, self.args.world_size
-        times = steps * (processes if self.args.average_tokens_across_devices else 1)
-        if self._smart_checked or times == 1:
-            return
-        self._smart_checked = True
-        model: Any = self.model
-        state, losses = _State(model), []
-        for items in (num_items, 2 * num_items):
-            with torch.no_grad(), state.replayed():
-                loss: Any = super().compute_loss(model, dict(inputs), num_items_in_batch=items)
-                losses.append(float(loss))
-        if losses[0] == losses[1] != 0:
-            how = "set model.accepts_loss_kwargs = False before making the trainer"
-            if self.compute_loss_func is not None:
-                how = "let compute_loss_func divide a sum by num_items_in_batch"
-            warnings.warn(
-                f"{type(self).__name__}: the task loss ignores num_items_in_batch, and Trainer leaves it to the loss "
-                f"to divide by it (transformers issue 47688). With gradient_accumulation_steps={steps} and {processes} "
-                f"process(es) it is {times} times what one large batch gives, and lambda_s and mu weigh {times} times "
-                f"less beside it. To mend it, {how}.",
-                SMARTWarning,
-                stacklevel=4,
-            )
-
-    def _check_smart_labels(self, inputs: dict[str, Any]) -> None:
-        """The model infers its problem_type from labels that it sees; compute_loss_func keeps them from it."""
-        settings, labels = getattr(self.model, "config", None), inputs.get("labels")
-        several = getattr(settings, "num_labels", 1) > 1 and getattr(settings, "problem_type", None) is None
-        if self.compute_loss_func is not None and several and isinstance(labels, Tensor) and labels.is_floating_point():
-            raise ValueError(
-                f"{type(self).__name__}: with compute_loss_func the model does not see the labels, and floating-point "
-                "ones do not tell SMART what the outputs are. Set model.config.problem_type to "
-                "'multi_label_classification', 'regression', or 'single_label_classification' (labels that are "
-                "probabilities of the classes)."
-            )
-
-    def _smart_label_mask(self, inputs: dict[str, Any]) -> Tensor | None:
-        """Which positions have a label; a causal language model's output i has label i + 1."""
-        labels = inputs.get("labels")
-        if not isinstance(labels, Tensor) or labels.ndim < 2:
-            return None
-        if type(self.model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
-            labels = nn.functional.pad(labels[..., 1:], (0, 1), value=-100)
-        return labels != -100
-
-    def _note_smart(self, window: dict[str, float], metrics: dict[str, float], share: float) -> None:
-        means = {name: metrics[name] for name in ("R_s", "D_Breg", "vanished") if name in metrics}
-        if not all(map(math.isfinite, means.values())):
-            return  # left out of the loss as well
-        for name, value in ({"steps": 1.0} | means).items():
-            window[name] += share * value
-        window["max_delta"] = max(window["max_delta"], metrics.get("max_delta", 0.0))
-
-    def _smart_means(self, window: dict[str, float], metrics: dict[str, float]) -> dict[str, float]:
-        """Over the window and the processes: means, and the largest max_delta; beta and skipped as they are now."""
-        every = torch.tensor([[window[name] for name in _WINDOW]], dtype=torch.float64)
-        if self.args.world_size > 1:
-            every = self.accelerator.gather(every.float().to(self.args.device)).double().cpu()
-        steps = float(every[:, 0].sum())
-        means: dict[str, float] = {}
-        if steps > 0:
-            means = {name: float(every[:, k].sum()) / steps for k, name in enumerate(_WINDOW)}
-            means["max_delta"] = float(every[:, _WINDOW.index("max_delta")].max())
-        return {name: means.get(name, value) for name, value in metrics.items() if name in means or name not in _WINDOW}
-
-    def _smart_file(self, folder: str) -> Path:
-        """Beside rng_state.pth, and like it one a process: the noise differs."""
-        return Path(
-            folder, f"smart_state_{self.args.process_index}.pt" if self.args.world_size > 1 else "smart_state.pt"
-        )
 
 
 class SMARTTrainer(SMARTMixin, Trainer):
@@ -338,6 +256,99 @@ class _Steps(TrainerCallback):
     def _loss_scale(self) -> float:
         scaler = self._trainer.accelerator.scaler
         return 1.0 if scaler is None else float(scaler.get_scale())
+
+
+class _Window:
+    """SMART's metrics since the last log: of each optimiser step the mean over its examples, summed up."""
+
+    _NAMES = ("steps", "R_s", "D_Breg", "vanished", "max_delta")
+
+    def __init__(self, sums: dict[str, float] | None = None) -> None:
+        self.sums = dict.fromkeys(self._NAMES, 0.0) if sums is None else sums
+
+    def add(self, metrics: dict[str, float], share: float) -> None:
+        found = {name: metrics[name] for name in ("R_s", "D_Breg", "vanished") if name in metrics}
+        if not all(map(math.isfinite, found.values())):
+            return  # left out of the loss as well
+        for name, value in ({"steps": 1.0} | found).items():
+            self.sums[name] += share * value
+        self.sums["max_delta"] = max(self.sums["max_delta"], metrics.get("max_delta", 0.0))
+
+    def means(self, trainer: Trainer, metrics: dict[str, float]) -> dict[str, float]:
+        """Over the steps and the processes; of max_delta the largest; beta and skipped as they are now."""
+        every = torch.tensor([[self.sums[name] for name in self._NAMES]], dtype=torch.float64)
+        if trainer.args.world_size > 1:
+            every = trainer.accelerator.gather(every.float().to(trainer.args.device)).double().cpu()
+        steps, means = float(every[:, 0].sum()), {}
+        if steps > 0:
+            means = {name: float(every[:, k].sum()) / steps for k, name in enumerate(self._NAMES)}
+            means["max_delta"] = float(every[:, -1].max())
+        return {k: means.get(k, value) for k, value in metrics.items() if k in means or k not in self._NAMES}
+
+
+def _divided(trainer: Trainer, num_items_in_batch: Any) -> bool:
+    """Whether Trainer divides what compute_loss returns by the accumulation steps."""
+    scaled = getattr(trainer, "loss_is_scaled_for_ga", None)
+    if scaled is None:
+        told = trainer.model_accepts_loss_kwargs and num_items_in_batch is not None
+        scaled = told or trainer.compute_loss_func is not None
+    return not scaled
+
+
+def _check_scaling(
+    trainer: Trainer, compute_loss: Callable[..., Any], inputs: dict[str, Any], num_items: Tensor | int
+) -> None:
+    """Trainer leaves the division to the loss; does it divide? (transformers issue 47688)."""
+    steps, processes = trainer.args.gradient_accumulation_steps, trainer.args.world_size
+    times = steps * (processes if trainer.args.average_tokens_across_devices else 1)
+    if times == 1:
+        return
+    model: Any = trainer.model
+    state, losses = _State(model), []
+    for items in (num_items, 2 * num_items):
+        with torch.no_grad(), state.replayed():
+            losses.append(float(compute_loss(model, dict(inputs), num_items_in_batch=items)))
+    if losses[0] == losses[1] != 0:
+        how = "set model.accepts_loss_kwargs = False before making the trainer"
+        if trainer.compute_loss_func is not None:
+            how = "let compute_loss_func divide a sum by num_items_in_batch"
+        warnings.warn(
+            f"{type(trainer).__name__}: the task loss ignores num_items_in_batch, and Trainer leaves it to the loss to "
+            f"divide by it (transformers issue 47688). With gradient_accumulation_steps={steps} and {processes} "
+            f"process(es) it is {times} times what one large batch gives, and lambda_s and mu weigh {times} times less "
+            f"beside it. To mend it, {how}.",
+            SMARTWarning,
+            stacklevel=4,
+        )
+
+
+def _check_labels(trainer: Trainer, inputs: dict[str, Any]) -> None:
+    """The model infers its problem_type from labels that it sees; compute_loss_func keeps them from it."""
+    settings, labels = getattr(trainer.model, "config", None), inputs.get("labels")
+    several = getattr(settings, "num_labels", 1) > 1 and getattr(settings, "problem_type", None) is None
+    if trainer.compute_loss_func is not None and several and isinstance(labels, Tensor) and labels.is_floating_point():
+        raise ValueError(
+            f"{type(trainer).__name__}: with compute_loss_func the model does not see the labels, and floating-point "
+            "ones do not tell SMART what the outputs are. Set model.config.problem_type to "
+            "'multi_label_classification', 'regression', or 'single_label_classification' (labels that are "
+            "probabilities of the classes)."
+        )
+
+
+def _label_mask(model: Any, inputs: dict[str, Any]) -> Tensor | None:
+    """Which positions have a label; a causal language model's output i has label i + 1."""
+    labels = inputs.get("labels")
+    if not isinstance(labels, Tensor) or labels.ndim < 2:
+        return None
+    if type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        labels = nn.functional.pad(labels[..., 1:], (0, 1), value=-100)
+    return labels != -100
+
+
+def _state_file(trainer: Trainer, folder: str) -> Path:
+    """Beside rng_state.pth, and like it one a process: the noise differs."""
+    several = trainer.args.world_size > 1
+    return Path(folder, f"smart_state_{trainer.args.process_index}.pt" if several else "smart_state.pt")
 
 
 def _rows(batch: Any) -> int:

@@ -84,16 +84,6 @@ def test_one_far_class_does_not_spoil_the_near_ones(backend):
     assert exact.relative_error([rowwise], [j], np.float32) > 1e-3
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_many_classes(backend, dtype):
-    rng = np.random.default_rng(0)
-    b = rng.normal(size=50_000).astype(dtype)
-    a = (b + 1e-4 * rng.normal(size=50_000)).astype(dtype)
-    j, grad_a, _ = exact.symmetric_kl(a, b)
-    assert exact.relative_error(backend.value("symmetric_kl", a[None], b[None]), [j], dtype) <= BOUND[dtype]
-    assert exact.relative_error(backend.grad("symmetric_kl", a[None], b[None])[0][0], grad_a, dtype) <= BOUND[dtype]
-
-
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_equal_rows_give_exactly_zero(backend, name, dtype):

@@ -9,6 +9,7 @@ import pytest
 
 from smartreg import SMARTConfig, SMARTWarning
 from smartreg.divergences import DIVERGENCES
+from smartreg.laws import bound
 from smartreg.perturbation import _project
 from smartreg.proximal import mean_examples, momentum
 from smartreg.recording import Recorder, compare_run, flat
@@ -93,7 +94,7 @@ def test_a_run_as_it_should_be_passes(tmp_path, dtype, norm, granularity):
     ball = [row for row in report.rows if row.what == "delta in the ball"]
     assert len(ball) == 3
     assert all(0.99 < row.recomputed < 1.00001 for row in ball)  # the noise is far outside: the projection binds
-    assert {row.bound for row in ball} == {1e-5 if dtype == np.float32 else 2e-12}
+    assert {row.bound for row in ball} == {bound("divergence", np.dtype(dtype).name)}
     assert len({row.what for row in report.rows}) == 13
 
 

@@ -23,6 +23,7 @@ def small(inputs=(4,), **compiled):
 
 
 def two_headed(**compiled):
+    keras.utils.set_random_seed(0)
     inputs = keras.Input([4])
     heads = {name: layers.Dense(2, name=name)(inputs) for name in ("a", "b", "c")}
     model = keras.Model(inputs, heads)
@@ -125,6 +126,20 @@ def test_loss_weights_and_sample_weights_are_found_by_output(outputs):
         assert smart.metrics["smoothness"] == 0  # b weighs 0 by its loss, c by its samples
         model.train_on_batch(X, y, sample_weight={"b": w["c"], "c": w["b"]})
         assert smart.metrics["smoothness"] > 0
+
+
+@pytest.mark.filterwarnings("ignore:Gradients do not exist for variables:UserWarning")
+@pytest.mark.parametrize("start", ["gaussian", "margin"])
+def test_a_head_that_weighs_nothing_does_not_turn_the_ascent(start):
+    config = SMARTConfig(mu=0, start=start, norm="2", ascent_steps=int(start == "gaussian"))
+    deltas = []
+    for outputs in (None, {"c": "logits"}):
+        model = two_headed(loss={"b": CE, "c": CE}, loss_weights={"b": 0.0, "c": 3.0})
+        with attach(model, config, outputs=outputs, noise=lambda step, like: tf.ones_like(like)) as smart:
+            ascend = smart._ascend
+            smart._ascend = lambda *given, ascend=ascend: deltas.append(ascend(*given)[0].numpy()) or deltas[-1:]
+            model.train_on_batch(X, {"b": Y, "c": Y})
+    np.testing.assert_allclose(deltas[0], deltas[1], rtol=1e-4, atol=1e-8)
 
 
 def test_unfreezing_after_the_start_is_refused():

@@ -220,6 +220,15 @@ def test_same_masks_in_every_pass_and_nothing_left(name):
     assert len(callback.engine.averages) == len(model.trainable_variables)
 
 
+def test_each_run_of_the_site_has_its_own_delta():
+    model = compiled(siamese, CE, run_eagerly=True)
+    with attach(model, SMARTConfig(mu=0)) as smart:
+        smart._ascend = lambda clean, *rest: [tf.fill(call.x.shape, float(run)) for run, call in enumerate(clean.calls)]
+        model.train_on_batch([IDS, IDS[::-1]], Y)
+        assert smart.metrics["smoothness"] > 0  # the first run's delta is 0
+        assert smart.metrics["max_delta"] == 1
+
+
 def test_padding_is_not_perturbed():
     seen = []
     for name in ("LSTM, mask_zero", "dict inputs", "keras_hub BERT"):

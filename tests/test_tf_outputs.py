@@ -10,6 +10,8 @@ from smartreg import SMARTConfig
 from smartreg import divergences as reference
 from smartreg_tf import SMARTCallback, SMARTModel, attach
 from smartreg_tf.outputs import Head, find_heads
+from smartreg_tf.site import Pass
+from smartreg_tf.training import _matching
 
 X = np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32)
 CONFIG = SMARTConfig(epsilon=0.3, sigma=0.3, beta_early=0.9, total_steps=9)
@@ -82,6 +84,8 @@ def test_probabilities_keep_the_digits_of_their_logits():
     p = tf.constant([[0.9, 0.2]])
     np.testing.assert_allclose(Head(0, "label_probabilities").logits(p), np.log([[9, 0.25]]), rtol=1e-5)
     assert np.isfinite(Head(0, "label_probabilities").logits(tf.constant([[0.0, 1.0]]))).all()
+    certain = keras.activations.sigmoid(tf.constant([[20.0]]))  # 1 in float32
+    assert Head(0, "label_probabilities").logits(certain).numpy() == 20
 
 
 def test_weights_of_positions_and_the_mean_by_weights():
@@ -98,6 +102,13 @@ def test_weights_of_positions_and_the_mean_by_weights():
     w = np.array([[1.0], [2.0], [0.0], [0.5]])
     want = (reference.symmetric_kl(a, b, mask) * w[:, 0]).sum() / w.sum()
     np.testing.assert_allclose(Head(0, "logits", 1.0, True).mean(*tensors, w), want, rtol=1e-12)
+
+
+def test_keras_mask_on_the_output_goes_before_the_sites():
+    z, own, other = tf.zeros([2, 3, 4]), tf.ones([2, 3], tf.bool), tf.zeros([2, 3], tf.bool)
+    assert Head(0, "logits").mask(z, [None, other]) is other
+    z._keras_mask = own
+    assert Head(0, "logits").mask(z, [None, other]) is own
 
 
 def test_outputs_that_cannot_be_told():
@@ -229,6 +240,12 @@ class NeverAsks(keras.Model):
         return {"own": self.compute_loss(x, y, self.dense(x))}
 
 
+def test_the_penalty_is_of_the_call_that_gave_y_pred():
+    passes = [Pass((), {}, [], [], {"z": tf.zeros([n])}, None) for n in (1, 2, 3)]
+    assert _matching(passes, passes[1].outputs) is passes[1]
+    assert _matching(passes, {"z": tf.zeros([2])}) is passes[2]  # another tensor made of it: the last
+
+
 def test_a_train_step_that_never_asks_for_the_loss_or_never_calls_the_model():
     for calls, message in (
         (True, "never called model.compute_loss"),
@@ -285,7 +302,7 @@ def test_a_penalty_that_is_not_finite(options):
         fit()
     assert all(np.isfinite(weight).all() for weight in model.get_weights())
     model, fit = run(non_finite="skip")
-    fit()
+    assert np.isfinite(fit().history["loss"]).all()
     assert run.callback.metrics["skipped"] == 1
     skipped = model.get_weights()
     assert all(np.isfinite(weight).all() for weight in skipped)

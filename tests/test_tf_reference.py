@@ -8,6 +8,7 @@ import pytest
 import tensorflow as tf
 
 from smartreg import SMARTConfig
+from smartreg.checking import load_trajectory
 from smartreg.training import Batch, fit_reference, init_parameters
 from smartreg_tf import attach
 from smartreg_tf.divergences import position_weights
@@ -111,12 +112,19 @@ def make_batches(rng, divergence, pooled, weighted):
     return batches
 
 
-def compare(config, divergence="symmetric_kl", pooled=True, optimizer="adam_keras", weighted=False, mode="graph"):
+def draw(config, divergence, pooled, weighted):
     rng = np.random.default_rng(0)
     theta = init_parameters(rng, vocabulary=20, d=D, hidden=7, outputs=CLASSES)
     batches = make_batches(rng, divergence, pooled, weighted)
     outputs_shape = (N, CLASSES) if pooled else (N, TOKENS, CLASSES)
     noise = rng.normal(size=(STEPS, *((N, TOKENS, D) if config.start == "gaussian" else outputs_shape)))
+    return theta, batches, noise
+
+
+def compare(
+    config, divergence="symmetric_kl", pooled=True, optimizer="adam_keras", weighted=False, mode="graph", given=None
+):
+    theta, batches, noise = given or draw(config, divergence, pooled, weighted)
     want = fit_reference(
         theta, batches, config, noise, divergence=divergence, optimizer=optimizer, learning_rate=0.01, pooled=pooled
     )
@@ -193,7 +201,7 @@ CASES = {
     "regression, margin": ({"start": "margin"}, {"divergence": "squared_error", "optimizer": "sgd"}),
     "released code": ({"projection": "rescale", "scale": "absolute", "epsilon": 1e-3, "sigma": 0.1}, {}),
     "R_s alone": ({"mu": 0.0}, {}),
-    "D_Breg alone": ({"lambda_s": 0.0, "proximal_steps": 3}, {"pooled": False}),
+    "D_Breg alone": ({"lambda_s": 0.0, "mu": 2.0, "proximal_steps": 3}, {"pooled": False}),
 }
 
 
@@ -207,3 +215,10 @@ def test_fifty_steps_equal_numpy(name):
 @pytest.mark.parametrize("mode", ["eager", "xla"])
 def test_eager_and_xla_are_alike(mode):
     compare(SMARTConfig(**SCHEDULE, epsilon=0.2, norm="2", eta=0.1, ascent_steps=1), mode=mode, weighted=True)
+
+
+@pytest.mark.parametrize("name", ["l1", "l2, token", "margin, regression"])  # the others have Adam as PyTorch has it
+def test_the_trajectories_of_the_check(name):
+    """The weights and the noise that the other backends get, from one file."""
+    theta, batches, noise, config, options = load_trajectory(name)
+    compare(config, **options, given=(theta, batches, np.array(noise)))

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from smartreg_torch import SMART, SMARTConfig, SMARTWarning
 from smartreg_torch.divergences import symmetric_kl
+from smartreg_torch.proximal import bregman_divergence
 
 
 class Named(NamedTuple):
@@ -150,6 +151,7 @@ def test_both_sides_of_r_s_carry_gradient(ids):
     torch.manual_seed(1)
     output, penalty = smart(ids)
     gradient = torch.autograd.grad(penalty, model.head.weight)[0]
+    assert smart.metrics["max_delta"] == deltas[0].abs().max()
     torch.manual_seed(1)
     clean = model(ids)
     handle = model.embedding.register_forward_hook(lambda _m, _i, given: given + deltas[0])
@@ -182,6 +184,13 @@ def test_the_teacher_is_a_model_with_the_averaged_weights(make, ids):
     with smart.swap_teacher():
         assert torch.allclose(model(ids), twin(ids))
     assert not torch.allclose(model(ids), twin(ids))
+
+
+def test_no_gradient_reaches_the_teachers_outputs():
+    outputs, taught = (torch.randn(3, 2, requires_grad=True) for _ in range(2))
+    bregman_divergence(outputs, taught).backward()
+    assert outputs.grad.abs().max() > 0
+    assert taught.grad is None
 
 
 def test_theta_tilde_moves_every_S_steps():
@@ -287,6 +296,31 @@ def test_all_random_streams_are_replayed(ids):
     assert (random.getstate(), np.random.get_state()[2]) == after
 
 
+def test_a_pass_that_breaks_off_leaves_the_random_streams_as_the_clean_pass_did(ids):
+    class Fails(Model):
+        calls = 0
+
+        def forward(self, ids):
+            self.calls += 1
+            if self.calls == 2:
+                raise ZeroDivisionError
+            return super().forward(ids) * (1 + random.random()) * (1 + np.random.rand())
+
+    def after(call):
+        random.seed(1), np.random.seed(1), torch.manual_seed(1)
+        call()
+        return torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[2]
+
+    def broken():
+        with pytest.raises(ZeroDivisionError):
+            SMART(model, BOTH)(ids)
+
+    model = Fails()
+    expected = after(lambda: model(ids))
+    model.calls = 0
+    assert after(broken) == expected
+
+
 def test_buffers_that_move_in_a_forward_are_replayed_and_kept(ids):
     """Spectral normalisation takes a power iteration a forward."""
     config = SMARTConfig(scale="absolute", epsilon=1e-30, sigma=1e-30, ascent_steps=0, mu=0)
@@ -298,6 +332,16 @@ def test_buffers_that_move_in_a_forward_are_replayed_and_kept(ids):
     torch.manual_seed(1)
     twin(ids)
     assert penalty.item() == 0
+    assert all(torch.equal(a, b) for a, b in zip(model.buffers(), twin.buffers(), strict=True))
+
+
+def test_batchnorm_statistics_are_the_clean_passs(ids):
+    model = Model()
+    twin = copy.deepcopy(model)
+    torch.manual_seed(1)
+    SMART(model, R_S.replace(epsilon=1, sigma=1))(ids)  # the last pass is the perturbed one
+    torch.manual_seed(1)
+    twin(ids)
     assert all(torch.equal(a, b) for a, b in zip(model.buffers(), twin.buffers(), strict=True))
 
 
@@ -341,6 +385,12 @@ def test_the_paper_start_and_the_seed_make_a_run_reproducible():
         torch.manual_seed(seed)
         runs.append(train(model, SMART(model, BOTH), batches))
     assert runs[0] == runs[1] != runs[2]
+
+
+def test_the_noise_is_standard_normal():
+    drawn = SMART(Model(), R_S)._draw(torch.zeros(10_000))
+    assert (drawn.mean().item(), drawn.std().item()) == pytest.approx((0, 1), abs=0.05)
+    assert drawn.abs().max() > 3
 
 
 # what the model may return, and what SMART makes of it

@@ -1,6 +1,7 @@
 """Algorithm 1 in PyTorch, through SMART, against the NumPy reference: the same noise, every intermediate."""
 
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from test_training import make_batch, make_theta
 from torch import nn
 
 from smartreg import SMARTConfig
+from smartreg.checking import TRAJECTORIES, compare_steps, load_trajectory
 from smartreg.training import fit_reference
 from smartreg_torch import SMART
 
@@ -175,3 +177,14 @@ def test_the_published_values():
     compare(steps, reference, 1e-6)
     for got, want in zip(steps, reference, strict=True):
         assert float(got["R_s"]) == pytest.approx(want.R_s, rel=1e-6)
+
+
+KERAS_ONLY = ["l1"]  # Adam as Keras has it
+
+
+@pytest.mark.parametrize("name", [name for name in TRAJECTORIES if name not in KERAS_ONLY])
+def test_the_trajectories_of_the_check(name):
+    """The weights and the noise that the other backends get, from one file."""
+    theta, batches, noise, config, options = load_trajectory(name)
+    steps = [SimpleNamespace(**step) for step in fit_torch(theta, batches, config, noise, **options)]
+    assert not [row for row in compare_steps(steps, name) if not row.ok][:1]

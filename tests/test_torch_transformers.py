@@ -725,6 +725,13 @@ def test_bfloat16_autocast_runs(tmp_path):
     assert logged(trainer)[-1]["R_s"] > 0
 
 
+def test_without_transformers_it_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    spec = importlib.util.spec_from_file_location("without", ROOT / "smartreg_torch" / "transformers.py")
+    with pytest.raises(ImportError, match=r"pip install 'smartreg\[hf\]'"):
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+
+
 def test_bad_input_is_named(tmp_path):
     with pytest.raises(TypeError, match="smart= must be a SMARTConfig, got dict"):
         make(tmp_path, smart={"lambda_s": 1})

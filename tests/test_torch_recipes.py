@@ -1,0 +1,449 @@
+"""The recipes of docs/recipes.md and the examples that go with them: resumed, accumulated, killed."""
+
+import os
+import re
+import runpy
+import signal
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import tokenizers
+import torch
+import transformers
+from architectures import VOCABULARY, classifier
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from torch.utils.data import DataLoader
+
+accelerate = pytest.importorskip("accelerate")
+lightning = pytest.importorskip("lightning")
+pytest.importorskip("datasets")  # for sentence-transformers' Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint  # noqa: E402
+
+import smartreg_torch  # noqa: E402
+from smartreg_torch import SMART, SMARTConfig  # noqa: E402
+
+ROOT = Path(__file__).parent.parent
+EXAMPLES = ROOT / "examples"
+# ```py, not ```python: test_torch_docs.py runs those, with one model for a whole page
+BLOCKS = re.findall(r"^```py\n(.*?)^```", (ROOT / "docs" / "recipes.md").read_text(), re.MULTILINE | re.DOTALL)
+
+# the frameworks' own
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:The number of training batches"),
+    pytest.mark.filterwarnings("ignore:Checkpoint directory"),
+    pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true but no accelerator"),
+    pytest.mark.filterwarnings("ignore:The dirpath has changed"),
+]
+
+
+def recipe(having, **names):
+    """Run the block of docs/recipes.md that has this text."""
+    (block,) = [block for block in BLOCKS if having in block]
+    exec(compile(block, "docs/recipes.md", "exec"), names)
+    del names["__builtins__"]
+    return names
+
+
+def rows(n=32):
+    generator = torch.Generator().manual_seed(5)
+    ids = torch.randint(2, VOCABULARY, (n, 7), generator=generator)
+    labels = torch.randint(3, (n,), generator=generator)
+    mask = torch.ones(7, dtype=torch.long)
+    return [{"input_ids": i, "attention_mask": mask, "labels": y} for i, y in zip(ids, labels, strict=True)]
+
+
+def bert(dropout=0.1):
+    torch.manual_seed(0)
+    return classifier("Bert", hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout)()
+
+
+def weights(smart):
+    found = {name: value.detach().clone() for name, value in smart.model.named_parameters()}
+    return found | {f"teacher {name}": value.clone() for name, value in smart.teacher.items()}
+
+
+def largest_difference(a, b):
+    assert a.keys() == b.keys()
+    assert len(a) > 0
+    return max(float((a[name] - b[name]).abs().max()) for name in a)
+
+
+def relative_difference(a, b):
+    """Of theta and theta~, to how far theta moved."""
+    a, b = weights(a), weights(b)
+    return max(float((a[name] - b[name]).abs().max() / b[name].abs().max().clamp(min=1e-3)) for name in a)
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """R_s and D_Breg of every batch."""
+    metrics, call = [], SMART.__call__
+
+    def noted(self, *args, **kwargs):
+        result = call(self, *args, **kwargs)
+        metrics.append((self.metrics["R_s"], self.metrics["D_Breg"]))
+        return result
+
+    monkeypatch.setattr(SMART, "__call__", noted)
+    return metrics
+
+
+def taken(seen):
+    """What was seen since the last call."""
+    found = [*seen]
+    seen.clear()
+    assert all(R_s > 0 for R_s, _ in found)
+    return found
+
+
+def test_every_recipe_is_under_20_lines():
+    accelerate, lightning, *sentences, score, save = BLOCKS
+    for block in (accelerate, lightning, "".join(sentences), score, save):
+        lines = [line for line in block.splitlines() if line and not line.startswith(("import ", "from "))]
+        assert len(lines) < 20, block
+
+
+@pytest.fixture
+def strong(monkeypatch):
+    """The recipes' SMARTConfig with a penalty of the size of the loss."""
+    config = partial(SMARTConfig, lambda_s=1e3, mu=1e3, epsilon=1.0, sigma=1.0, beta_early=0.5, beta_late=0.5)
+    monkeypatch.setattr(smartreg_torch, "SMARTConfig", config)
+
+
+def fit_accelerate(folder, *, done=0, model=None, optimizer=torch.optim.AdamW, loader=None, accumulate=4, epochs=3):
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    torch.manual_seed(1)
+    model = bert() if model is None else model
+    names = {
+        "model": model,
+        "optimizer": optimizer(model.parameters(), lr=1e-2),
+        "loader": DataLoader(rows(), 4, shuffle=True) if loader is None else loader,
+        "accumulate": accumulate,
+        "epochs": epochs,
+        "done": done,
+        "folder": folder,
+    }
+    return recipe("Accelerator", **names)["smart"]
+
+
+def test_accelerate_resumes_bit_for_bit(tmp_path, seen):
+    whole = fit_accelerate(tmp_path)
+    metrics = taken(seen)
+    assert len(metrics) == 24
+    assert whole.step == 6  # attach: once a real step
+    resumed = fit_accelerate(tmp_path, done=1)
+    assert resumed.step == 6
+    assert taken(seen) == metrics[8:]
+    assert largest_difference(weights(whole), weights(resumed)) == 0
+
+
+def test_accelerate_accumulates_as_the_large_batch(tmp_path, strong):
+    small, large = (
+        fit_accelerate(
+            tmp_path,
+            model=bert(dropout=0).double(),
+            optimizer=torch.optim.SGD,
+            loader=DataLoader(rows(), 16 // accumulate),
+            accumulate=accumulate,
+        )
+        for accumulate in (4, 1)
+    )
+    assert small.step == large.step == 6
+    assert 1e3 * large.metrics["R_s"] > 1e-3
+    assert relative_difference(small, large) < 1e-6
+
+
+class Noted(lightning.Callback):
+    """What was logged after each batch."""
+
+    def __init__(self):
+        self.logged = []
+
+    def on_train_batch_end(self, trainer, *_):
+        self.logged.append({name: float(trainer.callback_metrics[name]) for name in ("R_s", "D_Breg")})
+
+
+def fit_lightning(folder, *, resume=None, model=None, loader=None, accumulate=4, epochs=3):
+    torch.manual_seed(1)
+    noted = Noted()
+    keep = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
+    trainer = lightning.Trainer(
+        accelerator="cpu",
+        max_epochs=epochs,
+        accumulate_grad_batches=accumulate,
+        callbacks=[keep, noted],
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    module = recipe("LightningModule")["Classifier"](bert().eval() if model is None else model)
+    loader = DataLoader(rows(), 4, shuffle=True) if loader is None else loader
+    trainer.fit(module, loader, ckpt_path=resume, weights_only=True)
+    return module, noted.logged
+
+
+def test_lightning_resumes_bit_for_bit(tmp_path):
+    whole, logged = fit_lightning(tmp_path)
+    assert len(logged) == 24
+    assert whole.smart.step == 6
+    assert all(metrics["R_s"] > 0 for metrics in logged)
+    resumed, logged_after = fit_lightning(tmp_path / "resumed", resume=tmp_path / "epoch=0.ckpt")
+    assert resumed.smart.step == 6
+    assert logged_after == logged[8:]
+    assert largest_difference(weights(whole.smart), weights(resumed.smart)) == 0
+
+
+def test_lightning_keeps_smart_out_of_the_module(tmp_path):
+    module, _ = fit_lightning(tmp_path, epochs=1)
+    assert {name for name, _ in module.named_children()} == {"model"}
+    assert module.state_dict().keys() == {f"model.{name}" for name in module.model.state_dict()}
+    checkpoint = torch.load(tmp_path / "epoch=0.ckpt", weights_only=True)
+    assert checkpoint["state_dict"].keys() == module.state_dict().keys()
+    assert checkpoint["smart"].keys() == module.smart.state_dict().keys()
+
+
+def test_lightning_accumulates_as_the_large_batch(tmp_path, monkeypatch, strong):
+    monkeypatch.setattr(torch.optim, "AdamW", torch.optim.SGD)
+    small, large = (
+        fit_lightning(
+            tmp_path / str(accumulate),
+            model=bert(dropout=0).double(),
+            loader=DataLoader(rows(), 16 // accumulate),
+            accumulate=accumulate,
+        )[0].smart
+        for accumulate in (4, 1)
+    )
+    assert small.step == large.step == 6
+    assert 1e3 * large.metrics["R_s"] > 1e-3
+    assert relative_difference(small, large) < 1e-6
+
+
+WORDS = [
+    "[PAD]",
+    "[UNK]",
+    "[CLS]",
+    "[SEP]",
+    "[MASK]",
+    "this",
+    "is",
+    "good",
+    "bad",
+    "number",
+    *map(str, range(VOCABULARY - 10)),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny model with its tokenizer, as Hugging Face saves one."""
+    path = str(tmp_path_factory.mktemp("model"))
+    tokenizer = tokenizers.Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = Whitespace()
+    special = {f"{word[1:-1].lower()}_token": word for word in WORDS[:5]}
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(path)
+    torch.manual_seed(0)
+    classifier("Bert")().base_model.save_pretrained(path)
+    return path
+
+
+def sentence_transformer(folder, dropout):
+    """Embeddings of length 1."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Normalize
+
+    model = SentenceTransformer(folder, device="cpu")
+    model.append(Normalize())
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = dropout
+    return model
+
+
+def real(features):
+    return features["attention_mask"]
+
+
+def pairs(n=32):
+    from datasets import Dataset
+
+    columns = {"a": [f"this is good number {i}" for i in range(n)], "b": [f"this is bad {i}" for i in range(n)]}
+    return Dataset.from_dict({**columns, "label": [i / n for i in range(n)]})
+
+
+def fit_sentences(folder, out, *, resume=None, accumulate=1, dropout=0.1, double=False, on_score=False, epochs=3):
+    from sentence_transformers import SentenceTransformerTrainingArguments
+
+    model = sentence_transformer(folder, dropout)
+    model = model.double() if double else model
+    arguments = SentenceTransformerTrainingArguments(
+        str(out),
+        num_train_epochs=epochs,
+        per_device_train_batch_size=16 // accumulate,
+        gradient_accumulation_steps=accumulate,
+        logging_steps=1,
+        save_strategy="epoch",
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        lr_scheduler_type="constant",
+    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2) if double else torch.optim.AdamW(model.parameters())
+    names = {"model": model, "args": arguments, "dataset": pairs(), "steps": 2 * epochs, "optimizer": optimizer}
+    names = recipe("SentenceTransformerTrainer(", **names, **recipe("class SMARTLoss"))
+    smart, trainer = names["smart"], names["trainer"]
+    if double:  # the columns are drawn in turn, so that a batch and its quarters would draw in another order
+        drawn = torch.randn(64, 16, dtype=torch.double, generator=torch.Generator().manual_seed(0))
+        smart._noise = lambda like: drawn[: like.shape[1]].expand_as(like)
+    if on_score:
+        smart.remove()
+        names = recipe("class Score(", model=model, steps=2 * epochs, optimizer=optimizer)
+        smart, trainer.loss = names["smart"], names["loss"]
+    trainer.add_callback(recipe("class SaveSMART")["SaveSMART"](smart))
+    if resume is not None:
+        smart.load_state_dict(torch.load(resume / "smart.pt"))
+    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    return smart, [entry for entry in trainer.state.log_history if "smart" in entry]
+
+
+@pytest.mark.parametrize("on_score", [False, True], ids=["embeddings", "score"])
+def test_sentence_transformers_resume_bit_for_bit(folder, tmp_path, seen, on_score):
+    whole, logged = fit_sentences(folder, tmp_path, on_score=on_score)
+    metrics = taken(seen)
+    assert len(logged) == whole.step == 6
+    assert len(metrics) == (6 if on_score else 12)
+    assert max(entry["smart"] for entry in logged) > 0
+    resumed, logged_after = fit_sentences(folder, tmp_path, resume=tmp_path / "checkpoint-2", on_score=on_score)
+    assert resumed.step == 6
+    assert taken(seen) == metrics[len(metrics) // 3 :]
+    assert logged_after == logged
+    assert largest_difference(weights(whole), weights(resumed)) == 0
+
+
+def test_sentence_transformers_accumulate_as_the_large_batch(folder, tmp_path, strong):
+    small, large = (
+        fit_sentences(folder, tmp_path, accumulate=accumulate, dropout=0.0, double=True)[0] for accumulate in (4, 1)
+    )
+    assert small.step == large.step == 6
+    assert 1e3 * large.metrics["R_s"] > 1e-3
+    assert relative_difference(small, large) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["CosineSimilarityLoss", "MSELoss", "MultipleNegativesRankingLoss"])
+def test_the_loss_itself_stays(folder, name):
+    from sentence_transformers.sentence_transformer import losses
+
+    model = sentence_transformer(folder, dropout=0.0).train()
+    smart = SMART(model, SMARTConfig(mu=0), outputs="sentence_embedding", divergence="squared_error", mask=real)
+    columns = [model.preprocess([f"this is {word} {i}" for i in range(4)]) for word in ("good", "bad")]
+    labels = {"CosineSimilarityLoss": torch.rand(4), "MSELoss": torch.rand(4, 16)}.get(name)
+    loss = getattr(losses, name)(model)
+    smart_loss = recipe("class SMARTLoss")["SMARTLoss"](loss, smart)
+    if name == "MSELoss":
+        of_columns, each = loss.compute_loss_from_embeddings, len(columns)
+        loss.compute_loss_from_embeddings = lambda embeddings, labels: of_columns(embeddings, [labels] * each)
+    found = smart_loss([dict(column) for column in columns], labels)
+    loss.__dict__.pop("compute_loss_from_embeddings", None)
+    torch.testing.assert_close(found["task"], loss([dict(column) for column in columns], labels))
+    assert found["smart"] > 0
+
+
+def test_the_penalty_of_embeddings_is_the_squared_distance(folder):
+    """Written out by hand: R_s of one column at the perturbation that SMART found."""
+    model = sentence_transformer(folder, dropout=0.0).train()
+    config = SMARTConfig(mu=0, lambda_s=1.0, epsilon=0.5, sigma=0.5)
+    names = {"outputs": "sentence_embedding", "divergence": "squared_error"}
+    smart = SMART(model, config, mask=real, **names)
+    deltas, ascend = [], smart._ascend
+    smart._ascend = lambda *args: deltas.append(ascend(*args)) or deltas[-1]
+    features = model.preprocess(["this is good", "this is bad number 3"])
+    _, penalty = smart(features)
+    (delta,) = deltas[0]
+    assert (delta[0, features["attention_mask"][0] == 0] == 0).all()
+    assert (features["attention_mask"][0] == 0).any()
+    clean = model(dict(features))["sentence_embedding"]
+    embedding = model[0].auto_model.get_input_embeddings()
+    handle = embedding.register_forward_hook(lambda module, args, output: output + delta)
+    moved = model(dict(features))["sentence_embedding"]
+    handle.remove()
+    assert penalty.item() == pytest.approx((moved - clean).square().sum(-1).mean().item(), rel=1e-5)
+
+
+DIES = """
+import os, runpy, signal, sys
+from smartreg_torch import SMART
+call, left = SMART.__call__, {calls}
+def dies(self, *args, **kwargs):
+    global left
+    left -= 1
+    if left < 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return call(self, *args, **kwargs)
+SMART.__call__ = dies
+sys.argv[0] = {script!r}
+sys.path.insert(0, os.path.dirname({script!r}))
+runpy.run_path({script!r}, run_name="__main__")
+"""
+
+
+@pytest.fixture
+def tsv(tmp_path):
+    """Rows of one sentence and a class, or of two and a score, which each of the examples takes."""
+
+    def write(scored):
+        header, line = "a\tlabel", "this is number {0}\t{2}"
+        if scored:
+            header, line = "a\tb\tscore", "this is good {0}\tthis is bad number {0}\t{1:.2f}"
+        path = tmp_path / "train.tsv"
+        path.write_text("\n".join([header, *(line.format(i, i / 7, i % 2) for i in range(24))]) + "\n")
+        return path
+
+    return write
+
+
+def run_example(script, monkeypatch, *arguments):
+    """As a user runs it, but in this process."""
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.syspath_prepend(EXAMPLES)
+    monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+    runpy.run_path(str(EXAMPLES / script), run_name="__main__")
+
+
+@pytest.mark.parametrize(
+    ("script", "calls", "scored", "reached"),
+    [
+        ("finetune_accelerate.py", 11, False, r"accuracy [\d.]+% on 24 rows after 6 steps"),  # 6 batches an epoch
+        ("finetune_lightning.py", 9, False, r"R_s .*, D_Breg .*, accuracy [\d.]+ after 6 steps, on 24 rows"),
+        ("finetune_sentence_transformers.py", 17, True, r"Spearman .*% before, .*% after 18 steps, on 24 rows"),
+    ],
+)
+def test_an_example_killed_on_the_way_ends_where_it_would_have(
+    script, calls, scored, reached, folder, tmp_path, tsv, monkeypatch, capsys
+):
+    path = tsv(scored)
+    more = ["--batch-size", 4, "--examples", 24, "--epochs", 3, "--model", folder, "--learning-rate", 1e-3]
+    if "accelerate" in script:
+        more += ["--save-every", 1]
+    command = ["--train", path, "--dev", path, *more]
+    run_example(script, monkeypatch, *command, "--out", tmp_path / "whole")
+    assert re.search(reached, capsys.readouterr().out)
+
+    code = DIES.format(calls=calls, script=str(EXAMPLES / script))
+    dying = [sys.executable, "-c", code, *map(str, command), "--out", str(tmp_path / "killed")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    killed = subprocess.run(dying, capture_output=True, text=True, check=False, timeout=600, env=environment)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert not (tmp_path / "killed" / "model").exists()
+
+    run_example(script, monkeypatch, *command, "--out", tmp_path / "killed", "--resume")
+    assert re.search(reached, capsys.readouterr().out)
+    whole, resumed = (
+        safetensors.torch.load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "killed")
+    )
+    assert largest_difference(whole, resumed) == 0

@@ -1,0 +1,1032 @@
+"""Break each formula of each backend in turn, and see that the check or a test fails: python tools/mutate.py
+
+mutmut and cosmic-ray mutate every operator, and universalmutator every line that a pattern fits: none takes one edit
+with the tests that are to kill it, nor fails when an edit no longer applies; hence this list of our own.
+
+Each mutation is made in a copy of the tree. Where the file is one that `python -m smartreg check` runs, its rows in
+float64 are computed up to the first that fails; where none does, and for the other files, the tests named here run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+CHECKED = ("divergences.py", "perturbation.py", "proximal.py")  # what `python -m smartreg check` runs of a backend
+# A crash that has nothing to do with the formula: the mutation is badly written.
+CRASH = re.compile(
+    r"(?:^E\s+|raised )((?:Syntax|Indentation|Name|UnboundLocal|Import|ModuleNotFound|Attribute)Error)", re.M
+)
+CHECK = """
+import sys
+from smartreg.checking import FUNCTIONS, Face, golden_checks, law_checks, load_backend, trajectory_checks
+face = Face(load_backend(sys.argv[1]), "float64")
+for check in (golden_checks, law_checks, trajectory_checks):
+    for row in check(face, FUNCTIONS):
+        if not row.ok:
+            print(row.what, row.problem, sep="; ")
+            sys.exit(1)
+"""
+
+
+class Mutation(NamedTuple):
+    """One edit: `old`, which occurs once in the file, becomes `new`; `tests` are the node ids that may kill it."""
+
+    backend: str
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+def _of(backend: str, file: str, *edits: tuple[str, ...]) -> list[Mutation]:
+    return [
+        Mutation(backend, name, file, old, new, tuple(test.replace("[*", f"[{backend}") for test in tests))
+        for name, old, new, *tests in edits
+    ]
+
+
+# Tests that more than one mutation needs
+PURE = "test_perturbation.py::test_"
+SIGMA = PURE + "gaussian_start_has_standard_deviation_sigma[*]"
+PROJECTED = PURE + "gaussian_start_is_projected[*-float64-example-inf]"
+ONE_STEP = PURE + "one_step_by_hand[*-inf]"
+RMS = PURE + "rms_is_of_the_unmasked_entries_of_each_example[*]"
+MARGIN = PURE + "margin_gradient[*]"
+AGREES = PURE + "ascent_agrees_with_numpy_and_stays_in_the_ball[*]"
+BEST = PURE + "margin_start_is_the_best_linear_move[*-example-inf]"
+BEST_L1 = PURE + "margin_start_is_the_best_linear_move[*-example-1]"
+RELEASED = PURE + "released_update[*]"
+SLOPES = "test_training.py::test_gradients_against_finite_differences[True-symmetric_kl]"
+MOVES = "test_training.py::test_theta_tilde_moves_every_S_steps_with_the_scheduled_beta"
+
+NUMPY = [
+    *_of(
+        "numpy",
+        "smartreg/divergences.py",
+        ("half of the KL is missing", "np.maximum(p_minus_q * r, 0)", "np.maximum(p * r, 0)"),
+        ("the KL's gradient without p - q", "_sum(p * d_p)) + p_minus_q", "_sum(p * d_p))"),
+        ("the KL's gradient with E_q for E_p", "_sum(p * d_p)", "_sum(q * d_p)"),
+        ("the KL's second gradient with a sign wrong", "- d_q) - p_minus_q", "- d_q) + p_minus_q"),
+        ("log p - log q without its normaliser", "r = d - log_z", "r = d"),
+        ("the rounding of a - b is lost", "low = (a - (high - (high - a))) - (b + (high - a))", "low = 0 * high"),
+        ("far classes are taken for near ones", "near = np.abs(d) < 1", "near = np.abs(d) < 3"),
+        ("expm1(r) as exp(r) - 1", "q * np.expm1(np.where(near & alike, r, 0))", "q * (np.exp(r) - 1)"),
+        ("log1p(x) as log(1 + x)", "np.log1p(np.where(alike, excess", "np.log(1 + np.where(alike, excess"),
+        ("classes of -inf are not left out", "np.where(masked, 0, np.abs(a / 4 - b / 4))", "np.abs(a / 4 - b / 4)"),
+        ("sigma(-min) as sigma(min)", "_sigmoid(-np.minimum(a, b))", "_sigmoid(np.minimum(a, b))"),
+        ("sigma(a) - sigma(b) without its sign", "np.sign(d) * difference", "difference"),
+        ("sigma' without 1 - sigma", "_sigmoid(a) * _sigmoid(-a) * d", "_sigmoid(a) * d"),
+        ("the Bernoulli's second gradient with a sign wrong", "-_mean_grad(_sigmoid(b)", "_mean_grad(_sigmoid(b)"),
+        ("the squared error is not squared", "_sum((a - b) ** 2)", "_sum(np.abs(a - b))"),
+        ("the squared error's gradient is halved", "_mean_grad(2 * (a - b), mask)", "_mean_grad(a - b, mask)"),
+        ("values are averaged, not summed", "_sum((a - b) ** 2)[..., 0]", "np.mean((a - b) ** 2, axis=-1)"),
+        ("the mask is ignored", "np.asarray(mask) != 0", "np.ones(shape, bool)"),
+        ("the mean counts masked positions", "keep.sum(axis=axes, keepdims=True)", "np.prod(shape[1:])"),
+        ("positions are summed, not averaged", "(keep / count)", "(keep / 1)"),
+        ("masked positions have a gradient", "np.where(weights > 0, grad, 0) * weights", "grad * weights.max()"),
+    ),
+    *_of(
+        "numpy",
+        "smartreg/perturbation.py",
+        ("g is not divided by max|g|", "unit = rows / np.where(largest > 0, largest, 1)", "unit = rows"),
+        ("the l2 norm without its root", "np.sqrt(total) if square else total", "total"),
+        ("l_inf: no projection", "np.clip(delta, -radius, radius)", "delta"),
+        ("l2: points inside are moved to the boundary", "radius, length <= radius)", "radius, length < 0)"),
+        ("l1: sorted upwards", "-np.sort(-size, axis=-1)", "np.sort(size, axis=-1)"),
+        ("l1: the threshold is not divided", "over, kept - 1, -1) / kept", "over, kept - 1, -1)"),
+        ("example and token swapped", 'if granularity == "example" else x', 'if granularity == "token" else x'),
+        ("sigma squared for sigma", "_each(sigma, x)", "_each(sigma**2, x)", SIGMA),
+        (
+            "the Gaussian start is not projected",
+            'epsilon, config) if config.projection == "ball"',
+            "10 * epsilon, config) if True",
+            PROJECTED,
+        ),
+        ("descent for ascent", "_project(delta + step", "_project(delta - step"),
+        ("eta is ignored", "step = _each(eta, x) * normalize(", "step = normalize(", ONE_STEP),
+        ("the steps are not projected", "delta = _project(delta + step, epsilon, config)", "delta = delta + step"),
+        ("one step too few", "range(config.ascent_steps)", "range(config.ascent_steps - 1)", ONE_STEP),
+        ("the gradient at x, not at x + delta", "forward(x + delta)", "forward(x)", ONE_STEP),
+        ("the gradient of the clean side", "outputs, positions)[1]", "outputs, positions)[0]"),
+        ("the gradient at padding is kept", "g = keep * vjp(", "g = vjp(", AGREES),
+        ("the noise at padding is kept", "keep * (_each(sigma, x)", "(_each(sigma, x)"),
+        ("rms counts padding", "np.where(keep, x * x, 0)", "x * x", RMS),
+        ("the mean square without its root", "np.sqrt(np.sum(np.where(keep", "(np.sum(np.where(keep", RMS),
+        ("the scale is ignored", 'if config.scale == "rms"', 'if config.scale == "neither"', SIGMA),
+        ("margin: away from the boundary", "order[..., :1], -1, -1)", "order[..., :1], -1, 1)", MARGIN),
+        ("margin: the most certain label", "np.argmin(np.abs(z)", "np.argmax(np.abs(z)", MARGIN),
+        ("margin: that label away from 0", "-1) < 0, 1, -1)", "-1) < 0, -1, 1)", MARGIN),
+        ("margin, l_inf: the gradient for its sign", "_each(epsilon, g) * np.sign(g)", "_each(epsilon, g) * g", BEST),
+        ("margin, l1: the largest, whatever its sign", "np.argmax(np.abs(rows)", "np.argmax(rows", BEST_L1),
+        ("margin: at padding too", "direction = keep * vjp(", "direction = vjp(", AGREES),
+        ("the released code's epsilon is left out", "keepdims=True) + guard", "keepdims=True)", RELEASED),
+        (
+            "outputs by position take no mask",
+            "outputs.ndim < 3",
+            "outputs.ndim < 9",
+            "test_proximal.py::test_bregman_divergence_leaves_masked_positions_out",
+        ),
+    ),
+    *_of(
+        "numpy",
+        "smartreg/proximal.py",
+        ("beta and 1 - beta swapped", "old + (1 - beta) * (new - old)", "old + beta * (new - old)"),
+        ("a small beta is taken for 0", "new - beta * (new - old)", "new"),
+        ("beta_early and beta_late swapped", "config.beta_early if step <=", "config.beta_early if step >"),
+        ("beta switches a step early", "step <= last_early_step", "step < last_early_step"),
+        (
+            "0.29 of 100 steps is 28",
+            "round(config.early_fraction * (config.total_steps or 0), 9)",
+            "config.early_fraction * (config.total_steps or 0)",
+        ),
+        (
+            "theta~ in half precision",
+            "np.result_type(average, np.float32)",
+            "average.dtype",
+            "test_proximal.py::test_ema_is_kept_in_float32_or_wider",
+        ),
+        ("sample weights are ignored", "values = values * weight", "values = values * 1"),
+        ("D_Breg is a sum over the batch", "float(np.mean(values))", "float(np.sum(values))"),
+        ("D_Breg ignores the mask", "positions = output_mask(np.asarray(outputs), mask)", "positions = None"),
+        (
+            "D_Breg of theta and theta",
+            "value(outputs, teacher_outputs, positions)",
+            "value(outputs, outputs, positions)",
+        ),
+    ),
+    *_of(
+        "numpy",
+        "smartreg/training.py",
+        ("the target of R_s is detached", "+ config.lambda_s * each * grad_clean", "+ 0 * grad_clean", SLOPES),
+        ("the perturbed side is detached", "config.lambda_s * each * grad_perturbed", "0 * grad_perturbed", SLOPES),
+        ("lambda_s is ignored in the objective", "loss + config.lambda_s * r_s", "loss + r_s", SLOPES),
+        ("mu is ignored in the gradient", "config.mu * each * grad_breg", "each * grad_breg", SLOPES),
+        (
+            "R_s of the clean outputs alone",
+            "(divergence, perturbed_outputs, outputs, positions), s",
+            "(divergence, outputs, outputs, positions), s",
+            SLOPES,
+        ),
+        (
+            "R_s counts masked positions",
+            "(divergence, perturbed_outputs, outputs, positions), s",
+            "(divergence, perturbed_outputs, outputs, None), s",
+            SLOPES.replace("True", "False"),
+        ),
+        (
+            "the student's outputs for the teacher's",
+            'forward(teacher, teacher["E"][ids]',
+            'forward(theta, theta["E"][ids]',
+            SLOPES,
+        ),
+        (
+            "the gradient ignores sample weights",
+            "np.ones(n) if sample_weight is None else np.asarray(sample_weight)",
+            "np.ones(n)",
+            SLOPES,
+        ),
+        (
+            "a token that comes twice counts once",
+            'np.add.at(gradients["E"], ids, grad_x)',
+            'gradients["E"][ids] += grad_x',
+            SLOPES,
+        ),
+        ("tanh' as 1 - h", "(1 - h * h)", "(1 - h)", SLOPES),
+        (
+            "theta~ does not move",
+            "teacher = f.ema_update(teacher, theta, beta)",
+            "f.ema_update(teacher, theta, beta)",
+            MOVES,
+        ),
+        ("theta~ moves every step though S = 3", "if t % config.proximal_steps == 0", "if t > 0", MOVES),
+        ("beta of the next step", "f.momentum(t, config)", "f.momentum(t + 1, config)", MOVES),
+        (
+            "Keras' epsilon in PyTorch's Adam",
+            'optimizer == "adam_torch"',
+            'optimizer == "adam_keras"',
+            "test_training.py::test_optimizers_by_hand",
+        ),
+    ),
+]
+
+SMART = "test_torch_smart.py::test_"
+TORCH_RUN = "test_torch_training.py::test_fifty_steps_equal_the_reference[1-0-inf-example-gaussian-sgd-betas0]"
+TORCH_S3 = "test_torch_training.py::test_fifty_steps_equal_the_reference[3-0-inf-example-gaussian-sgd-betas0]"
+TORCH_KINDS = "test_torch_training.py::test_every_kind_of_output[gaussian-True-symmetric_kl]"
+TORCH_POSITIONS = "test_torch_training.py::test_every_kind_of_output[gaussian-False-symmetric_kl]"
+TORCH_ALIKE = "test_torch_architectures.py::test_the_perturbed_pass_at_zero_is_the_clean_pass_bit_for_bit[CNN]"
+TORCH_ALONE = "test_torch_architectures.py::test_a_step_leaves_everything_else_alone[CNN-gaussian]"
+TEACHER = SMART + "the_teacher_is_a_model_with_the_averaged_weights[Model]"
+STREAMS = SMART + "all_random_streams_are_replayed"
+BROKEN_OFF = SMART + "a_pass_that_breaks_off_leaves_the_random_streams_as_the_clean_pass_did"
+
+TORCH = [
+    *_of(
+        "torch",
+        "smartreg_torch/divergences.py",
+        ("half of the KL is missing", "(p_minus_q * r).clamp", "(p * r).clamp"),
+        ("the KL's gradient without p - q", "keepdim=True)) + p_minus_q", "keepdim=True))"),
+        ("the KL's gradient with E_q for E_p", "(p * d_p).sum", "(q * d_p).sum"),
+        ("the KL's second gradient with a sign wrong", "- d_q) - p_minus_q", "- d_q) + p_minus_q"),
+        ("log p - log q without its normaliser", "r = d - log_z", "r = d"),
+        ("the rounding of a - b is lost", "low = (a - (high - (high - a))) - (b + (high - a))", "low = 0 * high"),
+        ("far classes are taken for near ones", "near = d.abs() < 1", "near = d.abs() < 3"),
+        ("expm1(r) as exp(r) - 1", "q * r.where(exact, 0).expm1()", "q * (r.exp() - 1)"),
+        ("classes of -inf are not left out", ".abs().where(~masked, 0)", ".abs()"),
+        ("sigma(-min) as sigma(min)", "(-torch.minimum(a, b)).sigmoid()", "torch.minimum(a, b).sigmoid()"),
+        ("sigma(a) - sigma(b) without its sign", "d.sign() * size", "size"),
+        ("sigma' without 1 - sigma", "a.sigmoid() * (-a).sigmoid() * d", "a.sigmoid() * d"),
+        ("the Bernoulli's second gradient with a sign wrong", "grad_b = -(b.sigmoid()", "grad_b = (b.sigmoid()"),
+        ("the squared error is not squared", "difference.square().sum(-1)", "difference.abs().sum(-1)"),
+        ("values are averaged, not summed", "difference.square().sum(-1)", "difference.square().mean(-1)"),
+        ("the mask is ignored", "keep = (mask != 0).flatten(1)", "keep = (mask == mask).flatten(1)"),
+        ("the mean counts masked positions", "keep.sum(1).clamp(min=1)", "keep.shape[1]"),
+        ("what comes from above is not passed on", "(grad * g).where(grad != 0, 0)", "g.where(grad != 0, 0)"),
+    ),
+    *_of(
+        "torch",
+        "smartreg_torch/perturbation.py",
+        ("g is not divided by max|g|", "unit = rows / largest.where(largest > 0, 1)", "unit = rows"),
+        (
+            "the l2 norm without its root",
+            "rows.square().sum(-1, keepdim=True).sqrt()",
+            "rows.square().sum(-1, keepdim=True)",
+        ),
+        ("l_inf: no projection", "delta.clamp(-radius, radius)", "delta"),
+        ("l2: points inside are moved to the boundary", "radius, length <= radius)", "radius, length < 0)"),
+        ("l1: sorted upwards", "size.sort(-1, descending=True)", "size.sort(-1)"),
+        ("example and token swapped", 'if granularity == "example" else x', 'if granularity == "token" else x'),
+        ("sigma squared for sigma", "_radius(s, point) * nu.to(point)", "_radius(s * s, point) * nu.to(point)"),
+        (
+            "the Gaussian start is not projected",
+            'if config.projection == "ball":\n        delta',
+            "if False:\n        delta",
+        ),
+        ("descent for ascent", "_project(d + _step(", "_project(d - _step("),
+        ("eta is ignored", "length = _radius(eta, g)", "length = 1.0"),
+        ("one step too few", "range(config.ascent_steps)", "range(config.ascent_steps - 1)"),
+        ("the gradient at x, not at x + delta", "(c + d).to(point.dtype)", "(c + 0 * d).to(point.dtype)"),
+        ("the mask is ignored", "values if keep is None else values.where(keep, 0)", "values"),
+        ("rms counts padding", "square.where(keep, 0).flatten(1)", "square.flatten(1)"),
+        ("the scale is ignored", 'if config.scale == "rms"', 'if config.scale == "neither"'),
+        (
+            "margin: away from the boundary",
+            "scatter(-1, top[..., :1], -1).scatter(-1, top[..., 1:], 1)",
+            "scatter(-1, top[..., :1], 1).scatter(-1, top[..., 1:], -1)",
+            MARGIN,
+        ),
+        ("margin: the most certain label", "z.abs().argmin(-1", "z.abs().argmax(-1", MARGIN),
+        ("margin, l_inf: the gradient for its sign", "radius * g.sign()", "radius * g", BEST),
+        ("margin, l1: the largest, whatever its sign", "rows.abs().argmax(-1", "rows.argmax(-1", BEST_L1),
+        (
+            "the released code's epsilon is left out",
+            "keepdim=True) + _radius(epsilon, rows)",
+            "keepdim=True)",
+            RELEASED,
+        ),
+    ),
+    *_of(
+        "torch",
+        "smartreg_torch/proximal.py",
+        ("beta and 1 - beta swapped", "values, 1 - beta)", "values, beta)"),
+        (
+            "the teacher's gradient is not stopped",
+            "teacher_outputs.detach(), positions",
+            "teacher_outputs, positions",
+            SMART + "no_gradient_reaches_the_teachers_outputs",
+        ),
+        ("sample weights are ignored", "(values * sample_weight.to(values)).mean()", "values.mean()"),
+        ("D_Breg is a sum over the batch", "return values.mean()", "return values.sum()"),
+        ("D_Breg ignores the mask", "positions = output_mask(outputs, mask)", "positions = None"),
+        ("theta~ stays in the model after the block", "theta[name].data = data", "pass", TEACHER),
+    ),
+    *_of(
+        "torch",
+        "smartreg_torch/smart.py",
+        (
+            "theta~ does not move",
+            "ema_update(self.teacher, self._parameters(), beta)",
+            "ema_update({}, {}, beta)",
+            SMART + "theta_tilde_moves_every_S_steps",
+        ),
+        (
+            "theta~ moves every step though S = 3",
+            "self.step % self.config.proximal_steps == 0",
+            "self.step > 0",
+            SMART + "theta_tilde_moves_every_S_steps",
+        ),
+        (
+            "beta of the next step",
+            "momentum(self.step, self.config)",
+            "momentum(self.step + 1, self.config)",
+            TORCH_RUN,
+        ),
+        ("update() counts twice", "self.step += 1", "self.step += 2", SMART + "remove_undoes_everything"),
+        (
+            "theta~ starts at 0",
+            "parameter.detach().to(wide, copy=True)",
+            "torch.zeros_like(parameter, dtype=wide)",
+            SMART + "parameters_that_become_trainable_later_join_the_teacher",
+        ),
+        (
+            "theta~ shares the weights' memory",
+            "to(wide, copy=True)",
+            "to(wide)",
+            SMART + "theta_tilde_moves_every_S_steps",
+        ),
+        (
+            "theta~ in half precision",
+            "wide = torch.promote_types(parameter.dtype, torch.float32)",
+            "wide = parameter.dtype",
+            SMART + "bf16_weights_have_a_float32_teacher_that_moves",
+        ),
+        (
+            "the student's weights in the teacher's pass",
+            "torch.no_grad(), self.swap_teacher()",
+            "torch.no_grad()",
+            TEACHER,
+        ),
+        (
+            "the target of R_s is detached",
+            "(z_perturbed, z, m)",
+            "(z_perturbed, z.detach(), m)",
+            SMART + "both_sides_of_r_s_carry_gradient",
+        ),
+        (
+            "the perturbed side is detached",
+            "(z_perturbed, z, m)",
+            "(z_perturbed.detach(), z, m)",
+            SMART + "both_sides_of_r_s_carry_gradient",
+        ),
+        ("R_s counts masked positions", "(z_perturbed, z, m)", "(z_perturbed, z)", TORCH_POSITIONS),
+        ("R_s of the clean outputs alone", "(z_perturbed, z, m)", "(z.detach(), z, m)", TORCH_RUN),
+        (
+            "R_s ignores sample weights",
+            "(z_perturbed, z, m), sample_weight)",
+            "(z_perturbed, z, m))",
+            SMART + "sample_weights_weigh_both_terms",
+        ),
+        (
+            "D_Breg ignores sample weights",
+            "z_taught, name, m, sample_weight)",
+            "z_taught, name, m)",
+            SMART + "sample_weights_weigh_both_terms",
+        ),
+        (
+            "D_Breg counts masked positions",
+            "z_taught, name, m, sample_weight)",
+            "z_taught, name, None, sample_weight)",
+            SMART + "outputs_with_a_position_axis_leave_padding_out",
+        ),
+        (
+            "D_Breg's gradient goes to the teacher",
+            "bregman_divergence(z, z_taught",
+            "bregman_divergence(z_taught, z",
+            TORCH_RUN,
+        ),
+        ("lambda_s is ignored", '("R_s", config.lambda_s)', '("R_s", 1.0)', TORCH_KINDS),
+        ("mu is ignored", '("D_Breg", config.mu)', '("D_Breg", 1.0)', TORCH_KINDS),
+        (
+            "several outputs are averaged, not added",
+            "torch.stack(list(terms)).sum()",
+            "torch.stack(list(terms)).mean()",
+            SMART + "several_heads_add_up",
+        ),
+        (
+            "fresh dropout masks in the passes",
+            "torch.set_rng_state(self._streams[0])",
+            "pass",
+            TORCH_ALIKE,
+            SMART + "a_resumed_run_equals_the_unbroken_one_bit_for_bit[gaussian]",
+        ),
+        ("NumPy's random stream is not replayed", "np.random.set_state(self._streams[1])", "pass", STREAMS),
+        ("Python's random stream is not put back", "random.setstate(streams[1])", "pass", BROKEN_OFF),
+        (
+            "torch's random stream is not put back",
+            "torch.random.fork_rng(list(self._devices)",
+            "torch.random.fork_rng([], False",
+            BROKEN_OFF,
+        ),
+        ("BatchNorm's statistics are moved by each pass", "buffers[name] = before.clone()", "pass", TORCH_ALONE),
+        (
+            "buffers stay as the passes left them",
+            "buffers[name] = own",
+            "pass",
+            SMART + "batchnorm_statistics_are_the_clean_passs",
+        ),
+        ("the noise is from torch's own stream", "generator=self._generator", "generator=None", TORCH_ALONE),
+        (
+            "the noise is uniform",
+            "torch.randn(",
+            "torch.rand(",
+            SMART + "the_noise_is_standard_normal",
+        ),
+        (
+            "a skipped step gives its NaN",
+            "penalty = self._on_non_finite(",
+            "self._on_non_finite(",
+            SMART + "nan_can_be_skipped_and_is_counted",
+        ),
+        ("a skipped step is not counted", "self._skipped += 1", "pass", SMART + "nan_can_be_skipped_and_is_counted"),
+        (
+            "NaN is skipped though it should raise",
+            'non_finite == "skip"',
+            'non_finite == "raise"',
+            SMART + "nan_raises_and_names_the_step",
+        ),
+        (
+            "a penalty in eval mode",
+            "(self.model.training and torch.is_grad_enabled())",
+            "torch.is_grad_enabled()",
+            SMART + "eval_mode_and_no_grad_are_the_models_own_call",
+        ),
+        (
+            "attention_mask is not read",
+            'self._mask or "attention_mask"',
+            'self._mask or "no_mask"',
+            SMART + "arguments_may_be_positional",
+        ),
+        (
+            "a regression's l_s is the KL",
+            '"regression": "squared_error"',
+            '"regression": "symmetric_kl"',
+            SMART + "hugging_faces_problem_type_chooses_the_divergence[gaussian-regression-3]",
+        ),
+        (
+            "max_delta is the smallest",
+            "delta.abs().max() for delta",
+            "delta.abs().min() for delta",
+            SMART + "both_sides_of_r_s_carry_gradient",
+        ),
+        (
+            "vanished counts what did not vanish",
+            "shift(call.x, delta) == call.x",
+            "shift(call.x, delta) != call.x",
+            SMART + "vanishing_perturbations_warn_once",
+        ),
+        (
+            "the noise generator is not restored",
+            'self._generator.set_state(state["generator"].cpu())',
+            "pass",
+            SMART + "a_resumed_run_equals_the_unbroken_one_bit_for_bit[gaussian]",
+        ),
+        (
+            "theta~ is not restored",
+            'average.copy_(state["teacher"][name])',
+            "pass",
+            SMART + "a_resumed_run_equals_the_unbroken_one_bit_for_bit[gaussian]",
+        ),
+        (
+            "the weights stay frozen after the ascent",
+            "weight.requires_grad_(True)",
+            "pass",
+            SMART + "the_ascent_builds_no_graph_for_the_weights",
+        ),
+    ),
+    *_of(
+        "torch",
+        "smartreg_torch/site.py",
+        ("delta is not added", "(x.to(delta.dtype) + delta)", "x.to(delta.dtype)", TORCH_RUN),
+        ("delta is subtracted", "(x.to(delta.dtype) + delta)", "(x.to(delta.dtype) - delta)", TORCH_RUN),
+        (
+            "every run of the site takes the first delta",
+            "put(output, values[run - 1])",
+            "put(output, values[0])",
+            "test_torch_architectures.py::test_r_s_is_the_divergence_at_the_perturbed_embeddings[siamese]",
+        ),
+        (
+            "padding and tokens swapped",
+            "padding = args[0] != index",
+            "padding = args[0] == index",
+            SMART + "mask_may_be_a_function_or_a_name_or_padding_idx",
+        ),
+        (
+            "x is what the model made of it in place",
+            "return x.clone()",
+            "return x",
+            SMART + "a_model_that_changes_its_embeddings_in_place",
+        ),
+    ),
+]
+
+RUN = "test_tf_reference.py::test_fifty_steps_equal_numpy[{}]"
+OUTPUTS = "test_tf_outputs.py::test_"
+FIT = "test_tf_fit.py::test_"
+EDGES = "test_tf_edges.py::test_"
+ALIKE = FIT + "same_masks_in_every_pass_and_nothing_left[{}]"
+
+TF = [
+    *_of(
+        "tf",
+        "smartreg_tf/divergences.py",
+        ("half of the KL is missing", "tf.maximum(p_minus_q * r, 0)", "tf.maximum(p * r, 0)"),
+        ("the KL's gradient without p - q", "_sum(p * d_p)) + p_minus_q", "_sum(p * d_p))"),
+        ("the KL's gradient with E_q for E_p", "_sum(p * d_p)", "_sum(q * d_p)"),
+        ("the KL's second gradient with a sign wrong", "- d_q) - p_minus_q", "- d_q) + p_minus_q"),
+        ("log p - log q without its normaliser", "r = d - log_z", "r = d"),
+        ("the rounding of a - b is lost", "low = (a - (high - (high - a))) - (b + (high - a))", "low = 0 * high"),
+        ("far classes are taken for near ones", "near = tf.abs(d) < 1", "near = tf.abs(d) < 3"),
+        ("expm1(r) as exp(r) - 1", "q * tf.math.expm1(tf.where(near & alike, r, zero))", "q * (tf.exp(r) - 1)"),
+        (
+            "classes of -inf are not left out",
+            "tf.where(masked, zero, tf.abs(a / eighth - b / eighth))",
+            "tf.abs(a / eighth - b / eighth)",
+        ),
+        ("sigma(-min) as sigma(min)", "_sigmoid(-tf.minimum(a, b))", "_sigmoid(tf.minimum(a, b))"),
+        ("sigma' without 1 - sigma", "_sigmoid(a) * _sigmoid(-a) * d", "_sigmoid(a) * d"),
+        ("the squared error is not squared", "tf.reduce_sum((a - b) ** 2, -1)", "tf.reduce_sum(tf.abs(a - b), -1)"),
+        ("values are averaged, not summed", "tf.reduce_sum((a - b) ** 2, -1)", "tf.reduce_mean((a - b) ** 2, -1)"),
+        ("the mask is ignored", "keep = tf.cast(mask, outputs.dtype)", "keep = tf.ones_like(mask, outputs.dtype)"),
+        ("positions are summed, not averaged", "(keep / count)", "(keep / 1)"),
+        (
+            "what comes from above is not passed on",
+            "each * grad_a, each * grad_b",
+            "grad_a, grad_b",
+            "test_tf_divergences.py::test_float64_equals_numpy_with_masks_and_positions[symmetric_kl-eager]",
+        ),
+    ),
+    *_of(
+        "tf",
+        "smartreg_tf/perturbation.py",
+        ("g is not divided by max|g|", "unit = rows / tf.where(largest > 0, largest, 1)", "unit = rows"),
+        ("l_inf: no projection", "tf.minimum(tf.maximum(delta, -radius), radius)", "delta"),
+        ("l2: points inside are moved to the boundary", "radius, length <= radius)", "radius, length < 0)"),
+        ("l1: sorted upwards", 'direction="DESCENDING"', 'direction="ASCENDING"'),
+        ("example and token swapped", 'if granularity == "example" else x', 'if granularity == "token" else x'),
+        ("sigma squared for sigma", "_each(self.sigma, noise)", "_each(self.sigma**2, noise)"),
+        ("the start is not projected", "_project(delta, self.epsilon, self.config) if", "delta if"),
+        ("descent for ascent", "_project(delta + _each(", "_project(delta - _each("),
+        ("eta is ignored", "_each(self.eta, g) * g", "g"),
+        ("one step too few", "range(balls[0].config.ascent_steps)", "range(balls[0].config.ascent_steps - 1)"),
+        ("the gradient at x, not at x + delta", "gradient(x + deltas[0]", "gradient(x + 0 * deltas[0]"),
+        ("the mask is ignored", "tf.cast(expand_mask(mask, x), x.dtype)", "tf.ones([], x.dtype)"),
+        ("rms counts padding", "tf.where(keep, x * x, tf.zeros_like(x))", "x * x"),
+        ("the scale is ignored", 'if config.scale == "rms"', 'if config.scale == "neither"'),
+        (
+            "margin: away from the boundary",
+            "tf.one_hot(order[..., 1], classes, dtype=z.dtype) - tf.one_hot(order[..., 0]",
+            "tf.one_hot(order[..., 0], classes, dtype=z.dtype) - tf.one_hot(order[..., 1]",
+            MARGIN,
+        ),
+        ("margin: the most certain label", "tf.argmin(tf.abs(z)", "tf.argmax(tf.abs(z)", MARGIN),
+        ("margin, l_inf: the gradient for its sign", "_each(epsilon, g) * tf.sign(g)", "_each(epsilon, g) * g", BEST),
+        (
+            "the released code's epsilon is left out",
+            "_largest(rows) + _radius(epsilon, rows)",
+            "_largest(rows)",
+            RELEASED,
+        ),
+    ),
+    *_of(
+        "tf",
+        "smartreg_tf/proximal.py",
+        ("beta and 1 - beta swapped", "tf.cast(1 - beta, average.dtype)", "tf.cast(beta, average.dtype)"),
+        ("beta switches a step early", "<= last_early_step", "< last_early_step"),
+        (
+            "the teacher's gradient is not stopped",
+            "tf.stop_gradient(teacher_outputs)",
+            "teacher_outputs",
+            "test_tf_perturbation.py::test_no_gradient_reaches_the_teacher_and_weights_are_checked",
+        ),
+        ("sample weights are ignored", "values * tf.cast(weight, values.dtype)", "values"),
+        ("D_Breg ignores the mask", "positions = output_mask(outputs, mask)", "positions = None"),
+    ),
+    *_of(
+        "tf",
+        "smartreg_tf/outputs.py",
+        (
+            "probabilities are not turned to logits",
+            "_log_probabilities(z, self.kind) if kept is None",
+            "z if kept is None",
+            OUTPUTS + "probabilities_keep_the_digits_of_their_logits",
+        ),
+        (
+            "the softmax layer's logits are not taken",
+            'kept = getattr(z, "_keras_logits", None)',
+            "kept = None",
+            OUTPUTS + "probabilities_keep_the_digits_of_their_logits",
+        ),
+        (
+            "log p for the log odds",
+            "tf.math.log(p) - tf.math.log1p(-p)",
+            "tf.math.log(p)",
+            OUTPUTS + "probabilities_keep_the_digits_of_their_logits",
+        ),
+        (
+            "from_logits is not read",
+            '.get("from_logits", False)',
+            '.get("no_logits", False)',
+            OUTPUTS + "the_loss_says_what_the_outputs_are[loss0-None-3-logits]",
+        ),
+        (
+            "labels are taken for classes",
+            'return "label_" + logits',
+            "return logits",
+            OUTPUTS + "the_loss_says_what_the_outputs_are[loss5-None-3-label_logits]",
+        ),
+        (
+            "loss_weights are not read",
+            "1.0 if weight is None else float(weight)",
+            "1.0",
+            OUTPUTS + "several_outputs_loss_weights_and_one_without_a_loss",
+        ),
+        (
+            "sample weights of another output",
+            "for step in self.path if",
+            "for step in () if",
+            EDGES + "loss_weights_and_sample_weights_are_found_by_output[None]",
+        ),
+        (
+            "weights by position are not weighed by the mask",
+            "position_weights(a, mask)[..., 0] * weight",
+            "position_weights(a, None)[..., 0] * weight",
+            OUTPUTS + "weights_of_positions_and_the_mean_by_weights",
+        ),
+        (
+            "the mean by weights divides by n",
+            "if self.by_weights:",
+            "if self.by_weights is None:",
+            OUTPUTS + "weights_of_positions_and_the_mean_by_weights",
+        ),
+        (
+            "Keras' mask on the output is ignored",
+            '(getattr(z, "_keras_mask", None), *masks)',
+            "masks",
+            OUTPUTS + "keras_mask_on_the_output_goes_before_the_sites",
+        ),
+        (
+            "the site's mask is ignored for the outputs",
+            '(getattr(z, "_keras_mask", None), *masks)',
+            '(getattr(z, "_keras_mask", None),)',
+            RUN.format("positions"),
+        ),
+    ),
+    *_of(
+        "tf",
+        "smartreg_tf/site.py",
+        (
+            "fresh dropout masks in the passes",
+            "keras.StatelessScope([*clean.draws, *weights])",
+            "keras.StatelessScope([*weights])",
+            ALIKE.format("Sequential"),
+        ),
+        (
+            "the clean weights in every pass",
+            "keras.StatelessScope([*clean.draws, *weights])",
+            "keras.StatelessScope([*clean.draws])",
+            RUN.format("D_Breg alone"),
+        ),
+        (
+            "model.losses are the last pass'",
+            "with _losses_kept(self.model), keras",
+            "with keras",
+            FIT + "model_losses_are_those_of_the_clean_pass",
+        ),
+        (
+            "every run of the site takes the first delta",
+            "put(len(calls), x)",
+            "put(0, x)",
+            FIT + "each_run_of_the_site_has_its_own_delta",
+        ),
+        (
+            "a tied head is perturbed too",
+            '_argument(original, args, kwargs, "reverse")',
+            '_argument(original, args, kwargs, "no")',
+            ALIKE.format("tied embeddings"),
+        ),
+        (
+            "the layer's mask is ignored",
+            "return self._moved(output, mask)",
+            "return self._moved(output, None)",
+            FIT + "padding_is_not_perturbed",
+        ),
+        (
+            "the padding_mask input is ignored",
+            "mask = clean.args[0].get(name)",
+            "mask = None",
+            FIT + "padding_is_not_perturbed",
+        ),
+    ),
+    *_of(
+        "tf",
+        "smartreg_tf/training.py",
+        (
+            "theta~ does not move",
+            "tf.where(moves, moved[name], averages[name])",
+            "averages[name]",
+            RUN.format("D_Breg alone"),
+        ),
+        (
+            "theta~ moves every step though S = 3",
+            "& (step % self.config.proximal_steps == 0)",
+            "",
+            RUN.format("D_Breg alone"),
+        ),
+        (
+            "theta~ moves where the optimiser did not step",
+            "(tf.cast(steps, tf.int64) > 0) & ",
+            "",
+            EDGES + "accumulation_moves_theta_tilde_by_hand",
+        ),
+        (
+            "beta of the next step",
+            "momentum(step, self.config)",
+            "momentum(step + 1, self.config)",
+            RUN.format("recommended"),
+        ),
+        (
+            "a step counts twice",
+            "self.step.assign_add(steps)",
+            "self.step.assign_add(2 * steps)",
+            FIT + "gradient_accumulation_moves_theta_once_a_step",
+        ),
+        (
+            "accumulated batches count as steps",
+            "* steps // accumulated",
+            "* steps",
+            FIT + "gradient_accumulation_moves_theta_once_a_step",
+        ),
+        (
+            "theta~ starts before the weights are loaded",
+            "average.assign(weight.value)  #",
+            "average.value  #",
+            "test_tf_resume.py::test_theta_0_is_what_the_first_step_begins_with",
+        ),
+        (
+            "the student's weights in the teacher's pass",
+            "weights=list(zip(self.weights, self.averages, strict=True))",
+            "weights=[]",
+            RUN.format("D_Breg alone"),
+        ),
+        (
+            "the clean side is detached",
+            "head.mean(a, gate(b), mask",
+            "head.mean(a, tf.stop_gradient(b), mask",
+            RUN.format("R_s alone"),
+        ),
+        (
+            "the perturbed side is detached",
+            "gate(weight.value))",
+            "tf.stop_gradient(weight.value))",
+            RUN.format("R_s alone"),
+        ),
+        ("delta is not added", "+ delta, x.dtype)", ", x.dtype)", RUN.format("R_s alone")),
+        (
+            "the gradient of the ascent at x alone",
+            "tf.cast(x + delta, call.x.dtype)",
+            "tf.cast(x + 0 * delta, call.x.dtype)",
+            RUN.format("R_s alone"),
+        ),
+        (
+            "lambda_s is ignored",
+            "penalty += config.lambda_s * r_s",
+            "penalty += r_s",
+            FIT + "val_loss_is_plain_and_loss_has_the_penalty",
+        ),
+        ("mu is ignored", "penalty += config.mu * d_breg", "penalty += d_breg", RUN.format("D_Breg alone")),
+        (
+            "loss_weights are ignored in the penalty",
+            "head.weight * head.mean(",
+            "head.mean(",
+            EDGES + "loss_weights_and_sample_weights_are_found_by_output[None]",
+        ),
+        (
+            "loss_weights are ignored in the ascent",
+            "head.weight * DIVERGENCES",
+            "DIVERGENCES",
+            EDGES + "a_head_that_weighs_nothing_does_not_turn_the_ascent[gaussian]",
+        ),
+        (
+            "loss_weights are ignored in the margin start",
+            "head.weight * margin_gradient(",
+            "margin_gradient(",
+            EDGES + "a_head_that_weighs_nothing_does_not_turn_the_ascent[margin]",
+        ),
+        ("sample weights are ignored", "mask, sample_weight)\n", "mask, None)\n", RUN.format("l1, weighted")),
+        (
+            "the mask of the outputs is ignored",
+            "positions = [head.mask(clean.outputs, masks) for head in heads]",
+            "positions = [None for head in heads]",
+            RUN.format("positions"),
+        ),
+        (
+            "the mask of the site is ignored",
+            "Ball(x, config, mask)",
+            "Ball(x, config, None)",
+            FIT + "padding_is_not_perturbed",
+        ),
+        (
+            "replicas count the penalty once each",
+            "penalty / replicas",
+            "penalty",
+            "test_tf_mirrored.py::test_two_replicas_equal_one_device",
+        ),
+        (
+            "a loss with training=False is penalised",
+            'given.get("training") is False',
+            "False",
+            EDGES + "compute_loss_of_ones_own_keeps_its_signature",
+        ),
+        (
+            "the float32 passes are dropped",
+            "if self._float32 and half_precision_layers(self.model)",
+            "if self._float32 is None",
+            "test_tf_precision.py::test_the_published_epsilon_survives[mixed_bfloat16]",
+        ),
+        (
+            "the noise is the same every step",
+            "self.draws.assign_add(1)",
+            "self.draws.assign_add(0)",
+            RUN.format("R_s alone"),
+        ),
+        (
+            "every run of the site has the same noise",
+            "for number in (run, replica):",
+            "for number in (replica,):",
+            OUTPUTS + "the_noise_is_its_own_stream",
+        ),
+        (
+            "a penalty that is not finite is returned",
+            "tf.where(gate.open, penalty, tf.zeros_like(penalty))",
+            "penalty",
+            OUTPUTS + "a_penalty_that_is_not_finite[eager]",
+        ),
+        (
+            "its gradient reaches the weights",
+            "tf.where(self.open, gradient, tf.zeros_like(gradient))",
+            "gradient",
+            OUTPUTS + "a_penalty_that_is_not_finite[eager]",
+        ),
+        (
+            "it is skipped though it should raise",
+            'non_finite == "raise"',
+            'non_finite == "skip"',
+            OUTPUTS + "a_penalty_that_is_not_finite[eager]",
+        ),
+        (
+            "max_delta is the smallest",
+            "tf.reduce_max([tf.reduce_max(tf.abs(delta))",
+            "tf.reduce_min([tf.reduce_max(tf.abs(delta))",
+            FIT + "each_run_of_the_site_has_its_own_delta",
+        ),
+        (
+            "vanished counts what did not vanish",
+            "(_shifted(call.x, delta) == call.x)",
+            "(_shifted(call.x, delta) != call.x)",
+            "test_tf_precision.py::test_the_published_epsilon_survives[mixed_bfloat16]",
+        ),
+        (
+            "theta~ stays in the model after the block",
+            "weight.assign(value)\n",
+            "pass\n",
+            FIT + "the_averaged_weights_can_be_evaluated",
+        ),
+        (
+            "the penalty of another call of the model",
+            "if asked & {id(tensor)",
+            "if not asked & {id(tensor)",
+            OUTPUTS + "the_penalty_is_of_the_call_that_gave_y_pred",
+        ),
+    ),
+]
+
+MUTATIONS = NUMPY + TORCH + TF
+
+
+def edited(mutation: Mutation, root: Path = ROOT) -> str:
+    """The file's text with the mutation in it; LookupError where it does not apply."""
+    text = (root / mutation.file).read_text()
+    if text.count(mutation.old) != 1:
+        raise LookupError(
+            f"{mutation.backend}, {mutation.name}: {mutation.old!r} is {text.count(mutation.old)} times in "
+            f"{mutation.file}, expected once: change the list in tools/mutate.py"
+        )
+    return text.replace(mutation.old, mutation.new)
+
+
+def copied(to: Path) -> None:
+    """The working tree's files, those that git does not ignore."""
+    listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(listed, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split("\0")
+    for name in filter(None, names):
+        if (ROOT / name).is_file():
+            (to / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / name, to / name)
+
+
+def run(backend: str, tree: Path, *command: str) -> tuple[int, str]:
+    """The exit status and the output of a Python command that imports the packages of that tree."""
+    set_env = {
+        "PYTHONPATH": str(tree),
+        "OMP_NUM_THREADS": "1",
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+        "KERAS_BACKEND": "tensorflow",
+        "HYPOTHESIS_PROFILE": "default",
+        "SMARTREG_BACKENDS": "" if backend == "numpy" else backend,
+    }
+    done = subprocess.run(
+        [sys.executable, *command],
+        cwd=tree,
+        env={**os.environ, **set_env},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=1200,
+    )
+    return done.returncode, done.stdout
+
+
+def pytest(tests: tuple[str, ...]) -> tuple[str, ...]:
+    """The command that runs these tests up to the first that fails."""
+    return "-m", "pytest", "-x", "-q", "-n", "0", "-p", "no:cacheprovider", *(f"tests/{test}" for test in tests)
+
+
+def kill(mutation: Mutation) -> str:
+    """What noticed the mutation; "" where nothing did. RuntimeError where it is no fair mutation."""
+    with tempfile.TemporaryDirectory(prefix="mutate-") as folder:
+        tree = Path(folder)
+        copied(tree)
+        (tree / mutation.file).write_text(edited(mutation))
+        if Path(mutation.file).name in CHECKED:
+            status, output = run(mutation.backend, tree, "-c", CHECK, mutation.backend)
+            said = output.strip().splitlines()[-1:] or [""]
+            if status:
+                if "Traceback" in output or CRASH.search(output):
+                    raise RuntimeError(said[0])
+                return "check: " + said[0].split(";")[0]
+        if mutation.tests:
+            status, output = run(mutation.backend, tree, *pytest(mutation.tests))
+            failed = re.search(r"^(?:FAILED|ERROR) tests/(\S+?::[^\s\[]+(?:\[.*?\](?= - |$))?)", output, re.M)
+            if status:
+                if status != 1 or failed is None or CRASH.search(output):
+                    raise RuntimeError(output.strip()[-300:])
+                return failed[1]
+    return ""
+
+
+def baseline(backend: str, mutations: list[Mutation]) -> None:
+    """SystemExit where the tree as it is does not pass the check and the tests named."""
+    tests = sorted({test for mutation in mutations for test in mutation.tests})
+    for command in (
+        ("-m", "smartreg", "check", "--backend", backend, "--dtype", "float64"),
+        *([pytest(tuple(tests))] if tests else []),
+    ):
+        with tempfile.TemporaryDirectory(prefix="mutate-") as folder:
+            copied(Path(folder))
+            status, output = run(backend, Path(folder), *command)
+        if status:
+            sys.exit(f"{output}\n{backend}: fails before any mutation: {' '.join(command)}")
+
+
+def main() -> int:
+    """Print the table; 1 where a mutation survived or is invalid."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    backends = sorted({mutation.backend for mutation in MUTATIONS})
+    parser.add_argument("--backend", nargs="+", choices=backends, default=["numpy", "torch", "tf"])
+    parser.add_argument("--only", default="", help="mutations whose name or file has this in it")
+    parser.add_argument("--jobs", type=int, default=2, help="mutations at a time")
+    given = parser.parse_args()
+    chosen = [m for m in MUTATIONS if m.backend in given.backend and given.only in f"{m.file} {m.name}"]
+    for mutation in chosen:
+        edited(mutation)
+
+    def attempt(mutation: Mutation) -> tuple[str, float]:
+        started = time.perf_counter()
+        try:
+            found = kill(mutation) or "SURVIVED"
+        except (RuntimeError, subprocess.TimeoutExpired) as error:
+            found = f"INVALID: {error}"
+        return found, time.perf_counter() - started
+
+    started, faults = time.perf_counter(), []
+    for backend in given.backend:
+        mutations = [mutation for mutation in chosen if mutation.backend == backend]
+        if not mutations:
+            continue
+        baseline(backend, mutations)
+        width = max(len(mutation.name) for mutation in mutations)
+        print(f"\n{backend}: {len(mutations)} mutations\n  {'mutation':<{width}}  seconds  killed by", flush=True)
+        with ThreadPoolExecutor(given.jobs) as pool:
+            for mutation, (found, seconds) in zip(mutations, pool.map(attempt, mutations), strict=True):
+                fault = found.startswith(("SURVIVED", "INVALID"))
+                print(f"{'!' if fault else ' '} {mutation.name:<{width}}  {seconds:7.1f}  {found}", flush=True)
+                faults += [f"  {backend}, {mutation.file}: {mutation.name}: {found.split(':')[0]}"] if fault else []
+    print(f"\n{len(chosen)} mutations, {len(chosen) - len(faults)} killed, in {time.perf_counter() - started:.0f} s")
+    print("\n".join(faults) if faults else "none survived")
+    return bool(faults)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
