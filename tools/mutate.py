@@ -472,8 +472,8 @@ TORCH = [
         ),
         (
             "vanished counts what did not vanish",
-            "shift(call.x, delta) == call.x",
-            "shift(call.x, delta) != call.x",
+            "shift(x, delta) == x",
+            "shift(x, delta) != x",
             SMART + "vanishing_perturbations_warn_once",
         ),
         (
