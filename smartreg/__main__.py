@@ -20,7 +20,7 @@ if __name__ == "__main__":
         metavar="NAME",
         help=f"{', '.join(BACKENDS)}, or a module of your own (docs/backends.md); by default all that are installed",
     )
-    check.add_argument("--dtype", action="append", choices=DTYPES, help="by default all")
+    check.add_argument("--dtype", action="append", choices=DTYPES, help="by default all but float16")
     check.add_argument("--json", action="store_true", help="print JSON")
     given = parser.parse_args()
     sys.path.insert(0, "")  # where a module of the user's own is

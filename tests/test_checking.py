@@ -94,6 +94,32 @@ def test_a_run_that_lacks_intermediates_is_compared_by_what_it_has():
     assert [row.at for row in compare_steps(steps, "paper") if not row.ok] == ["step 31: R_s"]
 
 
+def test_what_cannot_be_compared_is_said():
+    with pytest.raises(ValueError, match="step 1 has nothing to compare; expected some of outputs, loss"):
+        compare_steps([{}], "paper")
+    with pytest.raises(ValueError, match=r"step 1 has \['gradients\[wrong\]'\]"):
+        compare_steps([{"gradients": {"wrong": 1.0}}], "paper")
+    with pytest.raises(ValueError, match="'paper' has 50 steps, got 51"):
+        compare_steps([{"loss": 1.0}] * 51, "paper")
+    with pytest.raises(ValueError, match="load_trajectory: name must be one of paper, .*, got 'papper'"):
+        compare_steps([], "papper")
+    assert not compare_steps([{"loss": 9e9}], "paper")[0].ok
+
+
+def test_a_backend_that_writes_into_its_arguments_spoils_nothing():
+    def in_place(delta, epsilon, granularity="example"):
+        delta *= 0.5
+        return delta
+
+    report = check_backend(altered(project_l2_ball=in_place), "float64", functions=["project_l2_ball"])
+    assert set(failing(report)) >= {"project_l2_ball: the identity inside", "project_l2_ball: idempotent"}
+    assert check_backend("numpy", "float64", functions=["project_l2_ball"]).ok
+
+
+def test_no_rows_are_no_success():
+    assert not check_backend(NUMPY, functions=[]).ok
+
+
 def naive_kl(a, b, mask=None):
     """The sum of two KL terms, as the public packages have it."""
     shifted = [z - z.max(-1, keepdims=True) for z in (a, b)]

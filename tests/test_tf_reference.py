@@ -220,5 +220,5 @@ def test_eager_and_xla_are_alike(mode):
 @pytest.mark.parametrize("name", ["l1", "l2, token", "margin, regression"])  # the others have Adam as PyTorch has it
 def test_the_trajectories_of_the_check(name):
     """The weights and the noise that the other backends get, from one file."""
-    theta, batches, noise, config, options = load_trajectory(name)
+    theta, batches, config, noise, options = load_trajectory(name)
     compare(config, **options, given=(theta, batches, np.array(noise)))

@@ -185,6 +185,6 @@ KERAS_ONLY = ["l1"]  # Adam as Keras has it
 @pytest.mark.parametrize("name", [name for name in TRAJECTORIES if name not in KERAS_ONLY])
 def test_the_trajectories_of_the_check(name):
     """The weights and the noise that the other backends get, from one file."""
-    theta, batches, noise, config, options = load_trajectory(name)
+    theta, batches, config, noise, options = load_trajectory(name)
     steps = [SimpleNamespace(**step) for step in fit_torch(theta, batches, config, noise, **options)]
     assert not [row for row in compare_steps(steps, name) if not row.ok][:1]
