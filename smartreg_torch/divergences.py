@@ -38,7 +38,7 @@ def symmetric_kl(a: Tensor, b: Tensor, mask: Tensor | None = None) -> Tensor:
         >>> symmetric_kl(torch.tensor([[0.0, 1e-5]]), torch.zeros(1, 2))
         tensor([2.5000e-11])
     """
-    a, b = _pair("symmetric_kl", a, b)
+    a, b = _pair("symmetric_kl", a, b, mask)
     per_position: Tensor = _SymmetricKL.apply(a, b)  # type: ignore[no-untyped-call]
     return mean_positions(per_position, mask)
 
@@ -58,7 +58,7 @@ def bernoulli_symmetric_kl(a: Tensor, b: Tensor, mask: Tensor | None = None) -> 
         >>> bernoulli_symmetric_kl(torch.tensor([[0.0, 2.0]]), torch.tensor([[0.0, 2.0]]))
         tensor([0.])
     """
-    a, b = _pair("bernoulli_symmetric_kl", a, b)
+    a, b = _pair("bernoulli_symmetric_kl", a, b, mask)
     per_position: Tensor = _BernoulliSymmetricKL.apply(a, b)  # type: ignore[no-untyped-call]
     return mean_positions(per_position, mask)
 
@@ -74,11 +74,8 @@ def squared_error(a: Tensor, b: Tensor, mask: Tensor | None = None) -> Tensor:
         >>> squared_error(torch.tensor([[1.0], [3.0]]), torch.tensor([[1.0], [1.0]]))
         tensor([0., 4.])
     """
-    a, b = _pair("squared_error", a, b)
-    difference = a - b
-    if mask is not None and mask.shape == a.shape[:-1]:  # before the square: the gradient of a masked NaN is 0 too
-        difference = difference.where((mask != 0).unsqueeze(-1), 0)
-    return mean_positions(difference.square().sum(-1), mask)
+    a, b = _pair("squared_error", a, b, mask)
+    return mean_positions((a - b).square().sum(-1), mask)
 
 
 DIVERGENCES: dict[str, Callable[..., Tensor]] = {
@@ -97,22 +94,31 @@ def mean_positions(values: Tensor, mask: Tensor | None = None) -> Tensor:
     """
     if mask is None:
         return values.flatten(1).mean(1) if values.ndim > 1 else values
-    if mask.shape != values.shape:
-        raise ValueError(
-            "the mask must have the outputs' shape without the last axis, "
-            f"{tuple(values.shape)}, got {tuple(mask.shape)}"
-        )
+    _check_mask(mask, values.shape)
     keep = (mask != 0).flatten(1)
     return values.flatten(1).where(keep, 0).sum(1) / keep.sum(1).clamp(min=1)
 
 
-def _pair(call: str, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+def _pair(call: str, a: Tensor, b: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """In float32 or wider, and 0 where the mask is false: no value and no gradient comes from there, NaN or not."""
     if a.shape != b.shape or a.ndim < 2:
         raise ValueError(
             f"{call}: expected two tensors of one shape (n, ..., C), got {tuple(a.shape)} and {tuple(b.shape)}"
         )
     dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
-    return a.to(dtype), b.to(dtype)
+    a, b = a.to(dtype), b.to(dtype)
+    if mask is None:
+        return a, b
+    _check_mask(mask, a.shape[:-1])
+    keep = (mask != 0).unsqueeze(-1)
+    return a.where(keep, 0), b.where(keep, 0)
+
+
+def _check_mask(mask: Tensor, shape: torch.Size) -> None:
+    if mask.shape != shape:
+        raise ValueError(
+            f"the mask must have the outputs' shape without the last axis, {tuple(shape)}, got {tuple(mask.shape)}"
+        )
 
 
 class _SymmetricKL(torch.autograd.Function):
@@ -192,7 +198,5 @@ class _BernoulliSymmetricKL(torch.autograd.Function):
 
 
 def _times(grad: Tensor, gradients: tuple[Tensor | None, Tensor | None]) -> tuple[Tensor | None, Tensor | None]:
-    grad = grad.unsqueeze(-1)
-    # a masked position passes nothing on, NaN or not
-    a, b = (None if g is None else (grad * g).where(grad != 0, 0) for g in gradients)
+    a, b = (None if g is None else grad.unsqueeze(-1) * g for g in gradients)
     return a, b
