@@ -190,7 +190,7 @@ def smoothness(model: Any, batch: dict[str, Tensor], config: SMARTConfig) -> Ten
         noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0)).to(clean)
         xs, masks = [call.x for call in calls], [batch["attention_mask"]] * len(calls)
         delta = ascend(forward, xs, [clean], config, [noise], masks, [divergence])
-        with site.shifted(delta):
+        with site.replaced([x + d for x, d in zip(xs, delta, strict=True)]):
             return DIVERGENCES[divergence](model(**batch).logits, clean).detach()
     finally:
         site.remove()

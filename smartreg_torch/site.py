@@ -17,12 +17,14 @@ class Call:
     """One call of the site in the clean pass.
 
     Attributes:
-        x: what the site gave, the x of the paper, on the clean pass's graph.
+        own: what the site gave, the x of the paper, on the clean pass's graph.
+        x: the same, and where the ascent starts from that graph, it reaches x in any case.
         padding: true at tokens that are not the embedding's `padding_idx`, or None where the site does not know.
         dtype: in which the model goes on with x: autocast's where that is on.
     """
 
-    def __init__(self, x: Tensor, padding: Tensor | None) -> None:
+    def __init__(self, own: Tensor, x: Tensor, padding: Tensor | None) -> None:
+        self.own = own
         self.x = x
         self.padding = padding
         kind = x.device.type
@@ -76,7 +78,7 @@ class Site:
             x = output
             if differentiable and not x.requires_grad:
                 x = x.detach().requires_grad_()
-            calls.append(Call(x, padding))
+            calls.append(Call(output, x, padding))
             return x.clone()  # a model may add to its embeddings in place
 
         with self._armed(record):
@@ -90,13 +92,13 @@ class Site:
 
     @contextmanager
     def replaced(self, points: list[Tensor]) -> Iterator[None]:
-        """An ascent pass: the k-th call gives points[k]."""
+        """A pass at x~: the k-th call gives points[k]."""
         with self._counted(points, lambda output, point: point.clone()):
             yield
 
     @contextmanager
     def shifted(self, deltas: list[Tensor]) -> Iterator[None]:
-        """The perturbed pass: the k-th call gives its own output plus deltas[k]."""
+        """A pass at x~ with a graph of its own below the site: the k-th call gives its own output plus deltas[k]."""
         with self._counted(deltas, shift):
             yield
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 import random
 import sys
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from types import TracebackType
 from typing import Any, Literal, Self, get_args
@@ -66,6 +67,8 @@ class SMART:
             for the model's own pass and the task loss, which stay as they are; or the "model"'s, which loses small
             radii. "float32" costs one more clean pass where autocast is on or weights are half, and nothing elsewhere;
             for these passes half-precision weights have float32 copies (docs/precision.md).
+        lean: R_s at about the peak memory of plain training, for one more forward pass: the perturbed pass builds no
+            graph until `loss.backward()` has spent the clean one. Same value, same gradient (docs/performance.md).
         record: a file to be written with what SMART saw in the first `record_steps` training steps, for
             `smartreg.recording.compare_run`; it must not exist yet, so that no old run is taken for this one. It is
             written after the last of them, or with fewer at `remove()` or when the run ends. Training stays the same,
@@ -109,6 +112,7 @@ class SMART:
         mask: Masks | None = None,
         noise: Callable[[Tensor], Tensor] | None = None,
         precision: Precision = "float32",
+        lean: bool = False,
         record: str | os.PathLike[str] | None = None,
         record_steps: int = 10,
     ) -> None:
@@ -132,26 +136,34 @@ class SMART:
                 "SMART: torch.compile(DistributedDataParallel(model)) would run one pass compiled and the others not. "
                 "Compile inside: DistributedDataParallel(torch.compile(model))"
             )
+        if lean and self._call is not model:
+            raise ValueError(
+                "SMART: lean=True with DistributedDataParallel would add the gradient of the perturbed pass after the "
+                "processes have averaged theirs. Use lean=False, or torch.utils.checkpoint inside the model"
+            )
         self.config = config
         self.precision = precision
+        self._lean = lean and config.lambda_s > 0
         self.step = 0
         self.teacher: dict[str, Tensor] = {}
         self._outputs, self._divergence, self._mask, self._noise = outputs, divergence, mask, noise
         self._seed = torch.initial_seed()
         self._generator: torch.Generator | None = None
-        self._metrics: dict[str, Tensor | float] = {}
+        self._report: _Report | None = None
+        self._beta: float | None = None
         self._skipped = 0
         self._calls_since_update = 0
         self._calls_compiled = 0
         self._warned: set[str] = set()
         self._parameter_names = argument_names(self.model)
-        self._optimizer_hook: torch.utils.hooks.RemovableHandle | None = None
+        self._optimizer_hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._site = Site(self.model, site) if config.lambda_s > 0 else None
         if self._site is not None and _is_compiled(model):
             torch.compiler.reset()  # code that was compiled before there was the site's hook would go on without it
         self._removed = False
+        self._theta: dict[str, nn.Parameter] | None = None  # since the last call, until update()
         if config.mu > 0:
-            self._follow_new_parameters()
+            self._follow_new_parameters(self._parameters())
         if self._recorder is not None:
             site_name = "none" if self._site is None else self._site.name
             self._recorder.begin("torch", {"torch": torch.__version__}, config, site_name)
@@ -183,12 +195,16 @@ class SMART:
             output = self._wrapped(*args, **kwargs)
             return output, _zero(self.model)
 
+        self._judge()
+        theta = self._theta = self._parameters()  # a walk over the modules is dear: one a step
         if config.mu > 0:
-            self._follow_new_parameters()
-        state = _State(self.model)
+            self._follow_new_parameters(theta)
+        state = _State(self.model, theta)
         given = _copied((args, kwargs))  # a model may change the containers that it is given
+        afterwards = _Afterwards(theta.values()) if self._lean else None  # before the clean pass, see there
         calls: list[Call] = []
-        in_float32 = _Float32(self.model) if self.precision == "float32" and _in_half(self.model) else None
+        in_half = self.precision == "float32" and _in_half(self.model, theta)
+        in_float32 = _Float32(self.model) if in_half else None
 
         def passes(theta: Mapping[str, Tensor] | None = None) -> list[Tensor]:
             with state.replayed(), in_float32(theta or {}) if in_float32 else nullcontext():
@@ -213,31 +229,47 @@ class SMART:
         terms: dict[str, Tensor] = {}
         stages = {"clean": targets}
         if self._site is not None:
-            delta = self._ascend(passes, calls, targets, masks, divergences, positions)
-            with self._site.shifted(delta):
-                perturbed = passes()
+            delta = self._ascend(passes, theta, calls, targets, masks, divergences, positions)
+
+            def r_s(perturbed: list[Tensor], targets: list[Tensor]) -> Tensor:
+                return _total(
+                    mean_examples(DIVERGENCES[name](z_perturbed, z, m), sample_weight)
+                    for name, z_perturbed, z, m in zip(divergences, perturbed, targets, positions, strict=True)
+                )
+
+            # x itself, not what a second pass of the layers below gives: the gradients meet there and go down once
+            points = [shift(call.own, d) for call, d in zip(calls, delta, strict=True)]
+            if afterwards is None:
+                with self._site.replaced(points):
+                    perturbed = passes()
+            else:
+                with _frozen_weights(theta.values()), self._site.replaced([x.detach() for x in points]):
+                    perturbed = passes()
+                afterwards.backward_of(self._put_off(passes, delta, targets, r_s))
             stages |= {"ascent": delta, "perturbed": perturbed}
-            terms["R_s"] = _total(
-                mean_examples(DIVERGENCES[name](z_perturbed, z, m), sample_weight)
-                for name, z_perturbed, z, m in zip(divergences, perturbed, targets, positions, strict=True)
-            )
-            self._observe(calls, delta)
+            terms["R_s"] = r_s(perturbed, targets)
         if config.mu > 0:
-            with torch.no_grad(), self.swap_teacher():
+            with torch.no_grad(), swapped(theta, self.teacher):
                 taught = passes(self.teacher)
             stages["teacher"] = taught
             terms["D_Breg"] = _total(
                 bregman_divergence(z, z_taught, name, m, sample_weight)
                 for name, z, z_taught, m in zip(divergences, targets, taught, positions, strict=True)
             )
-        self._metrics |= {name: term.detach() for name, term in terms.items()}
         penalty = _total(
             weight * terms[name] for name, weight in (("R_s", config.lambda_s), ("D_Breg", config.mu)) if name in terms
         )
+        if afterwards is not None:
+            penalty = penalty + afterwards.zero
+        observed, dtype = _observed(calls, stages.get("ascent", []))
+        self._report = _Report(self.step + 1, terms | observed | {"penalty": penalty}, stages, dtype)
         if self._recorder is not None and not self._recorder.done:
             self._record(calls, masks, stages, divergences, positions, sample_weight, penalty)
-        if not penalty.isfinite():
-            penalty = self._on_non_finite(terms, stages)
+        if config.non_finite == "skip" and not math.isfinite(self._report.values["penalty"]):
+            self._skipped += 1
+            penalty = _zero(self.model)
+        if self._report.is_here:
+            self._judge()
         self._check_updates()
         self._check_recompiling(compiled)
         return output, penalty
@@ -247,17 +279,18 @@ class SMART:
 
         theta~ <- (1 - beta) theta + beta theta~   (paper, Algorithm 1, line 14)
         """
-        if self._optimizer_hook is not None:
+        if self._optimizer_hooks:
             raise RuntimeError("SMART: update() after attach(optimizer), which calls it: each step would count twice")
         self._update()
 
     def _update(self) -> None:
+        self._judge()
         self.step += 1
         self._calls_since_update = 0
         if self.config.mu > 0 and self.step % self.config.proximal_steps == 0:
-            beta = momentum(self.step, self.config)
-            ema_update(self.teacher, self._parameters(), beta)
-            self._metrics["beta"] = beta
+            self._beta = momentum(self.step, self.config)
+            ema_update(self.teacher, self._parameters() if self._theta is None else self._theta, self._beta)
+        self._theta = None
 
     def attach(self, optimizer: torch.optim.Optimizer) -> Self:
         """Call `update` after every step of this optimiser, so that the loop need not.
@@ -270,7 +303,7 @@ class SMART:
             >>> smart.step
             1
         """
-        if self._optimizer_hook is not None:
+        if self._optimizer_hooks:
             raise RuntimeError("SMART: attach() was called before; one optimiser moves theta~")
 
         def update(optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -279,7 +312,10 @@ class SMART:
             if overflow is None or not bool(overflow):
                 self._update()
 
-        self._optimizer_hook = optimizer.register_step_post_hook(update)
+        self._optimizer_hooks = [
+            optimizer.register_step_pre_hook(lambda *_: self._judge()),
+            optimizer.register_step_post_hook(update),
+        ]
         return self
 
     @property
@@ -287,7 +323,14 @@ class SMART:
         """Of the last step: R_s, D_Breg, beta, max_delta = max|delta|, and vanished, the fraction of the entries with
         delta != 0 in which x + delta == x; and skipped, how many steps had no finite penalty. Reading it synchronises.
         """
-        return {name: float(value) for name, value in self._metrics.items()} | {"skipped": float(self._skipped)}
+        self._judge()
+        return self._found() | {"skipped": float(self._skipped)}
+
+    def _found(self) -> dict[str, float]:
+        names = ("R_s", "D_Breg", "vanished", "max_delta")
+        values = {} if self._report is None else self._report.values
+        beta = {} if self._beta is None else {"beta": self._beta}
+        return {name: values[name] for name in names if name in values} | beta
 
     @contextmanager
     def swap_teacher(self) -> Iterator[None]:
@@ -337,8 +380,8 @@ class SMART:
         """Undo everything: the model and the optimiser are as they were without SMART."""
         if self._site is not None:
             self._site.remove()
-        if self._optimizer_hook is not None:
-            self._optimizer_hook.remove()
+        for hook in self._optimizer_hooks:
+            hook.remove()
         if self._recorder is not None:
             self._recorder.close()
         self._removed = True
@@ -357,6 +400,7 @@ class SMART:
     def _ascend(
         self,
         passes: Callable[[], list[Tensor]],
+        theta: Mapping[str, nn.Parameter],
         calls: list[Call],
         targets: list[Tensor],
         masks: list[Tensor | None],
@@ -374,7 +418,7 @@ class SMART:
         def outputs_at(points: list[Tensor]) -> list[Tensor]:
             # not before the first pass of the ascent: the margin start still has a gradient to take of the clean graph,
             # which checkpointed layers rebuild as it was
-            frozen.enter_context(_frozen_weights(self.model))
+            frozen.enter_context(_frozen_weights(theta.values()))
             with site.replaced(points), torch.autocast(kind, autocast[1], autocast[0]):
                 return passes()
 
@@ -394,6 +438,26 @@ class SMART:
                     "Use use_reentrant=False (gradient_checkpointing_kwargs={'use_reentrant': False} in Hugging Face)."
                 ) from error
             raise
+
+    def _put_off(
+        self,
+        passes: Callable[[], list[Tensor]],
+        delta: list[Tensor],
+        targets: list[Tensor],
+        r_s: Callable[[list[Tensor], list[Tensor]], Tensor],
+    ) -> Callable[[], Tensor]:
+        """lambda_s R_s as a function of the perturbed pass alone, to be computed in the backward."""
+        site, lambda_s, kind = self._site, self.config.lambda_s, _device(self.model).type
+        assert site is not None
+        autocast = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+        fixed = [z.detach() for z in targets]
+
+        def term() -> Tensor:
+            with torch.autocast(kind, autocast[1], autocast[0]), site.shifted(delta):
+                perturbed = passes()
+            return lambda_s * r_s(perturbed, fixed)
+
+        return term
 
     def _draw(self, like: Tensor) -> Tensor:
         """Standard normal, from a generator of our own: the global stream stays as plain training leaves it."""
@@ -492,31 +556,6 @@ class SMART:
             return labelled if real is None else real
         return (real > 0) & labelled
 
-    def _observe(self, calls: list[Call], deltas: list[Tensor]) -> None:
-        with torch.no_grad():
-            moved = torch.stack([(delta != 0).sum() for delta in deltas]).sum().clamp(min=1)
-
-            def lost(dtypes: list[torch.dtype]) -> Tensor:
-                same = []
-                for call, delta, dtype in zip(calls, deltas, dtypes, strict=True):
-                    x = call.x.to(dtype)
-                    same.append(((delta != 0) & (shift(x, delta) == x)).sum())
-                return torch.stack(same).sum() / moved
-
-            vanished = lost([call.x.dtype for call in calls])
-            self._metrics["vanished"] = vanished
-            self._metrics["max_delta"] = torch.stack([delta.abs().max() for delta in deltas]).max()
-            dtypes = [call.dtype for call in calls]
-            if any(call.x.dtype != call.dtype for call in calls) and "vanished" not in self._warned:
-                vanished = lost(dtypes)  # in the next layer, under autocast
-        if "vanished" not in self._warned and vanished > 0.5:
-            self._warn(
-                "vanished",
-                f"SMART: adding the perturbation leaves {float(vanished):.0%} of the entries as they were: it is below "
-                f"the precision of {dtypes[0]}, and R_s measures nothing there. Use a larger epsilon, or where that is "
-                "half precision, precision='float32'.",
-            )
-
     def _record(
         self,
         calls: list[Call],
@@ -540,8 +579,7 @@ class SMART:
                 "sample_weight": [sample_weight] * len(positions),
             }
         )
-        reported = {name: float(value) for name, value in self._metrics.items()}
-        reported |= {"penalty": float(penalty.detach()), "step": self.step}
+        reported = self._found() | {"penalty": float(penalty.detach()), "step": self.step}
         if self.config.mu > 0:
             reported["distance"] = _distance(self._parameters(), self.teacher)
         self._recorder.add(
@@ -553,17 +591,30 @@ class SMART:
         if self._recorder.full:
             self._recorder.write()
 
-    def _on_non_finite(self, terms: dict[str, Tensor], stages: dict[str, list[Tensor]]) -> Tensor:
-        if self.config.non_finite == "skip":
-            self._skipped += 1
-            return _zero(self.model)
+    def _judge(self) -> None:
+        """Warn of the last step, or raise, if that was not done."""
+        report = self._report
+        if report is None or report.judged:
+            return
+        report.judged = True
+        stages, report.stages = report.stages, {}
+        vanished = report.values.get("vanished in the next layer", report.values.get("vanished", 0.0))
+        if vanished > 0.5:
+            self._warn(
+                "vanished",
+                f"SMART: adding the perturbation leaves {vanished:.0%} of the entries as they were: it is below "
+                f"the precision of {report.dtype}, and R_s measures nothing there. Use a larger epsilon, or where that "
+                "is half precision, precision='float32'.",
+            )
+        if self.config.non_finite == "skip" or math.isfinite(report.values["penalty"]):
+            return
         first = next(
             (name for name, tensors in stages.items() if not all(bool(z.isfinite().all()) for z in tensors)),
             "divergence",
         )
-        values = ", ".join(f"{name} = {float(term.detach()):g}" for name, term in terms.items())
+        values = ", ".join(f"{name} = {report.values[name]:g}" for name in ("R_s", "D_Breg") if name in report.values)
         raise FloatingPointError(
-            f"SMART: the penalty of step {self.step + 1} is not finite ({values}); the first values that are not "
+            f"SMART: the penalty of step {report.step} is not finite ({values}); the first values that are not "
             f"finite are in the {first} pass. Look at the learning rate and the loss before it, or let such steps go "
             "without a penalty: SMARTConfig(non_finite='skip')."
         )
@@ -603,14 +654,74 @@ class SMART:
             )
         return found
 
-    def _follow_new_parameters(self) -> None:
+    def _follow_new_parameters(self, theta: Mapping[str, nn.Parameter]) -> None:
         """theta~ of a parameter starts when it is first trainable, at its value then, and stays on its device."""
-        for name, parameter in self._parameters().items():
+        for name, parameter in theta.items():
             if parameter.requires_grad and name not in self.teacher:
                 wide = torch.promote_types(parameter.dtype, torch.float32)
                 self.teacher[name] = parameter.detach().to(wide, copy=True)
             elif name in self.teacher:  # where the model has moved since
                 self.teacher[name] = self.teacher[name].to(parameter.device)
+
+
+class _Afterwards:
+    """A zero to be added to the loss, whose backward is that of a term which is not computed before then.
+
+    Of the nodes that are ready autograd takes the one made last. Made before the clean pass, this one waits until the
+    clean pass's graph is spent, so that there is never more than one.
+    """
+
+    def __init__(self, weights: Iterable[Tensor]) -> None:
+        self._terms: list[Callable[[], Tensor]] = []
+        self.zero: Tensor = _PutOff.apply(self._terms, *weights)  # type: ignore[no-untyped-call]
+
+    def backward_of(self, term: Callable[[], Tensor]) -> None:
+        self._terms.append(term)
+
+
+class _PutOff(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, terms: list[Callable[[], Tensor]], *weights: Tensor) -> Tensor:
+        ctx.terms, ctx.count = terms, 1 + len(weights)  # the weights, so that whoever asks for their gradients comes by
+        return weights[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, ...]:
+        if not torch.autograd._is_checkpoint_valid():  # type: ignore[no-untyped-call]
+            raise RuntimeError(
+                "SMART: lean=True adds to the .grad of the weights, so it needs loss.backward(). With "
+                "torch.autograd.grad or backward(inputs=...) use lean=False"
+            )
+        with torch.enable_grad():
+            for term in ctx.terms:
+                term().backward(gradient)
+        return tuple([None] * ctx.count)
+
+
+class _Report:
+    """What a step found, on its way to main memory: the host does not wait for a GPU before somebody asks."""
+
+    def __init__(
+        self, step: int, values: Mapping[str, Tensor], stages: Mapping[str, list[Tensor]], dtype: torch.dtype | None
+    ) -> None:
+        self.step, self.dtype, self.judged = step, dtype, False
+        self.stages = {name: [z.detach() for z in tensors] for name, tensors in stages.items()}
+        self._names = list(values)
+        penalty = values["penalty"].detach()
+        found = torch.stack([value.detach().to(penalty) for value in values.values()])
+        self._found = found.to("cpu", non_blocking=True)
+        self._sent = torch.cuda.current_stream(found.device).record_event() if found.is_cuda else None
+
+    @property
+    def is_here(self) -> bool:
+        return self._sent is None
+
+    @property
+    def values(self) -> dict[str, float]:
+        if self._sent is not None:
+            self._sent.synchronize()
+            self._sent = None
+        return dict(zip(self._names, self._found.tolist(), strict=True))
 
 
 class _Float32:
@@ -672,8 +783,8 @@ class _State:
     BatchNorm's statistics move once a step. The other passes get copies of them, which their graphs may keep.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        devices = {parameter.device for parameter in model.parameters()} - {torch.device("cpu")}
+    def __init__(self, model: nn.Module, theta: Mapping[str, Tensor]) -> None:
+        devices = {parameter.device for parameter in theta.values()} - {torch.device("cpu")}
         self._devices = {device: torch.get_device_module(device).get_rng_state(device) for device in devices}
         self._streams = (torch.get_rng_state(), np.random.get_state(), random.getstate())  # noqa: NPY002
         self._buffers = [
@@ -704,10 +815,32 @@ class _State:
                 random.setstate(streams[1])
 
 
+@torch.no_grad()
+def _observed(calls: list[Call], deltas: list[Tensor]) -> tuple[dict[str, Tensor], torch.dtype | None]:
+    """max|delta|, and the fraction of the entries with delta != 0 in which x + delta == x, also in the dtype in which
+    the next layer has x, where that is another; and the dtype."""
+    if not deltas:
+        return {}, None
+    moved = torch.stack([(delta != 0).sum() for delta in deltas]).sum().clamp(min=1)
+
+    def lost(dtypes: list[torch.dtype]) -> Tensor:
+        same = []
+        for call, delta, dtype in zip(calls, deltas, dtypes, strict=True):
+            x = call.x.to(dtype)
+            same.append(((delta != 0) & (shift(x, delta) == x)).sum())
+        return torch.stack(same).sum() / moved
+
+    own, next_layer = [call.x.dtype for call in calls], [call.dtype for call in calls]
+    observed = {"vanished": lost(own), "max_delta": torch.stack([delta.abs().max() for delta in deltas]).max()}
+    if own != next_layer:
+        observed["vanished in the next layer"] = lost(next_layer)
+    return observed, next_layer[0]
+
+
 @contextmanager
-def _frozen_weights(model: nn.Module) -> Iterator[None]:
+def _frozen_weights(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     """No graph is built for the weights, nor are the activations kept that it would need."""
-    weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    weights = [parameter for parameter in parameters if parameter.requires_grad]
     try:
         for weight in weights:
             weight.requires_grad_(False)
@@ -717,10 +850,10 @@ def _frozen_weights(model: nn.Module) -> Iterator[None]:
             weight.requires_grad_(True)
 
 
-def _in_half(model: nn.Module) -> bool:
+def _in_half(model: nn.Module, theta: Mapping[str, Tensor]) -> bool:
     """Whether anything in the model computes in half precision, as far as can be seen from outside."""
     autocast = torch.is_autocast_enabled(_device(model).type) or "_original_forward" in vars(model)
-    return autocast or any(map(_is_half, model.parameters()))
+    return autocast or any(map(_is_half, theta.values()))
 
 
 def _is_half(tensor: Any) -> bool:

@@ -23,7 +23,7 @@ except ImportError as error:
     ) from error
 
 from smartreg.config import SMARTConfig, SMARTWarning
-from smartreg_torch.smart import SMART, _State
+from smartreg_torch.smart import SMART, _Report, _State
 
 __all__ = ["SMARTMixin", "SMARTTrainer"]
 
@@ -143,7 +143,7 @@ class SMARTMixin(_Base):
             found: Any = super().compute_loss(model, inputs, **settings)
         if not penalties:
             raise RuntimeError(f"{type(self).__name__}: compute_loss did not call the model, so SMART saw no outputs")
-        window.add(smart.metrics, share)
+        window.add(smart, share)
         penalty = penalties[0] * share * (self.current_gradient_accumulation_steps if divided else 1)
         if return_outputs:
             loss, outputs = found
@@ -160,7 +160,7 @@ class SMARTMixin(_Base):
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
         if self.smart is not None and self._smart_window is not None:
-            state = {"smart": self.smart.state_dict(), "window": self._smart_window.sums}
+            state = {"smart": self.smart.state_dict(), "window": self._smart_window.sums()}
             torch.save(state, _state_file(self, output_dir))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
@@ -246,6 +246,8 @@ class _Steps(TrainerCallback):
 
     def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
         self._scale = self._loss_scale()
+        if self._trainer.smart is not None:
+            self._trainer.smart._judge()  # on a GPU a penalty that is not finite is noticed here
 
     def on_optimizer_step(self, *_: Any, **__: Any) -> None:
         # Where a gradient overflows, theta does not move and GradScaler lowers its scale. accelerate's own
@@ -264,19 +266,29 @@ class _Window:
     _NAMES = ("steps", "R_s", "D_Breg", "vanished", "max_delta")
 
     def __init__(self, sums: dict[str, float] | None = None) -> None:
-        self.sums = dict.fromkeys(self._NAMES, 0.0) if sums is None else sums
+        self._sums = dict.fromkeys(self._NAMES, 0.0) if sums is None else sums
+        self._reports: list[tuple[_Report, float]] = []  # to be read together: nobody waits for a GPU in a step
 
-    def add(self, metrics: dict[str, float], share: float) -> None:
-        found = {name: metrics[name] for name in ("R_s", "D_Breg", "vanished") if name in metrics}
-        if not all(map(math.isfinite, found.values())):
-            return  # left out of the loss as well
-        for name, value in ({"steps": 1.0} | found).items():
-            self.sums[name] += share * value
-        self.sums["max_delta"] = max(self.sums["max_delta"], metrics.get("max_delta", 0.0))
+    def add(self, smart: SMART, share: float) -> None:
+        """What SMART found in a batch that is this share of its optimiser step."""
+        if smart._report is not None:
+            self._reports.append((smart._report, share))
+
+    def sums(self) -> dict[str, float]:
+        for report, share in self._reports:
+            found = {name: report.values[name] for name in ("R_s", "D_Breg", "vanished") if name in report.values}
+            if not all(map(math.isfinite, found.values())):
+                continue  # left out of the loss as well
+            for name, value in ({"steps": 1.0} | found).items():
+                self._sums[name] += share * value
+            self._sums["max_delta"] = max(self._sums["max_delta"], report.values.get("max_delta", 0.0))
+        self._reports = []
+        return self._sums
 
     def means(self, trainer: Trainer, metrics: dict[str, float]) -> dict[str, float]:
         """Over the steps and the processes; of max_delta the largest; beta and skipped as they are now."""
-        every = torch.tensor([[self.sums[name] for name in self._NAMES]], dtype=torch.float64)
+        sums = self.sums()
+        every = torch.tensor([[sums[name] for name in self._NAMES]], dtype=torch.float64)
         if trainer.args.world_size > 1:
             every = trainer.accelerator.gather(every.float().to(trainer.args.device)).double().cpu()
         steps, means = float(every[:, 0].sum()), {}
@@ -304,7 +316,7 @@ def _check_scaling(
     if times == 1:
         return
     model: Any = trainer.model
-    state, losses = _State(model), []
+    state, losses = _State(model, dict(model.named_parameters())), []
     for items in (num_items, 2 * num_items):
         with torch.no_grad(), state.replayed():
             losses.append(float(compute_loss(model, dict(inputs), num_items_in_batch=items)))

@@ -1,0 +1,115 @@
+"""The peak memory of a training step with SMART over a plain step's.
+
+python benchmarks/memory.py
+
+Each method has a process of its own, so that no other's memory is in its peak: of the resident set on a CPU, of the
+allocator on a GPU. What the model and its gradients take (a step on one row of one token) is taken off; what is left is
+activations, theta~ and what else the method keeps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from step_cost import FLOORS, Bench, make_model
+
+
+def peak(device: str) -> float:
+    """In MB, since the process began."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def measure(model: str, batch: int, length: int, method: str, device: str) -> dict[str, float]:
+    """The peak before and after two steps, in this process."""
+    network = make_model(model).to(device)
+    small = Bench(network, 1, 1)
+    small.seconds(small.step("plain"))
+    before = peak(device)
+    bench = Bench(network, batch, length)
+    step = bench.step(method)
+    for _ in range(2):
+        bench.seconds(step)
+    return {"before": before, "after": peak(device)}
+
+
+def in_a_process(*arguments: object) -> dict[str, float]:
+    """`measure`, in a process of its own."""
+    command = [sys.executable, __file__, "--one", *map(str, arguments)]
+    # glibc keeps what is freed, in pieces, unless each tensor is mapped on its own
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_MMAP_MAX_": "1000000"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def draw(settings: list[dict[str, Any]], file: Path) -> None:
+    """MB over the model's own against the tokens of a batch, a line a method."""
+    figure, axis = plt.subplots(figsize=(7, 4.5))
+    for method in settings[0]["MB"]:
+        style = "-" if method.startswith("SMART") else "--"
+        tokens = [setting["batch"] * setting["length"] for setting in settings]
+        axis.plot(tokens, [s["MB"][method] for s in settings], style, marker="o", ms=4, label=method)
+    axis.set_xlabel("tokens in a batch")
+    axis.set_ylabel("peak over the model and its gradients, MB")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(file, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="The peak memory of a training step with SMART over a plain step's.")
+    add = parser.add_argument
+    add("--one", nargs=5, help=argparse.SUPPRESS)
+    add("--model", choices=("minilm", "bert-base"), default="minilm")
+    add("--batch", nargs="+", type=int, default=[8, 32])
+    add("--length", nargs="+", type=int, default=[32, 128])
+    add("--method", nargs="+", choices=FLOORS, default=list(FLOORS), help="plain is always among them")
+    add("--device", default="cpu")
+    add("--json", type=Path, default=Path("out/memory.json"))
+    add("--figure", type=Path, default=Path("out/memory.png"))
+    args = parser.parse_args()
+    if args.one:
+        model, batch, length, method, device = args.one
+        print(json.dumps(measure(model, int(batch), int(length), method, device)))
+        return
+    for file in (args.json, args.figure):
+        file.parent.mkdir(parents=True, exist_ok=True)
+    console, settings = Console(highlight=False, width=110), []
+    for length in args.length:
+        for batch in args.batch:
+            megabytes = {}
+            for method in dict.fromkeys(["plain", *args.method]):
+                found = in_a_process(args.model, batch, length, method, args.device)
+                megabytes[method] = found["after"] - found["before"]
+            title = f"{args.model}, {batch} x {length} tokens"
+            table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+            for name in ("method", "MB over the model", "x plain"):
+                table.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
+            for method, value in megabytes.items():
+                table.add_row(method, f"{value:.0f}", f"{value / megabytes['plain']:.2f}")
+            console.print(table)
+            settings.append({"model": args.model, "batch": batch, "length": length, "MB": megabytes})
+            args.json.write_text(json.dumps({"torch": torch.__version__, "settings": settings}, indent=1) + "\n")
+    draw(settings, args.figure)
+    console.print(f"{args.json}, {args.figure}")
+
+
+if __name__ == "__main__":
+    main()

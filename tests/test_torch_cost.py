@@ -1,0 +1,227 @@
+"""What a step must not do: wait for the device, go down below the site twice, keep two graphs where it is lean."""
+
+import weakref
+
+import pytest
+import torch
+from architectures import ARCHITECTURES, N, classifier, text
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import smartreg_torch.smart
+from smartreg_torch import SMART, SMARTConfig
+
+STARTS = {"gaussian": {"start": "gaussian", "ascent_steps": 1}, "margin": {"start": "margin", "ascent_steps": 0}}
+READS = {"_local_scalar_dense", "is_nonzero", "equal", "nonzero", "item"}
+
+
+class Operations(TorchDispatchMode):
+    """The names of all operations inside the block."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.overloadpacket.__name__)
+        return function(*args, **kwargs or {})
+
+
+@pytest.fixture
+def late(monkeypatch):
+    """As on a GPU: what a step found is not here yet when the step ends."""
+    monkeypatch.setattr(smartreg_torch.smart._Report, "is_here", property(lambda self: False))
+
+
+@pytest.fixture(params=STARTS)
+def start(request):
+    return STARTS[request.param]
+
+
+def bert():
+    torch.manual_seed(0)
+    model = classifier("Bert")().train()
+    return model, text() | {"labels": torch.randint(3, (N,))}
+
+
+def test_nothing_in_a_step_waits_for_the_device(late, start):
+    model, inputs = bert()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    smart = SMART(model, SMARTConfig(**start, total_steps=10))
+    del inputs["attention_mask"]  # Hugging Face itself looks into it
+    with Operations() as operations:
+        output, penalty = smart(**inputs)
+        (output.loss + penalty).backward()
+        optimizer.step()
+    assert "embedding" in operations.names
+    assert not READS & set(operations.names)
+    with Operations() as operations:
+        smart.metrics  # noqa: B018
+        penalty.item()
+    assert READS & set(operations.names)  # it would be seen
+
+
+@pytest.mark.parametrize("attached", [True, False])
+def test_a_penalty_that_arrives_late_and_is_not_finite_is_raised_before_harm_is_done(late, attached):
+    model, inputs = bert()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    smart = SMART(model, SMARTConfig(total_steps=10))
+    if attached:
+        smart.attach(optimizer)
+    with torch.no_grad():
+        model.classifier.bias.fill_(float("inf"))
+    teacher = {name: average.clone() for name, average in smart.teacher.items()}
+    weights = [weight.clone() for weight in model.parameters()]
+    output, penalty = smart(**inputs)
+    (output.loss + penalty).backward()
+    with pytest.raises(FloatingPointError, match="penalty of step 1 is not finite .*in the clean pass"):
+        optimizer.step() if attached else smart.update()
+    assert all(torch.equal(average, teacher[name]) for name, average in smart.teacher.items())
+    assert all(torch.equal(old, new) for old, new in zip(weights, model.parameters(), strict=True))
+    assert smart.step == 0
+    smart(**inputs)
+    with pytest.raises(FloatingPointError, match="penalty of step 1"):
+        smart(**inputs)
+
+
+def test_a_late_penalty_can_be_skipped(late):
+    model, inputs = bert()
+    smart = SMART(model, SMARTConfig(total_steps=10, non_finite="skip"))
+    with torch.no_grad():
+        model.classifier.bias.fill_(float("inf"))
+    assert smart(**inputs)[1] == 0
+    assert smart.metrics["skipped"] == 1
+
+
+def test_gradients_go_below_the_site_once(start):
+    """One dense gradient of the embedding's weight, as in a plain step; with the site above two of them are added."""
+    model, inputs = bert()
+    with Operations() as plain:
+        model(**inputs).loss.backward()
+    smart = SMART(model, SMARTConfig(**start, total_steps=10))
+    output, penalty = smart(**inputs)
+    with Operations() as ours:
+        (output.loss + penalty).backward()
+    below = [operations.names.count("embedding_dense_backward") for operations in (plain, ours)]
+    # word, position and token type; the last two are above the site
+    assert below == [3, 5]
+
+
+def penalty_gradient(make, inputs, lean, config, run=lambda smart, inputs: smart(**inputs)[1], settings=None):
+    torch.manual_seed(0)
+    model = make().train()
+    torch.manual_seed(0)
+    smart = SMART(model, config, lean=lean, **settings or {})
+    with torch.no_grad():
+        for average in smart.teacher.values():
+            average.add_(0.05 * torch.randn_like(average))
+    penalty = run(smart, inputs)
+    (3 * penalty).backward()
+    return penalty.detach(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize("name", ["BERT", "Llama", "siamese", "LSTM", "CNN"])
+def test_lean_changes_neither_value_nor_gradient(name, start):
+    architecture = ARCHITECTURES[name]
+    torch.manual_seed(1)
+    inputs = architecture.inputs()
+    config = SMARTConfig(**start, total_steps=10, lambda_s=2.0, epsilon=0.1, sigma=0.1)
+    found = [
+        penalty_gradient(architecture.make, inputs, lean, config, settings=architecture.settings)
+        for lean in (False, True)
+    ]
+    torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-5, atol=0)
+    assert found[0][1].norm() > 0
+    assert (found[1][1] - found[0][1]).norm() <= 1e-5 * found[0][1].norm()
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # Dynamo's own
+@pytest.mark.parametrize("how", ["autocast", "checkpointing", "bf16 weights", "accumulation", "compile"])
+def test_lean_under(how, start):
+    inputs = bert()[1]
+
+    def make():
+        model = classifier("Bert")()
+        if how == "checkpointing":
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        if how == "compile":
+            model.compile(backend="eager")
+        return model.to(torch.bfloat16) if how == "bf16 weights" else model
+
+    def run(smart, inputs):
+        if how == "accumulation":
+            inputs = {name: value[: N // 2] for name, value in inputs.items()}
+            smart(**{name: value.flip(0) for name, value in inputs.items()})[1].backward()
+        with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+            return smart(**inputs)[1]
+
+    config = SMARTConfig(**start, total_steps=10, epsilon=0.1, sigma=0.1)
+    found = [penalty_gradient(make, inputs, lean, config, run) for lean in (False, True)]
+    half = how == "bf16 weights"  # the gradients are rounded to it before they meet
+    torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-5, atol=0)
+    assert (found[1][1] - found[0][1]).norm() <= (2e-2 if half else 1e-5) * found[0][1].norm()
+
+
+def peak_of_saved(step):
+    """The most bytes that graphs keep at one time."""
+    live, peak = {}, 0
+
+    class Saved:
+        def __init__(self, tensor):
+            self.tensor = tensor
+
+    def pack(tensor):
+        nonlocal peak
+        saved = Saved(tensor)
+        live[id(saved)] = tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()
+        weakref.finalize(saved, live.pop, id(saved))
+        peak = max(peak, sum(dict(live.values()).values()))
+        return saved
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.tensor):
+        step()
+    return peak
+
+
+def test_lean_keeps_one_graph_at_a_time():
+    """Activations, weighed against the weights that their graphs also keep: about a plain step's, not twice that."""
+    model, inputs = bert()
+    inputs = {name: torch.cat([value] * 20) for name, value in inputs.items()}
+
+    def plain():
+        model(**inputs).loss.backward()
+
+    def ours(lean):
+        def step():
+            with SMART(model, SMARTConfig(**STARTS["margin"], total_steps=10), lean=lean) as smart:
+                output, penalty = smart(**inputs)
+                (output.loss + penalty).backward()
+
+        return step
+
+    base = peak_of_saved(plain)
+    assert peak_of_saved(ours(False)) > 1.8 * base
+    assert peak_of_saved(ours(True)) < 1.1 * base
+
+
+def test_lean_asks_for_backward():
+    model, inputs = bert()
+    smart = SMART(model, SMARTConfig(total_steps=10), lean=True)
+    with pytest.raises(RuntimeError, match=r"lean=True .* needs loss.backward"):
+        torch.autograd.grad(smart(**inputs)[1], list(model.parameters()), allow_unused=True)
+
+
+def test_lean_refuses_several_processes():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        model = nn.parallel.DistributedDataParallel(bert()[0])
+        with pytest.raises(ValueError, match="lean=True with DistributedDataParallel"):
+            SMART(model, SMARTConfig(total_steps=10), lean=True)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_lean_without_r_s_is_the_usual_step():
+    model, inputs = bert()
+    smart = SMART(model, SMARTConfig(lambda_s=0, total_steps=10), lean=True)
+    torch.autograd.grad(smart(**inputs)[1], list(model.parameters()), allow_unused=True)
