@@ -188,7 +188,7 @@ class SMART:
         state = _State(self.model)
         given = _copied((args, kwargs))  # a model may change the containers that it is given
         calls: list[Call] = []
-        in_float32 = _Float32(self.model) if self.precision == "float32" and _in_half(self.model) else None
+        in_float32 = _Float32(self.model, self._call) if self.precision == "float32" and _in_half(self.model) else None
 
         def passes(theta: Mapping[str, Tensor] | None = None) -> list[Tensor]:
             with state.replayed(), in_float32(theta or {}) if in_float32 else nullcontext():
@@ -619,13 +619,13 @@ class _Float32:
     Autocast is off, and half-precision weights and buffers have float32 copies: of the weights, on the graph of theta.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, called: nn.Module) -> None:
         self._model = model
         self._copies = {weight: weight.to(torch.float32) for weight in model.parameters() if weight.dtype in _HALF}
         if not self._copies:
             return
         unsupported = {
-            "torch.compile": _is_compiled(model),
+            "torch.compile": _is_compiled(called),
             "checkpointed layers, which run again with the weights as they are": any(
                 getattr(module, "gradient_checkpointing", False) for module in model.modules()
             ),

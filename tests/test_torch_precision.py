@@ -203,9 +203,11 @@ def test_what_half_precision_weights_cannot_have_is_refused_by_name():
     smart = SMART(bert, BOTH, precision="model")
     smart(**text())[1].backward()
     model = Model().bfloat16()
+    wrapped = torch.compile(Model().bfloat16(), backend="eager")
     model.compile(backend="eager")
-    with pytest.raises(ValueError, match=r"weights, and with torch\.compile"):
-        SMART(model, BOTH)(**text())
+    for compiled in (model, wrapped):
+        with pytest.raises(ValueError, match=r"weights, and with torch\.compile"):
+            SMART(compiled, BOTH)(**text())
     with pytest.raises(ValueError, match="must be 'float32' or 'model', got 'half'"):
         SMART(model, BOTH, precision="half")
 
