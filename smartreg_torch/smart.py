@@ -444,6 +444,12 @@ class SMART:
                     f"SMART: an output of shape {tuple(z.shape)} has one value an example, of which symmetric_kl is "
                     "always 0. Say divergence='squared_error' (regression) or 'bernoulli_symmetric_kl' (one logit)."
                 )
+            classes = getattr(settings, "num_labels", None)
+            if name == "symmetric_kl" and z.ndim > 3 and z.shape[1] == classes != z.shape[-1]:
+                raise ValueError(
+                    f"SMART: an output of shape {tuple(z.shape)} seems to have its {z.shape[1]} classes on axis 1, and "
+                    "they must be on the last. Say outputs=lambda output: output.logits.movedim(1, -1)"
+                )
         return names
 
     def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

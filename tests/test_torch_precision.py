@@ -100,16 +100,6 @@ def test_float32_costs_one_more_pass_and_only_under_autocast(dtype, precision, p
     assert dtypes == [own] + [own if precision == "model" else torch.float32] * (passes - 1)
 
 
-@pytest.mark.parametrize("name", ["BERT", "GPT-2", "T5 encoder", "CNN", "LSTM"])
-def test_architectures_under_autocast(name):
-    architecture = ARCHITECTURES[name]
-    model, inputs = architecture.make(), architecture.inputs()
-    _, expected, expected_gradient = penalised(copy.deepcopy(model), inputs, BOTH, **architecture.settings)
-    _, got, got_gradient = penalised(model, inputs, BOTH, torch.bfloat16, **architecture.settings)
-    assert got == pytest.approx(expected, rel=1e-5)
-    torch.testing.assert_close(got_gradient, expected_gradient, rtol=1e-4, atol=1e-9)
-
-
 def test_checkpointed_layers_under_autocast():
     plain, inputs = ARCHITECTURES["BERT"].make(), text()
     checkpointed = copy.deepcopy(plain)
