@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 _POSITIONAL = ("position", "segment", "token_type")
 
@@ -36,10 +37,10 @@ class Site:
 
     Args:
         model: any module. The hook is installed here and stays until `remove`.
-        site: the dotted name of a submodule that returns one floating-point tensor, or "input" or "input.NAME" for
-            the model's own (first, or so named) argument. By default what a Hugging Face model (here or inside)
-            calls its input embeddings, else the only `nn.Embedding` that is not for positions or segments, else
-            "input".
+        site: the dotted name of a submodule that returns one floating-point tensor (it may be the first of a tuple
+            that has no other tensor), or "input" or "input.NAME" for the model's own (first, or so named) argument.
+            By default what a Hugging Face model (here or inside) calls its input embeddings, else the only
+            `nn.Embedding` that is not for positions or segments, else "input".
 
     Raises:
         ValueError: there is no such submodule, or the default is not clear.
@@ -141,6 +142,12 @@ class Site:
                     f"SMART: torch.compile with fullgraph=True cannot work: the graph ends at the site {self.name!r}, "
                     "where the perturbation enters. Compile without fullgraph=True"
                 ) from error
+            if "change requires_grad flags of leaf variables" in str(error):
+                raise RuntimeError(
+                    f"SMART: the model sets requires_grad on what it makes of the site {self.name!r}, which cannot be "
+                    "done to a perturbed tensor. In wav2vec 2.0 and its kin name a module behind the feature encoder, "
+                    "site='wav2vec2.feature_projection.projection', or freeze that: model.freeze_feature_encoder()"
+                ) from error
             raise
         finally:
             self._pass, self._is_armed = None, False
@@ -151,13 +158,15 @@ class Site:
     def _on_input(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return self._put_input(args, kwargs) if self._is_armed else None
 
-    def _changed_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor:
+    def _changed_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         assert self._pass is not None
         padding = None
         module = getattr(module, "base_layer", getattr(module, "original_module", module))  # inside PEFT's
         index = getattr(module, "padding_idx", None)
         if isinstance(module, nn.Embedding) and index is not None and args and isinstance(args[0], Tensor):
             padding = args[0] != index
+        if type(output) is tuple and output and not any(isinstance(item, Tensor) for item in tree_leaves(output[1:])):
+            return self._pass(output[0], padding), *output[1:]  # such as Swin's patches, with their height and width
         return self._pass(output, padding)
 
     def _changed_input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -256,7 +265,7 @@ def _find(model: nn.Module, site: str | None) -> tuple[str, nn.Module | None]:
 
 
 def _hugging_face_embeddings(names: dict[str, nn.Module]) -> list[str]:
-    """What each outermost Hugging Face model in here calls its input embeddings; the encoder's where there is one."""
+    """What each outermost Hugging Face model in here that has some calls its input embeddings, or its encoder does."""
     found: list[str] = []
     outermost: list[str] = []
     for name, module in names.items():
@@ -264,12 +273,12 @@ def _hugging_face_embeddings(names: dict[str, nn.Module]) -> list[str]:
             continue
         if outermost == [""]:
             break
-        outermost.append(name)
         for model in (_called(module, "get_encoder"), module):
             embeddings = _called(model, "get_input_embeddings")
             at = next((key for key, value in names.items() if value is embeddings), None)
             if at is not None:
                 found.append(at)
+                outermost.append(name)
                 break
     return found
 

@@ -204,7 +204,7 @@ class SMART:
         afterwards = _Afterwards(theta.values()) if self._lean else None  # before the clean pass, see there
         calls: list[Call] = []
         in_half = self.precision == "float32" and _in_half(self.model, theta)
-        in_float32 = _Float32(self.model) if in_half else None
+        in_float32 = _Float32(self.model, self._call) if in_half else None
 
         def passes(theta: Mapping[str, Tensor] | None = None) -> list[Tensor]:
             with state.replayed(), in_float32(theta or {}) if in_float32 else nullcontext():
@@ -508,6 +508,12 @@ class SMART:
                     f"SMART: an output of shape {tuple(z.shape)} has one value an example, of which symmetric_kl is "
                     "always 0. Say divergence='squared_error' (regression) or 'bernoulli_symmetric_kl' (one logit)."
                 )
+            classes = getattr(settings, "num_labels", None)
+            if name == "symmetric_kl" and z.ndim > 3 and z.shape[1] == classes != z.shape[-1]:
+                raise ValueError(
+                    f"SMART: an output of shape {tuple(z.shape)} seems to have its {z.shape[1]} classes on axis 1, and "
+                    "they must be on the last. Say outputs=lambda output: output.logits.movedim(1, -1)"
+                )
         return names
 
     def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -730,13 +736,13 @@ class _Float32:
     Autocast is off, and half-precision weights and buffers have float32 copies: of the weights, on the graph of theta.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, called: nn.Module) -> None:
         self._model = model
         self._copies = {weight: weight.to(torch.float32) for weight in model.parameters() if weight.dtype in _HALF}
         if not self._copies:
             return
         unsupported = {
-            "torch.compile": _is_compiled(model),
+            "torch.compile": _is_compiled(called),
             "checkpointed layers, which run again with the weights as they are": any(
                 getattr(module, "gradient_checkpointing", False) for module in model.modules()
             ),

@@ -1,20 +1,30 @@
 """What must hold for every architecture, in train mode with dropout."""
 
+import inspect
+
+import numpy as np
 import pytest
 import torch
-from architectures import ARCHITECTURES, N
+from architectures import ARCHITECTURES, loss_of
 from torch import nn
 
 from smartreg_torch import SMART, SMARTConfig
 from smartreg_torch.divergences import symmetric_kl
 
+WITHOUT_DROPOUT = ["ResNet"]
+# One of each kind: it is the dearest of the properties. T5's norms round to float32, Mixtral's experts take no float64.
+DIFFERENTIATED = ["BERT", "RoBERTa", "DistilBERT", "ALBERT", "GPT-2", "Llama", "T5 encoder", "ViT", "siamese", "LSTM"]
+DIFFERENTIATED += ["CNN", "DeBERTa-v3, tokens", "RoBERTa, spans", "Qwen2, causal LM", "BART, generation", "Swin"]
+DIFFERENTIATED += ["ResNet", "SegFormer, segmentation", "CLIP", "Whisper", "Wav2Vec2"]
 
-def logits_of(output):
-    return output if isinstance(output, torch.Tensor) else output.logits
+
+def seed(value):
+    torch.manual_seed(value)
+    np.random.seed(value)  # SpecAugment's
 
 
 def started(name, config, dtype=torch.float32, **changes):
-    torch.manual_seed(0)
+    seed(0)
     architecture = ARCHITECTURES[name]
     model = architecture.make().train().to(dtype)
     inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in architecture.inputs().items()}
@@ -36,14 +46,18 @@ def test_the_perturbed_pass_at_zero_is_the_clean_pass_bit_for_bit(name):
     zeros = {"noise": torch.zeros_like}
     model, inputs, smart = started(name, config, **zeros)
     plain, _, _ = started(name, config, **zeros)
-    torch.manual_seed(1)
+
+    def logits_of(output):
+        return torch.cat([z.flatten() for z in smart._select(output, None)])
+
+    seed(1)
     expected = logits_of(plain(**inputs))
-    torch.manual_seed(1)
+    seed(1)
     output, penalty = smart(**inputs)
     assert torch.equal(logits_of(output), expected)
     assert penalty.item() == smart.metrics["R_s"] == smart.metrics["max_delta"] == 0
     # and there is dropout: another draw gives other logits
-    assert not torch.equal(logits_of(model(**inputs)), expected)
+    assert torch.equal(logits_of(model(**inputs)), expected) == (name in WITHOUT_DROPOUT)
 
 
 def test_the_teacher_at_theta_0_gives_rounding_at_most(name):
@@ -60,15 +74,15 @@ def test_a_step_leaves_everything_else_alone(name, start):
     config = SMARTConfig(start=start, total_steps=10, ascent_steps=2)
     model, inputs, smart = started(name, config)
     plain, _, _ = started(name, config)
-    torch.manual_seed(1)
+    seed(1)
     plain(**inputs)
     after_plain, state_plain = torch.get_rng_state(), state_of(plain)
-    torch.manual_seed(1)
+    seed(1)
     smart(**inputs)
     assert torch.equal(torch.get_rng_state(), after_plain)
     assert all(torch.equal(value, state_plain[key]) for key, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
-    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert [p.requires_grad for p in model.parameters()] == [p.requires_grad for p in plain.parameters()]
     assert all(module.training for module in model.modules())
     assert smart.metrics["max_delta"] > 0
     assert smart.metrics["R_s"] > 0
@@ -80,12 +94,13 @@ def test_padding_is_not_perturbed(name):
     original = smart._ascend
     smart._ascend = lambda *arguments: deltas.append(original(*arguments)) or deltas[-1]
     smart(**inputs)
-    masks = (
-        [inputs["attention_mask"]] if "attention_mask" in inputs else [v != 0 for v in inputs.values() if v.ndim == 2]
-    )
-    if name in ("ViT", "CNN"):
+    texts = [value != 0 for key, value in inputs.items() if value.ndim == 2 and key in ("ids", "first", "second")]
+    masks = [inputs["attention_mask"]] if "attention_mask" in inputs else texts
+    if not masks:
         assert all((delta != 0).any() for delta in deltas[0])
         return
+    if name == "Longformer":
+        masks = [nn.functional.pad(masks[0], (0, 1))]
     assert len(deltas[0]) == len(masks)
     for delta, mask in zip(deltas[0], masks, strict=True):
         assert (mask == 0).any()
@@ -94,6 +109,7 @@ def test_padding_is_not_perturbed(name):
 
 
 @pytest.mark.parametrize("start", ["gaussian", "margin"])
+@pytest.mark.parametrize("name", DIFFERENTIATED)
 def test_gradient_of_the_penalty_against_finite_differences(name, start):
     """d/dw of lambda_s R_s + mu D_Breg at a fixed delta, in float64, along a random direction of all the weights."""
     config = SMARTConfig(start=start, ascent_steps=1, total_steps=10, epsilon=0.05, sigma=0.05, mu=2.0)
@@ -112,11 +128,11 @@ def test_gradient_of_the_penalty_against_finite_differences(name, start):
     smart._ascend = frozen_delta
 
     def penalty():
-        torch.manual_seed(1)
+        seed(1)
         return smart(**inputs)[1]
 
     penalty().backward()
-    direction = [torch.randn_like(parameter) for parameter in model.parameters()]
+    direction = [torch.randn_like(parameter) * parameter.requires_grad for parameter in model.parameters()]
     padding = {id(m.weight): m.padding_idx for m in model.modules() if isinstance(m, nn.Embedding)}
     for p, d in zip(model.parameters(), direction, strict=True):
         if padding.get(id(p)) is not None:
@@ -141,33 +157,35 @@ def test_gradient_of_the_penalty_against_finite_differences(name, start):
 
 
 def test_r_s_is_the_divergence_at_the_perturbed_embeddings(name):
-    """R_s, recomputed from outside: a hook of our own adds the same delta, dropout off."""
+    """R_s, recomputed from outside: a hook of our own adds the same delta, and the seed gives the same dropout."""
     model, inputs, smart = started(name, SMARTConfig(mu=0, ascent_steps=1))
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        if isinstance(module, nn.LSTM):
-            module.dropout = 0.0
-    for module in model.modules():
-        for attribute in ("attention_dropout", "dropout_prob"):
-            if isinstance(getattr(module, attribute, None), float):
-                setattr(module, attribute, 0.0)
     deltas = []
     original = smart._ascend
     smart._ascend = lambda *arguments: deltas.extend(original(*arguments)) or list(deltas)
-    torch.manual_seed(1)
+    seed(1)
     output, penalty = smart(**inputs)
     smart.remove()
     rest = iter(deltas)
-    if name == "CNN":
-        perturbed = model(inputs["input"] + next(rest))
+
+    def shifted(given):
+        return (given[0] + next(rest), *given[1:]) if isinstance(given, tuple) else given + next(rest)
+
+    seed(1)
+    if smart._site.name == "input":
+        first = next(iter(inputs))
+        perturbed = model(**{**inputs, first: shifted(inputs[first])})
     else:
         site = dict(model.named_modules())[smart._site.name]
-        handle = site.register_forward_hook(lambda _module, _inputs, given: given + next(rest))
-        torch.manual_seed(1)
-        perturbed = logits_of(model(**inputs))
+        handle = site.register_forward_hook(lambda _module, _inputs, given: shifted(given))
+        perturbed = model(**inputs)
         handle.remove()
-    value = symmetric_kl(perturbed, logits_of(output)).mean()
+    value = 0
+    for z, clean in zip(smart._select(perturbed, None), smart._select(output, None), strict=True):
+        positions = None
+        if z.ndim == 3:
+            decodes = "decoder_input_ids" in inspect.signature(model.forward).parameters
+            positions = inputs["labels"] != -100 if decodes else inputs["attention_mask"] == 1
+        value += symmetric_kl(z, clean, positions).mean()
     assert value.item() == pytest.approx(penalty.item(), rel=1e-5)
 
 
@@ -176,13 +194,11 @@ def test_without_penalties_training_is_bit_identical(name):
     weights = []
     for wrapped in (True, False):
         model, inputs, smart = started(name, config)
-        y = torch.randint(3, (N,))
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-        torch.manual_seed(1)
+        seed(1)
         for _ in range(3):
             output, penalty = smart(**inputs) if wrapped else (model(**inputs), 0)
-            loss = nn.functional.cross_entropy(logits_of(output), y) + penalty
-            loss.backward()
+            (loss_of(output) + penalty).backward()
             optimizer.step()
             optimizer.zero_grad()
             smart.update()

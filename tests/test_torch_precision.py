@@ -100,23 +100,6 @@ def test_float32_costs_one_more_pass_and_only_under_autocast(dtype, precision, p
     assert dtypes == [own] + [own if precision == "model" else torch.float32] * (passes - 1)
 
 
-@pytest.mark.parametrize("name", ["BERT", "GPT-2", "T5 encoder", "CNN", "LSTM"])
-def test_architectures_under_autocast(name):
-    architecture = ARCHITECTURES[name]
-    model, inputs = architecture.make(), architecture.inputs()
-    with torch.autocast("cpu", torch.bfloat16):
-        try:
-            copy.deepcopy(model)(**inputs)
-        except RuntimeError as error:
-            if "primitive descriptor" in str(error):  # oneDNN, on a CPU without bfloat16
-                pytest.skip(f"this CPU cannot run {name} under bfloat16 autocast, SMART or not")
-            raise
-    _, expected, expected_gradient = penalised(copy.deepcopy(model), inputs, BOTH, **architecture.settings)
-    _, got, got_gradient = penalised(model, inputs, BOTH, torch.bfloat16, **architecture.settings)
-    assert got == pytest.approx(expected, rel=1e-5)
-    torch.testing.assert_close(got_gradient, expected_gradient, rtol=1e-4, atol=1e-9)
-
-
 def test_checkpointed_layers_under_autocast():
     plain, inputs = ARCHITECTURES["BERT"].make(), text()
     checkpointed = copy.deepcopy(plain)
@@ -210,9 +193,11 @@ def test_what_half_precision_weights_cannot_have_is_refused_by_name():
     smart = SMART(bert, BOTH, precision="model")
     smart(**text())[1].backward()
     model = Model().bfloat16()
+    wrapped = torch.compile(Model().bfloat16(), backend="eager")
     model.compile(backend="eager")
-    with pytest.raises(ValueError, match=r"weights, and with torch\.compile"):
-        SMART(model, BOTH)(**text())
+    for compiled in (model, wrapped):
+        with pytest.raises(ValueError, match=r"weights, and with torch\.compile"):
+            SMART(compiled, BOTH)(**text())
     with pytest.raises(ValueError, match="must be 'float32' or 'model', got 'half'"):
         SMART(model, BOTH, precision="half")
 

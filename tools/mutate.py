@@ -513,6 +513,18 @@ TORCH = [
             SMART + "mask_may_be_a_function_or_a_name_or_padding_idx",
         ),
         (
+            "the tensor of a tuple is not found",
+            "if type(output) is tuple and output and",
+            "if False and",
+            "test_torch_matrix.py::test_an_architecture[Swin-train step]",
+        ),
+        (
+            "a model without embeddings hides those inside it",
+            "                outermost.append(name)\n                break",
+            "                break\n        outermost.append(name)",
+            "test_torch_matrix.py::test_an_architecture[CLIP, images-site]",
+        ),
+        (
             "x is what the model made of it in place",
             "return x.clone()",
             "return x",
