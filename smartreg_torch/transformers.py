@@ -208,7 +208,6 @@ class SMARTMixin(_Base):
         if config.total_steps is None:
             config = config.replace(total_steps=max(self.state.max_steps, 1))
         self.smart, self._smart_window = self.create_smart(self.model_wrapped, config), _Window()
-        self.smart._seed += args.process_index  # Trainer seeds all processes alike, and row k is another in each
 
 
 class SMARTTrainer(SMARTMixin, Trainer):

@@ -310,7 +310,7 @@ TORCH = [
         ("sample weights are ignored", "(values * sample_weight.to(values)).mean()", "values.mean()"),
         ("D_Breg is a sum over the batch", "return values.mean()", "return values.sum()"),
         ("D_Breg ignores the mask", "positions = output_mask(outputs, mask)", "positions = None"),
-        ("theta~ stays in the model after the block", "theta[name].data = data", "pass", TEACHER),
+        ("theta~ stays in the model after the block", "put(kept)", "pass", TEACHER),
     ),
     *_of(
         "torch",
