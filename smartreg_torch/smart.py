@@ -774,7 +774,7 @@ def _check_sharding(model: nn.Module, config: SMARTConfig, precision: Precision)
                 "torch.autocast, beside which the passes of SMART run in float32; or say SMART(..., "
                 "precision='model') with a radius that this precision can hold"
             )
-    if sharded and config.non_finite == "skip":
+    if sharded and config.non_finite != "raise":
         raise ValueError(
             "SMART: non_finite='skip' cannot work with fully_shard: a process that skips its penalty gathers less in "
             "the backward pass than the others, which then wait for ever. Use non_finite='raise'"

@@ -24,17 +24,20 @@ REFUSED = {
 }
 
 
+def environment():
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests")))}
+
+
 def run(command, folder, processes=2):
     """What each process saved; the command is started as torchrun would."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests")))}
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    environment |= {"WORLD_SIZE": str(processes)}
+        port = str(free.getsockname()[1])
+    shared = {**environment(), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(processes)}
     started = [
         subprocess.Popen(
             [sys.executable, "-W", "error", *command],
-            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stderr=subprocess.PIPE,
             text=True,
         )
@@ -107,3 +110,21 @@ def test_fully_shard(tmp_path):
     assert first["refused"].keys() == REFUSED.keys()
     for name, message in REFUSED.items():
         assert re.search(message, first["refused"][name]), name
+
+
+@pytest.mark.parametrize("script", ["ddp.py", "fsdp.py"])
+def test_the_scripts_of_the_docs_run_with_torchrun(script, tmp_path):
+    text = (ROOT / "docs" / "distributed.md").read_text()
+    (code,) = re.findall(rf"^```python {re.escape(script)}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    (tmp_path / script).write_text(code)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=200, cwd=tmp_path, env=environment()
+    )
+    assert done.returncode == 0, done.stderr
+    found = [re.search(rf"rank {rank}: R_s ([\d.e-]+),", done.stdout) for rank in range(2)]
+    assert all(row is not None and float(row[1]) > 0 for row in found), done.stdout
+    assert found[0][1] != found[1][1]  # rows and noise of its own in each process
+    if script == "fsdp.py":
+        states = [torch.load(tmp_path / f"state_{rank}.pt", weights_only=False)["smart"] for rank in range(2)]
+        assert [state["step"] for state in states] == [16, 16]

@@ -484,7 +484,7 @@ TORCH = [
         ),
         (
             "theta~ is not restored",
-            'average.copy_(state["teacher"][name])',
+            'local(average).copy_(local(state["teacher"][name]))',
             "pass",
             SMART + "a_resumed_run_equals_the_unbroken_one_bit_for_bit[gaussian]",
         ),
