@@ -9,6 +9,7 @@ import torch
 from torch import distributed, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 from smartreg_torch import SMART, SMARTConfig
 
@@ -33,6 +34,7 @@ FSDP = {
     "by layer, accumulated": ({}, CONFIG, 2),
     "by layer, kept whole": ({"reshard_after_forward": False}, MARGIN, 1),
     "by layer, root resharded": ({"reshard_after_forward": True}, CONFIG, 1),
+    "by layer, checkpointed": ({"checkpointed": True}, MARGIN, 1),
     "D_Breg alone": ({}, CONFIG.replace(lambda_s=0), 1),
     "R_s alone": ({}, CONFIG.replace(mu=0), 1),
 }
@@ -43,6 +45,7 @@ class Model(nn.Module):
 
     def __init__(self):
         super().__init__()
+        self.checkpointed = False
         self.embedding = nn.Embedding(11, 5, padding_idx=0)
         self.layers = nn.ModuleList(nn.Sequential(nn.Linear(5, 5), nn.Tanh()) for _ in range(2))
         self.scale = nn.Parameter(torch.ones(1))
@@ -51,7 +54,7 @@ class Model(nn.Module):
     def forward(self, ids):
         x = self.embedding(ids)
         for layer in self.layers:
-            x = x + layer(x)
+            x = x + (checkpoint(layer, x, use_reentrant=False) if self.checkpointed else layer(x))
         return self.head(self.scale * x.mean(1))
 
 
@@ -60,9 +63,10 @@ def make(dtype=torch.float64):
     return Model().to(dtype)
 
 
-def shard(model, layers=True, **settings):
+def shard(model, layers=True, checkpointed=False, **settings):
     from torch.distributed.fsdp import fully_shard
 
+    model.checkpointed = checkpointed
     for layer in model.layers if layers else []:
         fully_shard(layer, **settings)
     return fully_shard(model, **settings)

@@ -483,6 +483,18 @@ TORCH = [
             SMART + "a_resumed_run_equals_the_unbroken_one_bit_for_bit[gaussian]",
         ),
         (
+            "what fully_shard gathered of theta~ stays",
+            "_reshard(self.model)  # what was gathered inside was of theta~",
+            "pass",
+            "test_torch_distributed.py::test_fully_shard",
+        ),
+        (
+            "the ranks drift apart with static_graph and the margin start",
+            "xs = [x.detach() for x in xs]",
+            "pass",
+            "test_torch_distributed.py::test_distributed_data_parallel",
+        ),
+        (
             "theta~ is not restored",
             'local(average).copy_(local(state["teacher"][name]))',
             "pass",
