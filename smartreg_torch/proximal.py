@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from smartreg.proximal import momentum
 from smartreg_torch.divergences import DIVERGENCES
 from smartreg_torch.perturbation import output_mask
 
-__all__ = ["bregman_divergence", "ema_update", "mean_examples", "momentum", "swapped"]
+__all__ = ["bregman_divergence", "ema_update", "local", "mean_examples", "momentum", "swapped"]
 
 
 @torch.no_grad()
@@ -27,8 +28,8 @@ def ema_update(teacher: Mapping[str, Tensor], theta: Mapping[str, Tensor], beta:
         >>> teacher["w"]
         tensor(0.2500)
     """
-    averages = list(teacher.values())
-    values = [theta[name].detach().to(average) for name, average in teacher.items()]
+    averages = [local(average) for average in teacher.values()]
+    values = [local(theta[name]).to(average) for name, average in zip(teacher, averages, strict=True)]
     if averages:
         torch._foreach_lerp_(averages, values, 1 - beta)
 
@@ -76,7 +77,8 @@ def swapped(theta: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> Itera
     """The parameters theta hold the values of theta~ inside the block.
 
     The tensors themselves stay, only their storage changes: tied weights, references that modules keep of their own
-    and a graph recorded outside the block are all as they should be.
+    and a graph recorded outside the block are all as they should be. Sharded ones (DTensors) keep the storage too,
+    which fully_shard gathers from, and change what is in it.
 
     Example:
         >>> w = torch.nn.Parameter(torch.tensor(1.0))
@@ -86,14 +88,32 @@ def swapped(theta: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> Itera
         >>> w.item()
         1.0
     """
+
+    def put(values: Mapping[str, Tensor]) -> None:
+        for name, value in values.items():
+            if hasattr(theta[name], "to_local"):
+                local(theta[name]).copy_(local(value))
+            else:
+                theta[name].data = value.to(theta[name])
+
     kept = {name: theta[name].data for name in teacher}
+    kept = {name: data.clone() if hasattr(data, "to_local") else data for name, data in kept.items()}
     cached = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)  # its half-precision copies are of theta
     try:
-        for name, average in teacher.items():
-            theta[name].data = average.to(kept[name])
+        put(teacher)
         yield
     finally:
         torch.set_autocast_cache_enabled(cached)
-        for name, data in kept.items():
-            theta[name].data = data
+        put(kept)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this process has of a sharded tensor (a DTensor), or the tensor itself; off the graph.
+
+    Example:
+        >>> local(torch.ones(1, requires_grad=True))
+        tensor([1.])
+    """
+    own: Any = tensor.detach()
+    return cast(Tensor, own.to_local()) if hasattr(own, "to_local") else own

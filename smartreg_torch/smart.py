@@ -22,7 +22,7 @@ from smartreg.config import SMARTConfig, SMARTWarning
 from smartreg.recording import Recorder, flat
 from smartreg_torch.divergences import DIVERGENCES
 from smartreg_torch.perturbation import ascend, output_mask
-from smartreg_torch.proximal import bregman_divergence, ema_update, mean_examples, momentum, swapped
+from smartreg_torch.proximal import bregman_divergence, ema_update, local, mean_examples, momentum, swapped
 from smartreg_torch.site import Call, Site, argument_names, shift
 
 Outputs = str | int | Sequence[str | int] | Callable[[Any], Tensor | Sequence[Tensor]]
@@ -49,7 +49,8 @@ class SMART:
     weights are then.
 
     Args:
-        model: any module. In DistributedDataParallel only the clean pass runs through the wrapper.
+        model: any module. In DistributedDataParallel only the clean pass runs through the wrapper. After `fully_shard`
+            theta~ is sharded as the weights are (docs/distributed.md).
         config: the settings; `total_steps` is needed where beta is scheduled, which the default does.
         site: where x is, see `smartreg_torch.site.Site`.
         outputs: which of the model's outputs f(x) are: a name or index, several (they add up), or a function from
@@ -62,7 +63,7 @@ class SMART:
             lambda_s = 0 does not read). The outputs' positions are the same, but for a decoder's: those that
             `decoder_attention_mask` leaves, or whose label is not -100.
         noise: like -> standard normal tensor of that shape; by default drawn from a generator of its own, seeded with
-            `torch.initial_seed()`.
+            `torch.initial_seed()` plus the rank of the process.
         precision: of all passes that the penalty compares: "float32", whatever autocast or half-precision weights say
             for the model's own pass and the task loss, which stay as they are; or the "model"'s, which loses small
             radii. "float32" costs one more clean pass where autocast is on or weights are half, and nothing elsewhere;
@@ -76,7 +77,7 @@ class SMART:
 
     Attributes:
         step: optimiser steps taken, counted by `update`.
-        teacher: theta~ by parameter name, in float32 or wider.
+        teacher: theta~ by parameter name, in float32 or wider; DTensors where the weights are.
 
     Raises:
         TypeError, ValueError: bad arguments; the message says which and what to do.
@@ -136,10 +137,11 @@ class SMART:
                 "SMART: torch.compile(DistributedDataParallel(model)) would run one pass compiled and the others not. "
                 "Compile inside: DistributedDataParallel(torch.compile(model))"
             )
-        if lean and self._call is not model:
+        _check_sharding(self.model, config, precision)
+        if lean and (self._call is not model or _fully_sharded(self.model)):
             raise ValueError(
-                "SMART: lean=True with DistributedDataParallel would add the gradient of the perturbed pass after the "
-                "processes have averaged theirs. Use lean=False, or torch.utils.checkpoint inside the model"
+                "SMART: lean=True with DistributedDataParallel or fully_shard would add the gradient of the perturbed "
+                "pass after the processes have averaged theirs. Use lean=False, or checkpoint the model's layers"
             )
         self.config = config
         self.precision = precision
@@ -147,7 +149,8 @@ class SMART:
         self.step = 0
         self.teacher: dict[str, Tensor] = {}
         self._outputs, self._divergence, self._mask, self._noise = outputs, divergence, mask, noise
-        self._seed = torch.initial_seed()
+        rank = torch.distributed.get_rank() if _is_distributed() else 0
+        self._seed = (torch.initial_seed() + rank) % 2**64  # row k is another in each process
         self._generator: torch.Generator | None = None
         self._report: _Report | None = None
         self._beta: float | None = None
@@ -243,13 +246,13 @@ class SMART:
                 with self._site.replaced(points):
                     perturbed = passes()
             else:
-                with _frozen_weights(theta.values()), self._site.replaced([x.detach() for x in points]):
+                with _frozen_weights(theta.values(), self._sharded), self._site.replaced([x.detach() for x in points]):
                     perturbed = passes()
                 afterwards.backward_of(self._put_off(passes, delta, targets, r_s))
             stages |= {"ascent": delta, "perturbed": perturbed}
             terms["R_s"] = r_s(perturbed, targets)
         if config.mu > 0:
-            with torch.no_grad(), swapped(theta, self.teacher):
+            with torch.no_grad(), self._averaged(theta):
                 taught = passes(self.teacher)
             stages["teacher"] = taught
             terms["D_Breg"] = _total(
@@ -342,8 +345,17 @@ class SMART:
             >>> with smart.swap_teacher():
             ...     averaged = {name: value.clone() for name, value in model.state_dict().items()}
         """
-        with swapped(self._parameters(), self.teacher):
+        with self._averaged(self._parameters()):
             yield
+
+    @contextmanager
+    def _averaged(self, theta: Mapping[str, nn.Parameter]) -> Iterator[None]:
+        _reshard(self._sharded)
+        try:
+            with swapped(theta, self.teacher):
+                yield
+        finally:
+            _reshard(self._sharded)  # what was gathered inside was of theta~
 
     def state_dict(self) -> dict[str, Any]:
         """What a run needs to go on bit for bit: step, theta~ and the noise generator. Loads with `weights_only`."""
@@ -360,17 +372,18 @@ class SMART:
         expected = {"step", "skipped", "teacher", "seed", "generator"}
         if set(state) != expected:
             raise ValueError(f"SMART.load_state_dict: expected the keys {sorted(expected)}, got {sorted(state)}")
-        shapes = {name: tuple(average.shape) for name, average in state["teacher"].items()}
-        own = {name: tuple(average.shape) for name, average in self.teacher.items()}
+        shapes = {name: tuple(local(average).shape) for name, average in state["teacher"].items()}
+        own = {name: tuple(local(average).shape) for name, average in self.teacher.items()}
         if shapes != own:
             differing = sorted(name for name in shapes.keys() | own.keys() if shapes.get(name) != own.get(name))
             raise ValueError(
                 "SMART.load_state_dict: theta~ in the state is not of this model's trainable parameters: "
-                f"{differing[:5]} differ. Make SMART after freezing layers or adding adapters, as it was made then."
+                f"{differing[:5]} differ. Make SMART after freezing layers, adding adapters or fully_shard, as it was "
+                "made then; with sharded weights each process loads what it saved."
             )
         self.step, self._skipped, self._seed = state["step"], state["skipped"], state["seed"]
         for name, average in self.teacher.items():
-            average.copy_(state["teacher"][name])
+            local(average).copy_(local(state["teacher"][name]))
         self._generator = None
         if state["generator"] is not None:
             self._generator = torch.Generator(_device(self.model))
@@ -418,11 +431,14 @@ class SMART:
         def outputs_at(points: list[Tensor]) -> list[Tensor]:
             # not before the first pass of the ascent: the margin start still has a gradient to take of the clean graph,
             # which checkpointed layers rebuild as it was
-            frozen.enter_context(_frozen_weights(theta.values()))
+            frozen.enter_context(_frozen_weights(theta.values(), self._sharded))
             with site.replaced(points), torch.autocast(kind, autocast[1], autocast[0]):
                 return passes()
 
         xs = [call.x for call in calls]
+        if isinstance(self._wrapped, nn.parallel.DistributedDataParallel) and self._wrapped.static_graph:
+            # the first backward through it averages gradients over the processes; a margin start's would be that one
+            xs = [x.detach() for x in xs]
         noise: list[Tensor | None] = [None] * len(targets)
         if self.config.start == "gaussian":
             noise = [self._draw(x) for x in xs]
@@ -651,12 +667,19 @@ class SMART:
             warnings.warn(message, SMARTWarning, stacklevel=4)
 
     def _parameters(self) -> dict[str, nn.Parameter]:
+        self._sharded = _fully_sharded(self.model)
+        _reshard(self._sharded)
         found = dict(self.model.named_parameters())
         gone = sorted(self.teacher.keys() - found.keys())
         if gone:
             raise RuntimeError(
                 f"SMART: the model no longer has {gone[:3]}, of which theta~ was made ({len(gone)} parameters in all). "
                 "Make SMART after adapters are added, merged or deleted: SMART(get_peft_model(model, ...), config)"
+            )
+        whole = [name for name, average in self.teacher.items() if _is_sharded(found[name]) != _is_sharded(average)]
+        if whole:
+            raise RuntimeError(
+                f"SMART: {whole[:3]} were sharded after theta~ was made of them. Make SMART after fully_shard(model)"
             )
         return found
 
@@ -746,6 +769,7 @@ class _Float32:
             "checkpointed layers, which run again with the weights as they are": any(
                 getattr(module, "gradient_checkpointing", False) for module in model.modules()
             ),
+            "fully_shard, which puts its own in their place": bool(_fully_sharded(model)),
             "nn.LSTM, nn.GRU and nn.RNN": any(isinstance(module, nn.RNNBase) for module in model.modules()),
         }
         for what, found in unsupported.items():
@@ -844,16 +868,68 @@ def _observed(calls: list[Call], deltas: list[Tensor]) -> tuple[dict[str, Tensor
 
 
 @contextmanager
-def _frozen_weights(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+def _frozen_weights(parameters: Iterable[nn.Parameter], sharded: list[Any]) -> Iterator[None]:
     """No graph is built for the weights, nor are the activations kept that it would need."""
     weights = [parameter for parameter in parameters if parameter.requires_grad]
+    _reshard(sharded)  # whole weights that are kept have the flag that their shards had when they were gathered
     try:
         for weight in weights:
             weight.requires_grad_(False)
         yield
     finally:
+        _reshard(sharded)
         for weight in weights:
             weight.requires_grad_(True)
+
+
+def _reshard(sharded: list[Any]) -> None:
+    """The parameters of the sharded modules are the shards, and the next pass gathers them anew.
+
+    fully_shard's root (others too, with reshard_after_forward=False) keeps whole weights from a forward to its
+    backward, which would see nothing of a change in the shards.
+    """
+    for module in sharded:
+        module.reshard()
+
+
+def _fully_sharded(model: nn.Module) -> list[Any]:
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # not to be imported for this alone
+    return [] if fsdp is None else [module for module in model.modules() if isinstance(module, fsdp.FSDPModule)]
+
+
+def _is_sharded(tensor: Tensor) -> bool:
+    return hasattr(tensor, "to_local")
+
+
+def _check_sharding(model: nn.Module, config: SMARTConfig, precision: Precision) -> None:
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is not None and any(isinstance(module, fsdp.FullyShardedDataParallel) for module in model.modules()):
+        raise ValueError(
+            "SMART: FullyShardedDataParallel (FSDP1) is not supported: its flat weights have neither names nor values "
+            "between two passes. Shard with torch.distributed.fsdp.fully_shard(model), FSDP2"
+        )
+    sharded = _fully_sharded(model)
+    if not sharded and any(map(_is_sharded, model.parameters())):
+        raise ValueError("SMART: of models with DTensor weights only those of fully_shard(model) are supported")
+    for module in sharded:
+        policy = module._get_fsdp_state()._mp_policy
+        half = next((dtype for dtype in (policy.param_dtype, policy.output_dtype) if dtype in _HALF), None)
+        if half is not None and precision == "float32":
+            raise ValueError(
+                f"SMART: fully_shard's mixed precision policy has {half}, in which all passes run, and R_s at a small "
+                "radius is far below its rounding. Leave param_dtype and output_dtype out of it and use "
+                "torch.autocast, beside which the passes of SMART run in float32; or say SMART(..., "
+                "precision='model') with a radius that this precision can hold"
+            )
+    if sharded and config.non_finite != "raise":
+        raise ValueError(
+            "SMART: non_finite='skip' cannot work with fully_shard: a process that skips its penalty gathers less in "
+            "the backward pass than the others, which then wait for ever. Use non_finite='raise'"
+        )
+
+
+def _is_distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def _in_half(model: nn.Module, theta: Mapping[str, Tensor]) -> bool:
@@ -924,7 +1000,7 @@ def _array(tensor: Tensor) -> Any:
 @torch.no_grad()
 def _distance(theta: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> float:
     """max|theta - theta~|, theta~ in the dtype in which its pass has it."""
-    pairs = [(theta[name], average) for name, average in teacher.items() if average.numel()]
+    pairs = [(local(theta[name]), local(average)) for name, average in teacher.items() if local(average).numel()]
     return max((float((weight - average.to(weight)).abs().max()) for weight, average in pairs), default=0.0)
 
 

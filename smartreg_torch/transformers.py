@@ -198,9 +198,10 @@ class SMARTMixin(_Base):
             return
         unsupported = {
             "several GPUs in one process (nn.DataParallel); start it with torchrun": args.n_gpu > 1,
-            "FSDP": self.is_fsdp_enabled,
+            "FSDP; use SMART in a loop of your own after fully_shard(model), docs/distributed.md": self.is_fsdp_enabled,
             "DeepSpeed": self.is_deepspeed_enabled,
-            "torch_compile=True": args.torch_compile,
+            "torch_compile=True with several processes; leave it out, and call model.compile() before the trainer "
+            "is made": args.torch_compile and args.world_size > 1,
         }
         for what, wanted in unsupported.items():
             if wanted:
@@ -208,7 +209,6 @@ class SMARTMixin(_Base):
         if config.total_steps is None:
             config = config.replace(total_steps=max(self.state.max_steps, 1))
         self.smart, self._smart_window = self.create_smart(self.model_wrapped, config), _Window()
-        self.smart._seed += args.process_index  # Trainer seeds all processes alike, and row k is another in each
 
 
 class SMARTTrainer(SMARTMixin, Trainer):

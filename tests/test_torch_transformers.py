@@ -732,7 +732,7 @@ def test_without_transformers_it_says_what_to_install(monkeypatch):
         spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
 
-def test_bad_input_is_named(tmp_path):
+def test_bad_input_is_named(tmp_path, monkeypatch):
     with pytest.raises(TypeError, match="smart= must be a SMARTConfig, got dict"):
         make(tmp_path, smart={"lambda_s": 1})
 
@@ -756,8 +756,40 @@ def test_bad_input_is_named(tmp_path):
     with pytest.raises(ValueError, match="several GPUs in one process"):
         trainer._begin_smart()
     trainer.args._n_gpu, trainer.args.torch_compile = 1, True
-    with pytest.raises(ValueError, match="not supported yet: torch_compile=True"):
+    monkeypatch.setattr(TrainingArguments, "world_size", 2)
+    with pytest.raises(ValueError, match=r"torch_compile=True with several processes; .*model\.compile\(\)"):
         trainer._begin_smart()
+    trainer.args.torch_compile, trainer.is_fsdp_enabled = False, True
+    with pytest.raises(ValueError, match=r"FSDP; use SMART in a loop of your own after fully_shard\(model\)"):
+        trainer._begin_smart()
+
+
+class Compiled(TrainerCallback):
+    """After the second step a recompilation is an error."""
+
+    def on_step_end(self, args, state, control, **_):
+        torch._dynamo.config.error_on_recompile = state.global_step >= 2
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # of a graph break
+def test_torch_compile_is_the_same_training_and_compiles_nothing_twice(tmp_path):
+    settings = {"max_steps": 4, "gradient_accumulation_steps": 2, "bf16": True, "noise": waves}
+    trainers = []
+    for compiled in ({}, {"torch_compile": True, "torch_compile_backend": "eager", "callbacks": [Compiled()]}):
+        model = bert()
+        model.accepts_loss_kwargs = False
+        with torch._dynamo.config.patch(error_on_recompile=False):
+            trainer = make(tmp_path, model, **settings, **compiled)
+            trainer.train()
+        with trainer.swap_teacher():
+            trainers.append((trainer, trainer.evaluate(make_rows())["eval_loss"]))
+    torch.compiler.reset()
+    (plain, plain_loss), (trainer, loss) = trainers
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    assert_same(weights(plain), weights(trainer), 1e-5)
+    assert_same(plain.smart.teacher, trainer.smart.teacher, 1e-5)
+    assert_logs_close(logged(plain), logged(trainer), 1e-5)
+    assert loss == pytest.approx(plain_loss, rel=1e-5)
 
 
 # two processes

@@ -310,7 +310,7 @@ TORCH = [
         ("sample weights are ignored", "(values * sample_weight.to(values)).mean()", "values.mean()"),
         ("D_Breg is a sum over the batch", "return values.mean()", "return values.sum()"),
         ("D_Breg ignores the mask", "positions = output_mask(outputs, mask)", "positions = None"),
-        ("theta~ stays in the model after the block", "theta[name].data = data", "pass", TEACHER),
+        ("theta~ stays in the model after the block", "put(kept)", "pass", TEACHER),
     ),
     *_of(
         "torch",
@@ -354,7 +354,7 @@ TORCH = [
         ),
         (
             "the student's weights in the teacher's pass",
-            "torch.no_grad(), swapped(theta, self.teacher)",
+            "torch.no_grad(), self._averaged(theta)",
             "torch.no_grad()",
             TEACHER,
         ),
@@ -483,8 +483,20 @@ TORCH = [
             SMART + "a_resumed_run_equals_the_unbroken_one_bit_for_bit[gaussian]",
         ),
         (
+            "what fully_shard gathered of theta~ stays",
+            "_reshard(self._sharded)  # what was gathered inside was of theta~",
+            "pass",
+            "test_torch_distributed.py::test_fully_shard",
+        ),
+        (
+            "the ranks drift apart with static_graph and the margin start",
+            "xs = [x.detach() for x in xs]",
+            "pass",
+            "test_torch_distributed.py::test_distributed_data_parallel",
+        ),
+        (
             "theta~ is not restored",
-            'average.copy_(state["teacher"][name])',
+            'local(average).copy_(local(state["teacher"][name]))',
             "pass",
             SMART + "a_resumed_run_equals_the_unbroken_one_bit_for_bit[gaussian]",
         ),

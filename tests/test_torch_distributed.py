@@ -1,0 +1,130 @@
+"""Two processes (gloo, on a CPU) are one process with the whole batch: DistributedDataParallel and fully_shard."""
+
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import distributed_torch as tests
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+REFUSED = {
+    "policy": r"mixed precision policy has torch\.bfloat16.*use torch\.autocast.*precision='model'",
+    "output": r"mixed precision policy has torch\.bfloat16",
+    "weights": r"torch\.bfloat16 weights, and with fully_shard.*Train float32 weights",
+    "skip": r"non_finite='skip' cannot work with fully_shard.*Use non_finite='raise'",
+    "FSDP1": r"FullyShardedDataParallel \(FSDP1\).*Shard with torch\.distributed\.fsdp\.fully_shard",
+    "DTensor": r"DTensor weights only those of fully_shard",
+    "afterwards": r"were sharded after theta~ was made.*Make SMART after fully_shard",
+    "state": r"not of this model's.*each process loads what it saved",
+}
+
+
+def environment():
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests")))}
+
+
+def run(command, folder, processes=2):
+    """What each process saved; the command is started as torchrun would."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {**environment(), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(processes)}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-W", "error", *command],
+            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(processes)
+    ]
+    try:
+        errors = [process.communicate(timeout=200)[1] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert [process.returncode for process in started] == [0] * processes, errors
+    return [torch.load(file, weights_only=True) for file in sorted(folder.glob(f"{command[1]}_*.pt"))]
+
+
+def trained(folder, kind):
+    return run([str(ROOT / "tests" / "distributed_torch.py"), kind, str(folder)], folder)
+
+
+def assert_are_one(first, second, modes):
+    """The processes have the same weights and theta~, those of one process; its metrics are the mean of theirs."""
+    expected = {}
+    for name, (_, config, _) in modes.items():
+        if config not in expected:
+            smart, _, history = tests.train(tests.make(), config)
+            expected[config] = tests.results(smart, history)
+        alone = expected[config]
+        for part in ("weights", "teacher"):
+            assert first[name][part].keys() == alone[part].keys(), name
+            for key, value in alone[part].items():
+                assert torch.equal(first[name][part][key], second[name][part][key]), (name, key)
+                torch.testing.assert_close(first[name][part][key], value, rtol=1e-9, atol=1e-12, msg=f"{name}: {key}")
+        for step, metrics in enumerate(alone["history"]):
+            pair = [process[name]["history"][step] for process in (first, second)]
+            found = {key: (pair[0][key] + pair[1][key]) / 2 for key in metrics}
+            assert found == pytest.approx(metrics, rel=1e-9, abs=1e-12), (name, step)
+        assert all(value > 0 for value in alone["history"][-1].values())
+    assert first["seed"] + 1 == second["seed"]
+
+
+def test_distributed_data_parallel(tmp_path):
+    assert_are_one(*trained(tmp_path, "ddp"), tests.DDP)
+
+
+def test_fully_shard(tmp_path):
+    first, second = found = trained(tmp_path, "fsdp")
+    assert_are_one(first, second, tests.FSDP)
+
+    for name, parameter in tests.make().named_parameters():  # 1x the weights over all processes
+        sizes = [shards["shards"][name] for shards in found]
+        assert sum(own for own, _ in sizes) == parameter.numel()
+        assert max(own for own, _ in sizes) < parameter.numel() or parameter.numel() == 1
+
+    for process in found:
+        # two modules each in the clean pass, two passes of the ascent, the perturbed and the teacher's
+        assert process["frozen"] == dict.fromkeys([False, True], [True] * 2 + [False] * 4 + [True] * 4)
+        assert process["resumed"] == 0
+        evaluated = process["evaluated"]
+        assert torch.equal(evaluated["before"], evaluated["after"])
+        assert not torch.allclose(evaluated["before"], evaluated["inside"])
+        torch.testing.assert_close(evaluated["inside"], evaluated["expected"], rtol=1e-12, atol=1e-12)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        autocast = tests.train(tests.make(torch.float32), tests.CONFIG, steps=range(1))[2]
+    rounded = tests.train(tests.make(torch.bfloat16), tests.CONFIG, steps=range(1), precision="model")[2]
+    for name, alone in (("autocast", autocast), ("policy", rounded)):
+        mean = sum(process["half"][name][0]["R_s"] for process in found) / 2
+        assert mean == pytest.approx(alone[0]["R_s"], rel=1e-4)
+        assert all(0 < step["R_s"] < 1 for step in first["half"][name])
+
+    assert first["refused"].keys() == REFUSED.keys()
+    for name, message in REFUSED.items():
+        assert re.search(message, first["refused"][name]), name
+
+
+@pytest.mark.parametrize("script", ["ddp.py", "fsdp.py"])
+def test_the_scripts_of_the_docs_run_with_torchrun(script, tmp_path):
+    text = (ROOT / "docs" / "distributed.md").read_text()
+    (code,) = re.findall(rf"^```python {re.escape(script)}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    (tmp_path / script).write_text(code)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=200, cwd=tmp_path, env=environment()
+    )
+    assert done.returncode == 0, done.stderr
+    found = [re.search(rf"rank {rank}: R_s ([\d.e-]+),", done.stdout) for rank in range(2)]
+    assert all(row is not None and float(row[1]) > 0 for row in found), done.stdout
+    assert found[0][1] != found[1][1]  # rows and noise of its own in each process
+    if script == "fsdp.py":
+        states = [torch.load(tmp_path / f"state_{rank}.pt", weights_only=False)["smart"] for rank in range(2)]
+        assert [state["step"] for state in states] == [16, 16]
