@@ -156,6 +156,7 @@ class SMART:
         self._beta: float | None = None
         self._skipped = 0
         self._calls_since_update = 0
+        self._idle = False  # whether the last call was with gradients, but in eval mode
         self._calls_compiled = 0
         self._warned: set[str] = set()
         self._parameter_names = argument_names(self.model)
@@ -195,9 +196,11 @@ class SMART:
             kwargs["sample_weight"] = sample_weight
         config, compiled = self.config, _frames_compiled()
         if not (self.model.training and torch.is_grad_enabled()) or config.lambda_s == config.mu == 0:
+            self._idle = torch.is_grad_enabled() and (config.lambda_s > 0 or config.mu > 0)
             output = self._wrapped(*args, **kwargs)
             return output, _zero(self.model)
 
+        self._idle = False
         self._judge()
         theta = self._theta = self._parameters()  # a walk over the modules is dear: one a step
         if config.mu > 0:
@@ -288,6 +291,12 @@ class SMART:
 
     def _update(self) -> None:
         self._judge()
+        if self._idle:
+            self._warn(
+                "idle",
+                "SMART: the model was trained in eval mode, in which the penalty is 0. Call model.train() before the "
+                "loop; to train without dropout, set its probabilities to 0.",
+            )
         self.step += 1
         self._calls_since_update = 0
         if self.config.mu > 0 and self.step % self.config.proximal_steps == 0:
@@ -306,6 +315,11 @@ class SMART:
             >>> smart.step
             1
         """
+        if not hasattr(optimizer, "_optimizer_step_post_hooks"):  # accelerate's is an Optimizer in name only
+            raise TypeError(
+                f"SMART: attach() needs an optimiser of PyTorch's, got {type(optimizer).__name__}. Give the one inside "
+                "it, smart.attach(prepared.optimizer), or call smart.update() after its step"
+            )
         if self._optimizer_hooks:
             raise RuntimeError("SMART: attach() was called before; one optimiser moves theta~")
 

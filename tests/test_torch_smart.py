@@ -859,6 +859,41 @@ def test_forgetting_update_warns(ids):
 # hooks and state
 
 
+def test_training_in_eval_mode_warns_once(ids):
+    model = Model().eval()
+    smart = SMART(model, BOTH)
+    smart.update()  # no call: nothing to say
+    with torch.no_grad():
+        smart(ids)
+    smart.update()
+    smart(ids)
+    with pytest.warns(SMARTWarning, match="trained in eval mode"):
+        smart.update()
+    smart(ids)
+    smart.update()
+    model.train()
+    fresh = SMART(model, BOTH)
+    fresh(ids)
+    fresh.update()
+
+
+def test_an_optimiser_that_is_a_wrapper_is_refused():
+    """As accelerate's: a subclass that is not initialised."""
+
+    class Prepared(torch.optim.Optimizer):
+        def __init__(self, optimizer):
+            self.optimizer = optimizer
+
+    model = Model()
+    smart = SMART(model, BOTH)
+    prepared = Prepared(torch.optim.SGD(model.parameters(), lr=0.1))
+    with pytest.raises(TypeError, match=r"got Prepared.*smart.attach\(prepared.optimizer\)"):
+        smart.attach(prepared)
+    smart.attach(prepared.optimizer)
+    prepared.optimizer.step()
+    assert smart.step == 1
+
+
 def test_remove_undoes_everything(ids):
     model = Model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
