@@ -272,3 +272,56 @@ def test_tied_weights_stay_tied(dtype):
     assert model.lm_head.weight is model.transformer.wte.weight
     assert metrics[0] == pytest.approx(metrics[1], rel=1e-5)
     torch.testing.assert_close(*gradients, rtol=0.02, atol=1e-6)
+
+
+def quantised(model, bits):
+    """A copy whose encoder has bitsandbytes' layers; of 4 bits also one with the same weights as plain floats."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    model, twin = copy.deepcopy(model), copy.deepcopy(model)
+    for name, layer in list(model.bert.named_modules()):
+        if not isinstance(layer, nn.Linear):
+            continue
+        if bits == 4:
+            new = bitsandbytes.nn.Linear4bit(layer.in_features, layer.out_features, compute_dtype=torch.float32)
+            new.weight = bitsandbytes.nn.Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4")
+        else:
+            new = bitsandbytes.nn.Linear8bitLt(layer.in_features, layer.out_features, has_fp16_weights=False)
+            new.weight = bitsandbytes.nn.Int8Params(layer.weight.data, requires_grad=False, has_fp16_weights=False)
+        new.bias = layer.bias
+        model.bert.set_submodule(name, new.to("cpu"))
+        if bits == 4:
+            weight = bitsandbytes.functional.dequantize_4bit(new.weight.data, new.weight.quant_state)
+            twin.bert.get_submodule(name).weight.data = weight
+    return model, twin
+
+
+@pytest.mark.parametrize("config", [CONFIG, MARGIN], ids=["gaussian", "margin"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_quantised_frozen_base_trains_its_adapters(bits, config):
+    inputs, settings = text(), LORA | {"modules_to_save": ["classifier"]}
+    found = []
+    for base in quantised(bert(), bits):
+        torch.manual_seed(1)
+        model = adapted(base, settings)
+        query = model.base_model.model.bert.encoder.layer[0].attention.self.query.base_layer.weight
+        before = query.detach().clone()
+        torch.manual_seed(2)
+        smart = SMART(model, config.replace(epsilon=0.1, sigma=0.1))
+        assert set(smart.teacher) == {name for name, weight in model.named_parameters() if weight.requires_grad}
+        train(model, smart, inputs)
+        assert torch.equal(query, before)
+        found.append((smart.metrics, torch.cat([w.detach().flatten() for w in model.parameters() if w.requires_grad])))
+    (metrics, weights), (expected, twins) = found
+    assert metrics["R_s"] > 0
+    assert metrics["D_Breg"] > 0
+    if bits == 4:  # 8 bits round the activations too, so that there is nothing to compare with
+        assert metrics == pytest.approx(expected, rel=1e-3)
+        torch.testing.assert_close(weights, twins, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_quantised_base_is_the_same_at_delta_0(bits):
+    """Bit for bit, dropout and rounded activations included."""
+    config = SMARTConfig(scale="absolute", epsilon=1e-30, sigma=1e-30, ascent_steps=0, mu=0)
+    smart = SMART(adapted(quantised(bert(), bits)[0], LORA), config, noise=torch.zeros_like)
+    assert smart(**text())[1] == 0
