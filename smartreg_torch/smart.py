@@ -187,7 +187,8 @@ class SMART:
                 others take no part in the mean.
 
         Raises:
-            FloatingPointError: the penalty is NaN or infinite and `config.non_finite` is "raise".
+            FloatingPointError: the penalty is NaN or infinite and `config.non_finite` is "raise". On a GPU, so that
+                nothing waits for the value, it comes from the attached optimiser's step, or from `update`.
             RuntimeError, TypeError, ValueError: the site, the outputs or the mask are not what they should be.
         """
         if self._removed:
@@ -206,8 +207,10 @@ class SMART:
         if config.mu > 0:
             self._follow_new_parameters(theta)
         state = _State(self.model, theta)
-        given = _copied((args, kwargs))  # a model may change the containers that it is given
-        afterwards = _Afterwards(theta.values()) if self._lean else None  # before the clean pass, see there
+        given = _copied(
+            (args, kwargs), _of_no_graph if self._lean else None
+        )  # a model may change the containers that it is given
+        afterwards = _Afterwards(theta.values()) if self._lean and theta else None  # before the clean pass, see there
         calls: list[Call] = []
         in_half = self.precision == "float32" and _in_half(self.model, theta)
         in_float32 = _Float32(self.model, self._call) if in_half else None
@@ -291,7 +294,7 @@ class SMART:
 
     def _update(self) -> None:
         self._judge()
-        if self._idle:
+        if self._idle and self._calls_since_update == 0:
             self._warn(
                 "idle",
                 "SMART: the model was trained in eval mode, in which the penalty is 0. Call model.train() before the "
@@ -752,7 +755,7 @@ class _Report:
         self._names = list(values)
         penalty = values["penalty"].detach()
         found = torch.stack([value.detach().to(penalty) for value in values.values()])
-        self._found = found.to("cpu", non_blocking=True)
+        self._found = found.to("cpu", non_blocking=found.is_cuda)
         self._sent = torch.cuda.current_stream(found.device).record_event() if found.is_cuda else None
 
     @property
@@ -954,6 +957,16 @@ def _in_half(model: nn.Module, theta: Mapping[str, Tensor]) -> bool:
 
 def _is_half(tensor: Any) -> bool:
     return isinstance(tensor, Tensor) and tensor.dtype in _HALF
+
+
+def _of_no_graph(value: Any) -> Any:
+    if isinstance(value, Tensor) and value.grad_fn is not None:
+        raise ValueError(
+            "SMART: with lean=True the model's arguments must not come from a graph, which the perturbed pass would go "
+            f"through once more when it is spent: one of shape {tuple(value.shape)} does. Make SMART of the whole "
+            "model, or say lean=False"
+        )
+    return value
 
 
 def _widened(value: Any) -> Any:

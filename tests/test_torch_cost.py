@@ -211,6 +211,15 @@ def test_lean_asks_for_backward():
         torch.autograd.grad(smart(**inputs)[1], list(model.parameters()), allow_unused=True)
 
 
+def test_lean_refuses_arguments_of_another_graph():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(4, 3)), torch.randn(5, 4)
+    smart = SMART(model, SMARTConfig(total_steps=10), lean=True)
+    with pytest.raises(ValueError, match=r"lean=True .*must not come from a graph.*\(5, 4\)"):
+        smart(nn.Linear(4, 4)(x))
+    smart(x)[1].backward()  # and goes on
+
+
 def test_lean_refuses_several_processes():
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:

@@ -874,6 +874,8 @@ def test_training_in_eval_mode_warns_once(ids):
     model.train()
     fresh = SMART(model, BOTH)
     fresh(ids)
+    model.eval()
+    fresh(ids)  # a look on the way
     fresh.update()
 
 
