@@ -221,6 +221,7 @@ NUMPY = [
     ),
 ]
 
+COST = "test_torch_cost.py::test_"
 SMART = "test_torch_smart.py::test_"
 TORCH_RUN = "test_torch_training.py::test_fifty_steps_equal_the_reference[1-0-inf-example-gaussian-sgd-betas0]"
 TORCH_S3 = "test_torch_training.py::test_fifty_steps_equal_the_reference[3-0-inf-example-gaussian-sgd-betas0]"
@@ -432,6 +433,30 @@ TORCH = [
             "torch.randn(",
             "torch.rand(",
             SMART + "the_noise_is_standard_normal",
+        ),
+        (
+            "the lean step's other side is lost",
+            "term().backward(gradient)",
+            "term()",
+            COST + "lean_changes_neither_value_nor_gradient",
+        ),
+        (
+            "the lean step's other side has no lambda_s",
+            "lambda_s * r_s(perturbed, fixed)",
+            "r_s(perturbed, fixed)",
+            COST + "lean_changes_neither_value_nor_gradient",
+        ),
+        (
+            "the lean step has two graphs",
+            "if afterwards is None:",
+            "if True:",
+            COST + "lean_keeps_one_graph_at_a_time",
+        ),
+        (
+            "a late NaN is noticed after the optimiser's step",
+            "register_step_pre_hook(lambda *_: self._judge())",
+            "register_step_pre_hook(lambda *_: None)",
+            COST + "a_penalty_that_arrives_late_and_is_not_finite_is_raised_before_harm_is_done",
         ),
         (
             "a skipped step gives its NaN",
