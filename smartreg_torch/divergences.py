@@ -132,7 +132,7 @@ class _SymmetricKL(torch.autograd.Function):
         masked = a.isneginf() & b.isneginf()
         distance = (a / 4 - b / 4).abs().where(~masked, 0).amax(-1)
         a, b = a.clamp(-huge, huge), b.clamp(-huge, huge)
-        p, q, log_q = a.softmax(-1), b.softmax(-1), b.log_softmax(-1)
+        (p, _), (q, log_q) = _softmax(a), _softmax(b)
 
         # d = a - b up to a shift, which J does not see. A common shift may be far larger than what is left without
         # it, so the rounding of a - b is kept (Knuth's two-sum).
@@ -195,6 +195,14 @@ class _BernoulliSymmetricKL(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         return _times(grad, ctx.saved_tensors)
+
+
+def _softmax(z: Tensor) -> tuple[Tensor, Tensor]:
+    """Probabilities and logarithms. torch's own adds up 50,000 classes in a row on some CPUs, and loses a digit."""
+    shifted = z - z.amax(-1, keepdim=True)
+    exp = shifted.exp()
+    total = exp.sum(-1, keepdim=True)
+    return exp / total, shifted - total.log()
 
 
 def _times(grad: Tensor, gradients: tuple[Tensor | None, Tensor | None]) -> tuple[Tensor | None, Tensor | None]:
