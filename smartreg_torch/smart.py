@@ -254,7 +254,13 @@ class SMART:
             else:
                 with _frozen_weights(theta.values(), self._sharded), self._site.replaced([x.detach() for x in points]):
                     perturbed = passes()
-                afterwards.backward_of(self._put_off(passes, delta, targets, r_s))
+                site, fixed = self._site, [z.detach() for z in targets]
+
+                def other_side() -> Tensor:
+                    with site.shifted(delta):
+                        return config.lambda_s * r_s(passes(), fixed)
+
+                afterwards.backward_of(other_side)
             stages |= {"ascent": delta, "perturbed": perturbed}
             terms["R_s"] = r_s(perturbed, targets)
         if config.mu > 0:
@@ -441,15 +447,12 @@ class SMART:
         assert site is not None
 
         frozen = ExitStack()
-        # a backward under autocast would round its products: the passes have the caller's, the gradients none
-        kind = _device(self.model).type
-        autocast = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
 
         def outputs_at(points: list[Tensor]) -> list[Tensor]:
             # not before the first pass of the ascent: the margin start still has a gradient to take of the clean graph,
             # which checkpointed layers rebuild as it was
             frozen.enter_context(_frozen_weights(theta.values(), self._sharded))
-            with site.replaced(points), torch.autocast(kind, autocast[1], autocast[0]):
+            with site.replaced(points):
                 return passes()
 
         xs = [call.x for call in calls]
@@ -462,7 +465,8 @@ class SMART:
         elif "squared_error" in divergences:
             noise = [self._draw(z) for z in targets]
         try:
-            with frozen, torch.autocast(kind, enabled=False):
+            # a backward under autocast would round its products: the passes have the caller's, the gradients none
+            with frozen, torch.autocast(_device(self.model).type, enabled=False):
                 return ascend(outputs_at, xs, targets, self.config, noise, masks, divergences, positions)
         except RuntimeError as error:
             if "use_reentrant" in str(error):
@@ -471,26 +475,6 @@ class SMART:
                     "Use use_reentrant=False (gradient_checkpointing_kwargs={'use_reentrant': False} in Hugging Face)."
                 ) from error
             raise
-
-    def _put_off(
-        self,
-        passes: Callable[[], list[Tensor]],
-        delta: list[Tensor],
-        targets: list[Tensor],
-        r_s: Callable[[list[Tensor], list[Tensor]], Tensor],
-    ) -> Callable[[], Tensor]:
-        """lambda_s R_s as a function of the perturbed pass alone, to be computed in the backward."""
-        site, lambda_s, kind = self._site, self.config.lambda_s, _device(self.model).type
-        assert site is not None
-        autocast = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
-        fixed = [z.detach() for z in targets]
-
-        def term() -> Tensor:
-            with torch.autocast(kind, autocast[1], autocast[0]), site.shifted(delta):
-                perturbed = passes()
-            return lambda_s * r_s(perturbed, fixed)
-
-        return term
 
     def _draw(self, like: Tensor) -> Tensor:
         """Standard normal, from a generator of our own: the global stream stays as plain training leaves it."""
@@ -827,10 +811,13 @@ class _State:
     """What a forward in training mode changes, as it was before the clean pass, to be replayed in the others.
 
     The global random streams (torch's, NumPy's and Python's): the same dropout masks in all passes. The buffers:
-    BatchNorm's statistics move once a step. The other passes get copies of them, which their graphs may keep.
+    BatchNorm's statistics move once a step. The other passes get copies of them, which their graphs may keep. Autocast:
+    theirs is the clean pass's, wherever they run.
     """
 
     def __init__(self, model: nn.Module, theta: Mapping[str, Tensor]) -> None:
+        kind = _device(model).type
+        self._autocast = kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
         devices = {parameter.device for parameter in theta.values()} - {torch.device("cpu")}
         self._devices = {device: torch.get_device_module(device).get_rng_state(device) for device in devices}
         self._streams = (torch.get_rng_state(), np.random.get_state(), random.getstate())  # noqa: NPY002
@@ -845,7 +832,7 @@ class _State:
     def replayed(self) -> Iterator[None]:
         kind = next((device.type for device in self._devices), "cuda")
         streams = (np.random.get_state(), random.getstate())  # noqa: NPY002
-        with torch.random.fork_rng(list(self._devices), device_type=kind):
+        with torch.random.fork_rng(list(self._devices), device_type=kind), torch.autocast(*self._autocast):
             try:
                 torch.set_rng_state(self._streams[0])
                 np.random.set_state(self._streams[1])  # noqa: NPY002

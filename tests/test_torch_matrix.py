@@ -162,16 +162,21 @@ def accumulation(name):
 
 def checkpointing(name):
     """The same penalty and gradient with layers that run again in the backward pass."""
-    settings = ARCHITECTURES[name].settings
+    return "yes" if all(same_as_plain(name, change=checkpointed)) else "the model has none"
+
+
+def same_as_plain(name, dtype=None, change=lambda model: model):
+    """Each term's penalty and gradient, with the change or under autocast to the dtype; what the changes give."""
+    settings, found = ARCHITECTURES[name].settings, []
     for config in TERMS:
         model, inputs = started(name)
         expected, expected_gradient = penalised(model, inputs, config, **settings)
         model, inputs = started(name)
-        ran = checkpointed(model)
-        got, gradient = penalised(model, inputs, config, **settings)
+        found.append(change(model))
+        got, gradient = penalised(model, inputs, config, dtype, **settings)
         assert distance(got, expected) <= TOLERANCE
         assert distance(gradient, expected_gradient) <= TOLERANCE
-    return "yes" if ran else "the model has none"
+    return found
 
 
 def checkpointed(model):
@@ -193,14 +198,8 @@ def checkpointed(model):
 @without_onednn()
 def autocast(name):
     """Under bfloat16 autocast the penalty and its gradient are those of float32, and the step is finite."""
-    settings = ARCHITECTURES[name].settings
-    for config in TERMS:
-        model, inputs = started(name)
-        expected, expected_gradient = penalised(model, inputs, config, **settings)
-        model, inputs = started(name)
-        got, gradient = penalised(model, inputs, config, torch.bfloat16, **settings)
-        assert distance(got, expected) <= TOLERANCE
-        assert distance(gradient, expected_gradient) <= TOLERANCE
+    same_as_plain(name, torch.bfloat16)
+    settings, (model, inputs) = ARCHITECTURES[name].settings, started(name)
     with SMART(model, CONFIG, **settings) as smart, torch.autocast("cpu", torch.bfloat16):
         output, penalty = smart(**inputs)
         loss = loss_of(output) + penalty

@@ -442,8 +442,8 @@ TORCH = [
         ),
         (
             "the lean step's other side has no lambda_s",
-            "lambda_s * r_s(perturbed, fixed)",
-            "r_s(perturbed, fixed)",
+            "config.lambda_s * r_s(passes(), fixed)",
+            "r_s(passes(), fixed)",
             COST + "lean_changes_neither_value_nor_gradient",
         ),
         (
