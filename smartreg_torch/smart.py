@@ -128,6 +128,8 @@ class SMART:
                 raise ValueError(f"SMART: divergence must be one of {', '.join(DIVERGENCES)}, got {name!r}")
         if precision not in get_args(Precision):
             raise ValueError(f"SMART: precision must be 'float32' or 'model', got {precision!r}")
+        if not isinstance(lean, bool):
+            raise TypeError(f"SMART: lean must be True or False, got {lean!r}")
         self._recorder = None if record is None else Recorder(record, record_steps, "SMART")
         self._wrapped = model
         self._call: nn.Module = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model

@@ -204,6 +204,11 @@ def test_lean_keeps_one_graph_at_a_time():
     assert peak_of_saved(ours(True)) < 1.1 * base
 
 
+def test_lean_is_a_bool():
+    with pytest.raises(TypeError, match="lean must be True or False, got 'yes'"):
+        SMART(bert()[0], SMARTConfig(total_steps=10), lean="yes")
+
+
 def test_lean_asks_for_backward():
     model, inputs = bert()
     smart = SMART(model, SMARTConfig(total_steps=10), lean=True)
