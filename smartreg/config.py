@@ -42,7 +42,7 @@ _REALS: dict[str, tuple[float, float, bool]] = {
     "beta_late": (0.0, 1.0, True),
     "early_fraction": (0.0, 1.0, True),
 }
-_INTEGERS = {"ascent_steps": 0, "proximal_steps": 1, "total_steps": 1}
+_INTEGERS = {"ascent_steps": 0, "smoothness_steps": 1, "proximal_steps": 1, "total_steps": 1}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +66,8 @@ class SMARTConfig:
         scale: the unit of epsilon, sigma and eta, see above.
         projection: "ball" (the paper's), or "rescale": the released code's
             delta <- (delta + eta g) / (||delta + eta g||_inf + epsilon), where epsilon is no radius.
+        smoothness_steps: K; R_s is computed in the first of every K optimiser steps, with K times its weight. Ours,
+            not the paper's: it saves passes (docs/performance.md).
         proximal_steps: S; theta~ moves once every S optimiser steps.
         beta_early, beta_late, early_fraction: beta is `beta_early` for the first `early_fraction` of
             `total_steps`, then `beta_late`.
@@ -93,6 +95,7 @@ class SMARTConfig:
     start: Start = "gaussian"
     scale: Scale = "rms"
     projection: Projection = "ball"
+    smoothness_steps: int = 1
     proximal_steps: int = 1
     beta_early: float = 0.99
     beta_late: float = 0.999
@@ -146,6 +149,16 @@ class SMARTConfig:
     def needs_total_steps(self) -> bool:
         """Whether beta changes during training, so that `total_steps` must be known."""
         return self.mu > 0 and self.beta_early != self.beta_late and 0 < self.early_fraction < 1
+
+    def smoothness_weight(self, steps: int) -> float:
+        """The weight of R_s after so many optimiser steps: K lambda_s in the first of every K of them, else 0.
+
+        Example:
+            >>> config = SMARTConfig(lambda_s=1.5, smoothness_steps=2)
+            >>> [config.smoothness_weight(steps) for steps in range(4)]
+            [3.0, 0.0, 3.0, 0.0]
+        """
+        return 0.0 if steps % self.smoothness_steps else self.smoothness_steps * self.lambda_s
 
     def check_total_steps(self, call: str) -> None:
         """Raise ValueError, naming `call`, where beta is scheduled and `total_steps` is not known."""

@@ -361,7 +361,8 @@ def _step_rows(number: int, step: _Step, config: SMARTConfig) -> Iterator[Row]:
     broken = sum(_not_finite(step.arrays[name]) for name in step.arrays if name.startswith(("x/", "delta/")))
     penalty = penalty_size = 0.0
     terms = []
-    for what, weight in (("R_s", config.lambda_s), ("D_Breg", config.mu)):
+    lambda_s = config.smoothness_weight(int(step.reported("step")))
+    for what, weight in (("R_s", lambda_s), ("D_Breg", config.mu)):
         if weight == 0:
             continue
         term = size = 0.0
@@ -377,7 +378,7 @@ def _step_rows(number: int, step: _Step, config: SMARTConfig) -> Iterator[Row]:
     yield from terms
     yield agrees("penalty", penalty, max(relative * penalty_size, smallest))
 
-    if config.lambda_s > 0:
+    if lambda_s > 0:
         yield from _delta_rows(step, config, agrees, holds)
     moves = int(step.reported("step")) // config.proximal_steps * config.proximal_steps if "beta" in step.arrays else 0
     if moves > 0:

@@ -51,9 +51,10 @@ class Step:
     Attributes:
         outputs: f(x; theta), before the step.
         loss: L.
-        delta: the perturbation, or None where lambda_s = 0.
-        perturbed_outputs: f(x + delta; theta), or None where lambda_s = 0.
-        R_s, D_Breg, objective: the terms and F = L + lambda_s R_s + mu D_Breg.
+        delta: the perturbation, or None where the step has no R_s.
+        perturbed_outputs: f(x + delta; theta), or None where the step has no R_s.
+        R_s, D_Breg, objective: the terms (0 where there is none) and F = L + lambda_s R_s + mu D_Breg, with
+            `SMARTConfig.smoothness_weight` for lambda_s.
         gradients: of F, by parameter.
         theta: the parameters after the step.
         beta: where theta~ moved after the step, with which beta; else None.
@@ -240,14 +241,15 @@ def fit_reference(
 
         delta = perturbed_outputs = None
         r_s = d_breg = 0.0
-        if config.lambda_s > 0:
+        lambda_s = config.smoothness_weight(t - 1)
+        if lambda_s > 0:
             nu = None if noise is None else noise[t - 1]
             delta = f.ascend(theta, x, outputs, config, nu, mask, divergence, pooled)
             perturbed_outputs, perturbed_vjp = forward(theta, x + delta, mask, pooled)
             r_s = mean_examples(f.value(divergence, perturbed_outputs, outputs, positions), sample_weight)
             grad_perturbed, grad_clean = f.grad(divergence, perturbed_outputs, outputs, positions)
-            perturbed_gradients = perturbed_vjp(config.lambda_s * each * grad_perturbed)
-            grad_outputs = grad_outputs + config.lambda_s * each * grad_clean
+            perturbed_gradients = perturbed_vjp(lambda_s * each * grad_perturbed)
+            grad_outputs = grad_outputs + lambda_s * each * grad_clean
         if config.mu > 0:
             teacher_outputs, _ = forward(teacher, teacher["E"][ids], mask, pooled)
             d_breg = f.bregman_divergence(outputs, teacher_outputs, divergence, mask, sample_weight)
@@ -255,7 +257,7 @@ def fit_reference(
             grad_outputs = grad_outputs + config.mu * each * grad_breg
 
         gradients, grad_x = vjp(grad_outputs)
-        if config.lambda_s > 0:
+        if lambda_s > 0:
             gradients = {name: g + perturbed_gradients[0][name] for name, g in gradients.items()}
             grad_x = grad_x + perturbed_gradients[1]
         gradients["E"] = np.zeros_like(theta["E"])
@@ -266,7 +268,7 @@ def fit_reference(
         if t % config.proximal_steps == 0:
             beta = f.momentum(t, config)
             teacher = f.ema_update(teacher, theta, beta)
-        objective = loss + config.lambda_s * r_s + config.mu * d_breg
+        objective = loss + lambda_s * r_s + config.mu * d_breg
         steps.append(
             Step(outputs, loss, delta, perturbed_outputs, r_s, d_breg, objective, gradients, theta, beta, teacher)
         )

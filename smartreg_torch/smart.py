@@ -10,7 +10,7 @@ import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from types import TracebackType
 from typing import Any, Literal, Self, get_args
 
@@ -154,7 +154,8 @@ class SMART:
         rank = torch.distributed.get_rank() if _is_distributed() else 0
         self._seed = (torch.initial_seed() + rank) % 2**64  # row k is another in each process
         self._generator: torch.Generator | None = None
-        self._report: _Report | None = None
+        self._report: _Report | None = None  # of the last step, None where it had no penalty
+        self._smooth_report: _Report | None = None  # of the last step that had R_s
         self._beta: float | None = None
         self._skipped = 0
         self._calls_since_update = 0
@@ -205,15 +206,21 @@ class SMART:
 
         self._idle = False
         self._judge()
+        self._check_updates()
+        lambda_s = config.smoothness_weight(self.step)
+        if lambda_s == config.mu == 0:
+            self._report = None
+            return self._wrapped(*args, **kwargs), _zero(self.model)
         theta = self._theta = self._parameters()  # a walk over the modules is dear: one a step
         if config.mu > 0:
             self._follow_new_parameters(theta)
         state = _State(self.model, theta)
-        given = _copied(
-            (args, kwargs), _of_no_graph if self._lean else None
-        )  # a model may change the containers that it is given
-        afterwards = _Afterwards(theta.values()) if self._lean and theta else None  # before the clean pass, see there
-        calls: list[Call] = []
+        # a model may change the containers that it is given
+        given = _copied((args, kwargs), _of_no_graph if self._lean else None)
+        lean = self._lean and lambda_s > 0
+        afterwards = _Afterwards(theta.values()) if lean and theta else None  # before the clean pass, see there
+        site, calls = self._site, list[Call]()
+        differentiable = lambda_s > 0 and config.start == "margin"
         in_half = self.precision == "float32" and _in_half(self.model, theta)
         in_float32 = _Float32(self.model, self._call) if in_half else None
 
@@ -223,15 +230,15 @@ class SMART:
                 return self._select(self._call(*args, **kwargs), None)
 
         with ExitStack() as clean:
-            if self._site is not None and in_float32 is None:
-                calls = clean.enter_context(self._recording(self._site))
+            if site is not None and in_float32 is None:
+                calls = clean.enter_context(site.recording(differentiable))
             output = self._wrapped(*args, **kwargs)
         if in_float32 is None:
             targets = self._select(output, len(calls[0].x) if calls else None)
         else:  # the clean pass once more: the rounding of the model's own is far above R_s
             with ExitStack() as clean:
-                if self._site is not None:
-                    calls = clean.enter_context(self._recording(self._site))
+                if site is not None:
+                    calls = clean.enter_context(site.recording(differentiable))
                 targets = passes()
         divergences = self._divergences(targets)
         masks = self._masks(calls, *given)
@@ -239,8 +246,9 @@ class SMART:
 
         terms: dict[str, Tensor] = {}
         stages = {"clean": targets}
-        if self._site is not None:
-            delta = self._ascend(passes, theta, calls, targets, masks, divergences, positions)
+        if lambda_s > 0:
+            assert site is not None
+            delta = self._ascend(passes, site, theta, calls, targets, masks, divergences, positions)
 
             def r_s(perturbed: list[Tensor], targets: list[Tensor]) -> Tensor:
                 return _total(
@@ -251,16 +259,16 @@ class SMART:
             # x itself, not what a second pass of the layers below gives: the gradients meet there and go down once
             points = [shift(call.own, d) for call, d in zip(calls, delta, strict=True)]
             if afterwards is None:
-                with self._site.replaced(points):
+                with site.replaced(points):
                     perturbed = passes()
             else:
-                with _frozen_weights(theta.values(), self._sharded), self._site.replaced([x.detach() for x in points]):
+                with _frozen_weights(theta.values(), self._sharded), site.replaced([x.detach() for x in points]):
                     perturbed = passes()
-                site, fixed = self._site, [z.detach() for z in targets]
+                fixed = [z.detach() for z in targets]
 
                 def other_side() -> Tensor:
                     with site.shifted(delta):
-                        return config.lambda_s * r_s(passes(), fixed)
+                        return lambda_s * r_s(passes(), fixed)
 
                 afterwards.backward_of(other_side)
             stages |= {"ascent": delta, "perturbed": perturbed}
@@ -274,12 +282,14 @@ class SMART:
                 for name, z, z_taught, m in zip(divergences, targets, taught, positions, strict=True)
             )
         penalty = _total(
-            weight * terms[name] for name, weight in (("R_s", config.lambda_s), ("D_Breg", config.mu)) if name in terms
+            weight * terms[name] for name, weight in (("R_s", lambda_s), ("D_Breg", config.mu)) if name in terms
         )
         if afterwards is not None:
             penalty = penalty + afterwards.zero
         observed, dtype = _observed(calls, stages.get("ascent", []))
         self._report = _Report(self.step + 1, terms | observed | {"penalty": penalty}, stages, dtype)
+        if lambda_s > 0:
+            self._smooth_report = self._report
         if self._recorder is not None and not self._recorder.done:
             self._record(calls, masks, stages, divergences, positions, sample_weight, penalty)
         if config.non_finite == "skip" and not math.isfinite(self._report.values["penalty"]):
@@ -287,7 +297,6 @@ class SMART:
             penalty = _zero(self.model)
         if self._report.is_here:
             self._judge()
-        self._check_updates()
         self._check_recompiling(compiled)
         return output, penalty
 
@@ -349,14 +358,17 @@ class SMART:
     @property
     def metrics(self) -> dict[str, float]:
         """Of the last step: R_s, D_Breg, beta, max_delta = max|delta|, and vanished, the fraction of the entries with
-        delta != 0 in which x + delta == x; and skipped, how many steps had no finite penalty. Reading it synchronises.
+        delta != 0 in which x + delta == x; and skipped, how many steps had no finite penalty. With
+        `smoothness_steps` > 1 R_s, max_delta and vanished are of the last step that had them. Reading it synchronises.
         """
         self._judge()
         return self._found() | {"skipped": float(self._skipped)}
 
     def _found(self) -> dict[str, float]:
         names = ("R_s", "D_Breg", "vanished", "max_delta")
-        values = {} if self._report is None else self._report.values
+        values: dict[str, float] = {}
+        for report in (self._smooth_report, self._report):
+            values |= {} if report is None else report.values
         beta = {} if self._beta is None else {"beta": self._beta}
         return {name: values[name] for name in names if name in values} | beta
 
@@ -432,12 +444,10 @@ class SMART:
     ) -> None:
         self.remove()
 
-    def _recording(self, site: Site) -> AbstractContextManager[list[Call]]:
-        return site.recording(differentiable=self.config.start == "margin")
-
     def _ascend(
         self,
         passes: Callable[[], list[Tensor]],
+        site: Site,
         theta: Mapping[str, nn.Parameter],
         calls: list[Call],
         targets: list[Tensor],
@@ -445,9 +455,6 @@ class SMART:
         divergences: list[str],
         positions: list[Tensor | None],
     ) -> list[Tensor]:
-        site = self._site
-        assert site is not None
-
         frozen = ExitStack()
 
         def outputs_at(points: list[Tensor]) -> list[Tensor]:
@@ -646,11 +653,11 @@ class SMART:
 
     def _check_updates(self) -> None:
         self._calls_since_update += 1
-        if self._calls_since_update == 200 and self.config.mu > 0:
+        if self._calls_since_update == 200 and (self.config.mu > 0 or self.config.smoothness_steps > 1):
             self._warn(
                 "updates",
-                "SMART: 200 batches without smart.update(), so theta~ has not moved. Call it after optimizer.step(), "
-                "or smart.attach(optimizer) once.",
+                "SMART: 200 batches without smart.update(), so no step was counted, and theta~ has not moved. Call it "
+                "after optimizer.step(), or smart.attach(optimizer) once.",
             )
 
     def _check_recompiling(self, before: int) -> None:

@@ -263,7 +263,7 @@ class _Steps(TrainerCallback):
 class _Window:
     """SMART's metrics since the last log: of each optimiser step the mean over its examples, summed up."""
 
-    _NAMES = ("steps", "R_s", "D_Breg", "vanished", "max_delta")
+    _NAMES = ("steps", "smooth steps", "R_s", "D_Breg", "vanished", "max_delta")
 
     def __init__(self, sums: dict[str, float] | None = None) -> None:
         self._sums = dict.fromkeys(self._NAMES, 0.0) if sums is None else sums
@@ -279,7 +279,8 @@ class _Window:
             found = {name: report.values[name] for name in ("R_s", "D_Breg", "vanished") if name in report.values}
             if not all(map(math.isfinite, found.values())):
                 continue  # left out of the loss as well
-            for name, value in ({"steps": 1.0} | found).items():
+            counted = {"steps": 1.0, "smooth steps": float("R_s" in found)}
+            for name, value in (counted | found).items():
                 self._sums[name] += share * value
             self._sums["max_delta"] = max(self._sums["max_delta"], report.values.get("max_delta", 0.0))
         self._reports = []
@@ -291,9 +292,10 @@ class _Window:
         every = torch.tensor([[sums[name] for name in self._NAMES]], dtype=torch.float64)
         if trainer.args.world_size > 1:
             every = trainer.accelerator.gather(every.float().to(trainer.args.device)).double().cpu()
-        steps, means = float(every[:, 0].sum()), {}
-        if steps > 0:
-            means = {name: float(every[:, k].sum()) / steps for k, name in enumerate(self._NAMES)}
+        totals = dict(zip(self._NAMES, every.sum(0).tolist(), strict=True))
+        counts = {name: totals["steps" if name == "D_Breg" else "smooth steps"] for name in self._NAMES}
+        means = {name: total / counts[name] for name, total in totals.items() if counts[name] > 0}
+        if "max_delta" in means:
             means["max_delta"] = float(every[:, -1].max())
         return {k: means.get(k, value) for k, value in metrics.items() if k in means or k not in self._NAMES}
 

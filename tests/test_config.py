@@ -65,6 +65,7 @@ def test_is_frozen_and_replaceable():
         ({"mu": True}, TypeError, r"mu must be a number, got True"),
         ({"ascent_steps": -1}, ValueError, r"ascent_steps must be at least 0, got -1"),
         ({"ascent_steps": 1.5}, TypeError, r"ascent_steps must be a whole number, got 1.5"),
+        ({"smoothness_steps": 0}, ValueError, r"smoothness_steps must be at least 1, got 0"),
         ({"proximal_steps": 0}, ValueError, r"proximal_steps must be at least 1, got 0"),
         ({"total_steps": 0}, ValueError, r"total_steps must be at least 1, got 0"),
         ({"norm": 2}, ValueError, r"norm must be one of 'inf', '2', '1', got 2"),

@@ -102,6 +102,11 @@ def assert_as_eager(make, inputs, how, config, backend, steps, **settings):
     return smart
 
 
+def test_steps_with_and_without_R_s_are_compiled_once():
+    config = CONFIG.replace(smoothness_steps=2)
+    assert_as_eager(Model, {"ids": torch.randint(11, (6, 5))}, wrapped, config, BACKEND, 8)
+
+
 @pytest.mark.parametrize("config", [CONFIG, MARGIN], ids=["gaussian", "margin"])
 @pytest.mark.parametrize("how", [wrapped, in_place, in_place_afterwards, after_a_first_call])
 def test_fifty_compiled_steps_are_the_eager_ones_without_a_recompilation(how, config):

@@ -239,3 +239,55 @@ def test_lean_without_r_s_is_the_usual_step():
     model, inputs = bert()
     smart = SMART(model, SMARTConfig(lambda_s=0, total_steps=10), lean=True)
     torch.autograd.grad(smart(**inputs)[1], list(model.parameters()), allow_unused=True)
+
+
+def passes(model):
+    """A list that grows with every pass of the model, by whether it builds a graph for the weights."""
+    found = []
+    model.bert.encoder.register_forward_hook(
+        lambda module, args, output: found.append(torch.is_grad_enabled() and next(module.parameters()).requires_grad)
+    )
+    return found
+
+
+def drawn(smart):
+    """The state of the noise generator."""
+    state = smart.state_dict()["generator"]
+    return state if state is None else state.tolist()
+
+
+@pytest.mark.parametrize(("mu", "off"), [(0, [True]), (1, [True, False])])
+@pytest.mark.parametrize("lean", [False, True])
+def test_a_step_without_R_s_has_none_of_its_passes(mu, off, lean, start):
+    model, inputs = bert()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    config = SMARTConfig(**start, smoothness_steps=3, mu=mu, lambda_s=0.5, total_steps=10)
+    with SMART(model, config, lean=lean) as smart:
+        generator, seen, last = None, passes(model), None
+        for step in range(5):
+            for _ in range(2):  # the batches of one optimiser step are alike
+                seen.clear()
+                output, penalty = smart(**inputs)
+                (output.loss + penalty).backward()
+                found = smart.metrics
+                if step % 3:
+                    assert seen == off
+                    assert penalty.item() == pytest.approx(mu * found.get("D_Breg", 0.0))
+                    assert (found["R_s"], found["max_delta"]) == last
+                    assert drawn(smart) == generator
+                else:
+                    assert len(seen) > len(off)
+                    assert penalty.item() == pytest.approx(1.5 * found["R_s"] + mu * found.get("D_Breg", 0.0))
+                    last, generator = (found["R_s"], found["max_delta"]), drawn(smart)
+                    assert last[0] > 0
+            optimizer.step()
+            optimizer.zero_grad()
+            smart.update()
+
+
+def test_steps_that_are_not_counted_are_noticed_where_R_s_comes_every_K_steps():
+    model, inputs = bert()
+    smart = SMART(model, SMARTConfig(smoothness_steps=2, mu=0))
+    smart._calls_since_update = 199
+    with pytest.warns(UserWarning, match="200 batches without smart.update"):
+        smart(**inputs)

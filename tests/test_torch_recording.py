@@ -92,6 +92,8 @@ SITUATIONS = {
     "several outputs, positions": (Tagger, text, BOTH, TWO),
     "margin, several outputs": (Tagger, text, BOTH.replace(start="margin"), TWO),
     "float64": (lambda: Tagger().double(), text, BOTH, TWO),
+    "R_s every 2nd step": (classifier("Bert"), text, BOTH.replace(smoothness_steps=2), {}),
+    "R_s alone, every 2nd step": (classifier("Bert"), text, BOTH.replace(smoothness_steps=2, mu=0), {}),
     "bfloat16": (lambda: Tagger().bfloat16(), text, BOTH, TWO | {"precision": "model"}),
     "float16": (lambda: Tagger().half(), text, BOTH, TWO | {"precision": "model"}),
 }

@@ -51,17 +51,16 @@ def fit_torch(theta, batches, config, noise, *, divergence="symmetric_kl", optim
     model = Network(theta, pooled)
     make = torch.optim.Adam if optimizer == "adam_torch" else torch.optim.SGD
     update = make(model.parameters(), lr=1e-2)
-    draws = iter(noise)
-    smart = SMART(model, config, divergence=divergence, noise=lambda like: torch.from_numpy(next(draws)))
-    recorded = []
+    steps = []
+    smart = SMART(model, config, divergence=divergence, noise=lambda like: torch.from_numpy(noise[len(steps)]))
+    recorded = {}
     original = smart._ascend
 
     def ascend_and_note(*arguments):
-        recorded.append(original(*arguments)[0])
-        return [recorded[-1]]
+        recorded[len(steps)] = original(*arguments)[0]
+        return [recorded[len(steps)]]
 
     smart._ascend = ascend_and_note
-    steps = []
     for batch in batches:
         ids, y, mask, weight = (torch.from_numpy(value) for value in batch)
         outputs, penalty = smart(ids, attention_mask=mask, sample_weight=weight)
@@ -79,8 +78,8 @@ def fit_torch(theta, batches, config, noise, *, divergence="symmetric_kl", optim
             {
                 "outputs": outputs.detach(),
                 "loss": loss.detach(),
-                "delta": recorded[-1] if recorded else None,
-                "R_s": smart.metrics.get("R_s", 0.0),
+                "delta": recorded.get(len(steps)),
+                "R_s": smart.metrics["R_s"] if len(steps) in recorded else 0.0,
                 "D_Breg": smart.metrics.get("D_Breg", 0.0),
                 "objective": (loss + penalty).detach(),
                 "gradients": gradients,
@@ -99,6 +98,7 @@ def compare(steps, reference, tolerance):
         for name, value in got.items():
             expected = getattr(want, name)
             if value is None:
+                assert name == "teacher" or expected is None
                 continue
             for key, v in value.items() if isinstance(value, dict) else [("", value)]:
                 w = expected[key] if key else expected
@@ -164,8 +164,10 @@ def test_every_kind_of_output(divergence, pooled, start):
         SMARTConfig(mu=0, epsilon=0.1, sigma=0.1, eta=0.15),
         SMARTConfig(lambda_s=0, mu=0),
         SMARTConfig.mtdnn(),
+        SMARTConfig(smoothness_steps=3, lambda_s=2, epsilon=0.1, sigma=0.1, eta=0.15, total_steps=50),
+        SMARTConfig(smoothness_steps=4, mu=0, start="margin", epsilon=0.1, ascent_steps=0),
     ],
-    ids=["VBPP", "absolute", "proximal", "R_s", "plain", "mtdnn"],
+    ids=["VBPP", "absolute", "proximal", "R_s", "plain", "mtdnn", "R_s every 3rd step", "R_s alone, every 4th"],
 )
 def test_other_settings(config):
     compare(*run_both(2, config), 1e-9)

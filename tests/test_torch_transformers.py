@@ -214,6 +214,23 @@ def test_logs_are_means_over_the_window(tmp_path):
     assert rows[5]["beta"] == 0.9
 
 
+@pytest.mark.parametrize("mu", [0, 1])
+def test_R_s_is_a_mean_over_the_steps_that_have_it(tmp_path, mu):
+    smart = CONFIG.replace(smoothness_steps=2, mu=mu)
+    each = make(tmp_path, max_steps=5, smart=smart)
+    each.train()
+    window = make(tmp_path, max_steps=5, logging_steps=3, smart=smart)
+    window.train()
+    rows = logged(each)
+    assert [("R_s" in row, "max_delta" in row) for row in rows] == [(True, True), (False, False)] * 2 + [(True, True)]
+    row = logged(window)[0]
+    assert row["R_s"] == pytest.approx((rows[0]["R_s"] + rows[2]["R_s"]) / 2, rel=1e-6)
+    assert row["max_delta"] == max(rows[0]["max_delta"], rows[2]["max_delta"])
+    assert ("D_Breg" in row) == (mu > 0)
+    if mu:
+        assert row["D_Breg"] == pytest.approx(sum(r["D_Breg"] for r in rows[:3]) / 3, rel=1e-6)
+
+
 def test_steps_without_a_finite_penalty_are_left_out_of_the_means(tmp_path):
     calls = []
 

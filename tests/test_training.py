@@ -87,6 +87,23 @@ def test_theta_tilde_moves_every_S_steps_with_the_scheduled_beta():
         teacher = step.teacher
 
 
+def test_R_s_in_the_first_of_every_K_steps_with_K_times_its_weight():
+    rng = np.random.default_rng(0)
+    theta, batches, noise = make_theta(rng), [make_batch(rng) for _ in range(7)], rng.normal(size=(7, 4, 5, 4))
+    settings = {"epsilon": 0.1, "sigma": 0.1, "total_steps": 7}
+    steps = fit_reference(theta, batches, SMARTConfig(**settings, lambda_s=0.5, smoothness_steps=3), noise)
+    for t, step in enumerate(steps):
+        one = [noise[t]], SMARTConfig(**settings, lambda_s=1.5 * (t % 3 == 0))
+        at = steps[t - 1] if t else None
+        alone = fit_reference(at.theta if at else theta, [batches[t]], one[1], one[0])[0]
+        assert step.R_s == alone.R_s
+        assert (step.delta is None) == (step.perturbed_outputs is None) == (step.R_s == 0) == (t % 3 > 0)
+        assert step.objective == pytest.approx(step.loss + 1.5 * step.R_s + step.D_Breg, rel=1e-15)
+        if t == 0:
+            assert all(np.array_equal(step.gradients[name], alone.gradients[name]) for name in theta)
+    assert [step.D_Breg > 0 for step in steps] == [False] + [True] * 6
+
+
 def test_vanilla_proximal_steps():
     """beta = 0: theta~ is theta; with S = 1 the gradient of D_Breg is exactly 0, with S > 1 it is not."""
     rng = np.random.default_rng(0)

@@ -58,6 +58,8 @@ def _of(backend: str, file: str, *edits: tuple[str, ...]) -> list[Mutation]:
 
 
 # Tests that more than one mutation needs
+TURNS = "test_training.py::test_R_s_in_the_first_of_every_K_steps_with_K_times_its_weight"
+TORCH_TURNS = "test_torch_training.py::test_other_settings[R_s every 3rd step]"
 PURE = "test_perturbation.py::test_"
 SIGMA = PURE + "gaussian_start_has_standard_deviation_sigma[*]"
 PROJECTED = PURE + "gaussian_start_is_projected[*-float64-example-inf]"
@@ -218,6 +220,13 @@ NUMPY = [
             'optimizer == "adam_keras"',
             "test_training.py::test_optimizers_by_hand",
         ),
+        ("R_s of the next step's turn", "config.smoothness_weight(t - 1)", "config.smoothness_weight(t)", TURNS),
+    ),
+    *_of(
+        "numpy",
+        "smartreg/config.py",
+        ("R_s every K-th step, unweighted", "else self.smoothness_steps * self.lambda_s", "else self.lambda_s", TURNS),
+        ("R_s in every step, K times", "0.0 if steps % self.smoothness_steps else ", "", TURNS),
     ),
 ]
 
@@ -327,6 +336,18 @@ TORCH = [
             "self.step % self.config.proximal_steps == 0",
             "self.step > 0",
             SMART + "theta_tilde_moves_every_S_steps",
+        ),
+        (
+            "R_s in every step though K = 3",
+            "config.smoothness_weight(self.step)",
+            "config.lambda_s",
+            TORCH_TURNS,
+        ),
+        (
+            "R_s of the next step's turn",
+            "config.smoothness_weight(self.step)",
+            "config.smoothness_weight(self.step + 1)",
+            TORCH_TURNS,
         ),
         (
             "beta of the next step",
