@@ -87,6 +87,7 @@ class Engine:
         self._last: dict[str, float] = {}
         self.temporary = False  # of one fit: `SMARTCallback`
         self.on_error: Callable[[], None] = lambda: None
+        self._lambda_s: float | None = None  # of this step
         self._recorder = None if recorder is None or recorder.done else recorder
         if self._recorder is not None:
             self._check_recordable()
@@ -202,12 +203,22 @@ class Engine:
                 f"SMART: {', '.join(new[:3])} became trainable after SMART began, and theta~ does not hold it. "
                 "Unfreeze and enable LoRA first, then fit with a SMARTCallback, or begin a new attach() or SMARTModel."
             )
-        original(force=True)
-        compiled = self.model.train_function
+        weights = {self.config.smoothness_weight(steps) for steps in range(self.config.smoothness_steps)}
+        if len(weights) > 1 and self.model.steps_per_execution > 1:
+            raise ValueError(
+                f"SMART: smoothness_steps={self.config.smoothness_steps} chooses between two compiled steps, so it "
+                f"needs compile(..., steps_per_execution=1), got {self.model.steps_per_execution}"
+            )
+        compiled = {}
+        for weight in weights:
+            original(force=True)
+            compiled[weight] = self.model.train_function
 
         def train_function(iterator: Any) -> Any:
             try:
-                logs = compiled(self._begin(iterator))
+                iterator = self._begin(iterator)
+                self._lambda_s = self.config.smoothness_weight(int(_numpy(self.step)) if len(weights) > 1 else 0)
+                logs = compiled[self._lambda_s](iterator)
                 self._report()
             except (StopIteration, tf.errors.OutOfRangeError):  # the end of an epoch
                 raise
@@ -215,6 +226,8 @@ class Engine:
                 # Keras calls no on_train_end now
                 self.on_error()
                 raise
+            finally:
+                self._lambda_s = None
             return logs
 
         object.__setattr__(self.model, "train_function", train_function)
@@ -229,9 +242,10 @@ class Engine:
     @contextmanager
     def training_step(self) -> Iterator[None]:
         """What `train_step` is, for a loop of your own: the forward, `model.compute_loss` and the update go inside."""
+        lambda_s = self._weight()
         before = self._iterations()
         self._local.penalised = False
-        differentiable = self.config.lambda_s > 0 and self.config.start == "margin"
+        differentiable = lambda_s > 0 and self.config.start == "margin"
         with self.site.recording(differentiable) as passes:
             self._local.passes = passes
             try:
@@ -257,9 +271,24 @@ class Engine:
         if passes is None or given.get("training") is False:
             return loss
         self._local.penalised = True
+        if self._weight() == self.config.mu == 0:
+            return loss
         penalty = self._penalty(_matching(passes, given.get("y_pred")), given.get("sample_weight"))
         replicas = tf.distribute.get_strategy().num_replicas_in_sync  # Keras sums their losses
         return loss + tf.cast(penalty / replicas, loss.dtype)
+
+    def _weight(self) -> float:
+        """lambda_s of this step, a constant of the trace: a step with R_s and one without are compiled apart."""
+        if self._lambda_s is not None:
+            return self._lambda_s
+        if self.config.smoothness_steps == 1:
+            return self.config.lambda_s
+        if not tf.executing_eagerly():
+            raise ValueError(
+                f"SMART: smoothness_steps={self.config.smoothness_steps} needs Keras' own fit or train_on_batch, or a "
+                "loop that runs eagerly: a tf.function of your own would have R_s in every step, or in none"
+            )
+        return self.config.smoothness_weight(int(_numpy(self.step)))
 
     def reset_metrics(self, original: Callable[..., Any]) -> None:
         """Keras' own, and ours."""
@@ -358,8 +387,8 @@ class Engine:
     # The step
 
     def _penalty(self, clean: Pass, sample_weight: Any) -> Tensor:
-        config, site = self.config, self.site
-        if config.lambda_s > 0 and not clean.calls:
+        config, site, lambda_s = self.config, self.site, self._weight()
+        if lambda_s > 0 and not clean.calls:
             raise RuntimeError(
                 f"SMART: {site} did not run in the model's training pass, so there is nothing to perturb. "
                 + (
@@ -393,14 +422,14 @@ class Engine:
             terms: dict[str, Tensor] = {}
             seen: dict[str, list[Any]] = {"outputs": targets, "positions": positions}
             finite = {"clean": _finite(targets)}
-            if config.lambda_s > 0:
+            if lambda_s > 0:
                 deltas = self._ascend(clean, heads, targets, masks, positions)
                 gated = [(weight, gate(weight.value)) for weight in self.model.trainable_variables]
                 perturbed = site.repeat(clean, lambda i, x: _shifted(x, deltas[i]), gated)
                 outputs = [head.logits(perturbed.outputs) for head in heads]
                 r_s = compare(outputs)
                 finite["perturbed"] = _finite(outputs) & tf.math.is_finite(r_s)
-                penalty += config.lambda_s * r_s
+                penalty += lambda_s * r_s
                 terms["smoothness"] = r_s
                 seen |= {"x": [call.x for call in clean.calls], "delta": deltas, "mask": masks, "perturbed": outputs}
             if config.mu > 0:
@@ -414,7 +443,7 @@ class Engine:
         for name, term in terms.items():
             self._show(name, term, targets[0])
         observed: dict[str, Tensor] = {}
-        if config.lambda_s > 0:
+        if lambda_s > 0:
             observed = self._observe(clean, deltas)
             self.draws.assign_add(1)
         gate.open = tf.math.is_finite(penalty)
@@ -644,8 +673,8 @@ class SMARTCallback(keras.callbacks.Callback):  # type: ignore[misc]
         outputs: what the outputs are: "logits", "probabilities", "label_logits", "label_probabilities" or
             "regression", one for all, a list with one each, or a dict by name. None, and a name that the dict lacks,
             leaves an output out of R_s and D_Breg. By default what the compiled losses say.
-        noise: (step, like) -> standard normal tensor of the shape of `like`; by default drawn from a stream of its own,
-            which `seed` starts.
+        noise: (step, like) -> standard normal tensor of the shape of `like`, `step` the number of training steps before
+            this one that had an R_s; by default drawn from a stream of its own, which `seed` starts.
         float32: compute the SMART passes in float32 under mixed precision, where half precision would lose them.
         resume: the checkpoint of a broken run, with what this callback left beside it; BackupAndRestore needs none.
         record: a file to be written with what SMART saw in the first `record_steps` training steps, for

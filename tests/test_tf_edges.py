@@ -77,6 +77,49 @@ def test_a_loop_of_ones_own_may_give_numpy():
         assert smart.metrics["step"] == 1
 
 
+@pytest.mark.parametrize("mu", [0, 1])
+def test_R_s_in_every_second_step_alone(mu):
+    """Its passes are run, its noise drawn, and its mean taken over the steps that have it."""
+    model, drawn, seen = small(), [], []
+    first = model.layers[0]
+    call = first.call
+    first.call = lambda *args, **kwargs: seen.append(1) or call(*args, **kwargs)
+    config = CONFIG.replace(smoothness_steps=2, mu=mu, epsilon=0.1)
+    with attach(model, config, noise=lambda step, like: drawn.append(int(step)) or tf.ones_like(like)) as smart:
+        passes, R_s = [], []
+        for _ in range(3):
+            seen.clear()
+            R_s.append(model.train_on_batch(X, Y, return_dict=True)["smoothness"])
+            passes.append(len(seen))
+        seen.clear()
+        with smart.training_step():  # the fourth, in a loop of one's own
+            model.compute_loss(X, Y, model(X, training=True))
+        assert len(seen) == passes[1]
+    assert passes == [3 + mu, 1 + mu, 3 + mu]
+    assert drawn == [0, 1]
+    assert R_s[0] > 0 == R_s[1]
+    callback = SMARTCallback(config, noise=lambda step, like: tf.ones_like(like))
+    history = small().fit(X, Y, batch_size=4, shuffle=False, verbose=0, callbacks=[callback]).history
+    one = small().fit(X[:4], Y[:4], verbose=0, callbacks=[SMARTCallback(config, noise=lambda step, like: like * 0 + 1)])
+    assert history["smoothness"] == pytest.approx(one.history["smoothness"], rel=1e-6)
+
+
+def test_where_it_cannot_choose_the_steps_with_R_s():
+    config = CONFIG.replace(smoothness_steps=3)
+    model = small(run_eagerly=False, steps_per_execution=2)
+    with pytest.raises(ValueError, match="smoothness_steps=3 .* needs compile.*steps_per_execution=1., got 2"):
+        model.fit(X, Y, batch_size=2, verbose=0, callbacks=[SMARTCallback(config)])
+    model = small()
+
+    @tf.function
+    def step(smart):
+        with smart.training_step():
+            model.compute_loss(X, Y, model(X, training=True))
+
+    with attach(model, config) as smart, pytest.raises(ValueError, match="smoothness_steps=3 needs Keras' own fit"):
+        step(smart)
+
+
 def test_compute_loss_of_ones_own_keeps_its_signature():
     class Own(keras.Model):
         def __init__(self):

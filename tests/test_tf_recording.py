@@ -115,6 +115,7 @@ SITUATIONS = {
     "l_2, a ball a token": CONFIG.replace(norm="2", granularity="token"),
     "l_1, absolute, S = 2": CONFIG.replace(norm="1", scale="absolute", proximal_steps=2),
     "rescaled": SMARTConfig.mtdnn(),
+    "R_s every 2nd step": CONFIG.replace(smoothness_steps=2),
 }
 
 

@@ -171,9 +171,9 @@ NUMPY = [
     *_of(
         "numpy",
         "smartreg/training.py",
-        ("the target of R_s is detached", "+ config.lambda_s * each * grad_clean", "+ 0 * grad_clean", SLOPES),
-        ("the perturbed side is detached", "config.lambda_s * each * grad_perturbed", "0 * grad_perturbed", SLOPES),
-        ("lambda_s is ignored in the objective", "loss + config.lambda_s * r_s", "loss + r_s", SLOPES),
+        ("the target of R_s is detached", "+ lambda_s * each * grad_clean", "+ 0 * grad_clean", SLOPES),
+        ("the perturbed side is detached", "lambda_s * each * grad_perturbed", "0 * grad_perturbed", SLOPES),
+        ("lambda_s is ignored in the objective", "loss + lambda_s * r_s", "loss + r_s", SLOPES),
         ("mu is ignored in the gradient", "config.mu * each * grad_breg", "each * grad_breg", SLOPES),
         (
             "R_s of the clean outputs alone",
@@ -418,7 +418,7 @@ TORCH = [
             "bregman_divergence(z_taught, z",
             TORCH_RUN,
         ),
-        ("lambda_s is ignored", '("R_s", config.lambda_s)', '("R_s", 1.0)', TORCH_KINDS),
+        ("lambda_s is ignored", '("R_s", lambda_s)', '("R_s", 1.0)', TORCH_KINDS),
         ("mu is ignored", '("D_Breg", config.mu)', '("D_Breg", 1.0)', TORCH_KINDS),
         (
             "several outputs are averaged, not added",
@@ -463,7 +463,7 @@ TORCH = [
         ),
         (
             "the lean step's other side has no lambda_s",
-            "config.lambda_s * r_s(passes(), fixed)",
+            "lambda_s * r_s(passes(), fixed)",
             "r_s(passes(), fixed)",
             COST + "lean_changes_neither_value_nor_gradient",
         ),
@@ -799,6 +799,18 @@ TF = [
             RUN.format("D_Breg alone"),
         ),
         (
+            "R_s in every step though K = 3",
+            "self.config.smoothness_weight(int(_numpy(self.step)) if len(weights) > 1 else 0)",
+            "self.config.smoothness_weight(0)",
+            RUN.format("R_s every 3rd step"),
+        ),
+        (
+            "K is no part of R_s's weight",
+            "penalty += lambda_s * r_s",
+            "penalty += config.lambda_s * r_s",
+            RUN.format("R_s every 3rd step"),
+        ),
+        (
             "theta~ moves every step though S = 3",
             "& (step % self.config.proximal_steps == 0)",
             "",
@@ -861,7 +873,7 @@ TF = [
         ),
         (
             "lambda_s is ignored",
-            "penalty += config.lambda_s * r_s",
+            "penalty += lambda_s * r_s",
             "penalty += r_s",
             FIT + "val_loss_is_plain_and_loss_has_the_penalty",
         ),
