@@ -39,12 +39,14 @@ from smartreg_torch import SMART, SMARTConfig
 
 Step = Callable[[], None]
 # What a method's mathematics needs, in plain steps P = F + X + W and passes F and X.
-FLOORS = {
+FLOORS: dict[str, dict[str, float]] = {
     "plain": {"P": 1},
     "SMART, paper's start: R_s": {"P": 2, "F": 1, "X": 1},
     "SMART, paper's start: R_s + MBPP": {"P": 2, "F": 2, "X": 1},
     "SMART, margin start: R_s": {"P": 2, "X": 1},
     "SMART, margin start: R_s + MBPP": {"P": 2, "F": 1, "X": 1},
+    "SMART, margin start, K = 2: R_s": {"P": 1.5, "X": 0.5},
+    "SMART, margin start, K = 4: R_s": {"P": 1.25, "X": 0.25},
     "SMART, margin start, lean: R_s": {"P": 2, "F": 1, "X": 1},
     "SMART, margin start, lean: R_s + MBPP": {"P": 2, "F": 2, "X": 1},
     "smart-pytorch 0.0.4": {"P": 2, "F": 1, "X": 1},
@@ -56,6 +58,8 @@ FLOORS = {
 OURS: dict[str, tuple[dict[str, Any], bool]] = {
     "paper's start": ({"start": "gaussian", "ascent_steps": 1}, False),
     "margin start": ({"start": "margin", "ascent_steps": 0}, False),
+    "margin start, K = 2": ({"start": "margin", "ascent_steps": 0, "smoothness_steps": 2}, False),
+    "margin start, K = 4": ({"start": "margin", "ascent_steps": 0, "smoothness_steps": 4}, False),
     "margin start, lean": ({"start": "margin", "ascent_steps": 0}, True),
 }
 
@@ -207,12 +211,17 @@ class Bench:
             delta = torch.where(length > xi, delta * (xi / length), delta)
 
 
+def turns(method: str) -> int:
+    """Steps after which the method is where it was: K."""
+    return int(method.partition("K = ")[2][0]) if method.startswith("SMART") and "K = " in method else 1
+
+
 def measure(bench: Bench, rounds: int, methods: list[str]) -> list[dict[str, float]]:
-    """Seconds of each step and pass, round by round; a first round is thrown away."""
-    steps = {method: bench.step(method) for method in methods}
+    """Seconds of each step (the mean over its turns) and pass, round by round; a first round is thrown away."""
+    steps = {method: (bench.step(method), turns(method)) for method in methods}
     found = []
     for _ in range(rounds + 1):
-        seconds = {method: bench.seconds(step) for method, step in steps.items()}
+        seconds = {name: sum(bench.seconds(step) for _ in range(K)) / K for name, (step, K) in steps.items()}
         found.append(seconds | bench.passes())
     return found[1:]
 
