@@ -226,12 +226,12 @@ def measure(bench: Bench, rounds: int, methods: list[str]) -> list[dict[str, flo
     return found[1:]
 
 
-def summarise(rounds: list[dict[str, float]]) -> dict[str, dict[str, float]]:
+def summarise(rounds: list[dict[str, float]], needs: dict[str, dict[str, int]] = FLOORS) -> dict[str, dict[str, float]]:
     """Of each method the quartiles of its ratio to the plain step, its floor's, and of the one to the other."""
     rows = {}
-    for name in [name for name in rounds[0] if name in FLOORS]:
+    for name in [name for name in rounds[0] if name in needs]:
         floors = [
-            sum(times * r["plain" if part == "P" else part] for part, times in FLOORS[name].items()) for r in rounds
+            sum(times * r["plain" if part == "P" else part] for part, times in needs[name].items()) for r in rounds
         ]
         low, median, high = quartiles([r[name] / r["plain"] for r in rounds])
         rows[name] = {

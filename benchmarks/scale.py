@@ -1,0 +1,236 @@
+"""How the cost of a training step with SMART grows with the batch, the length, T_x and the size of the model.
+
+python benchmarks/scale.py
+
+MiniLM at 4 x 32 tokens, and one thing changed at a time; the sizes are BERTs of random weights, 2 to 12 layers of width
+32 to 768. In each panel all points and methods take turns, round by round, each point with a plain step and passes F
+and X of its own. In plain steps: the median over the rounds of the ratio to the plain step of the same point and round.
+The words underneath are made of the figures, each the median over the rounds with its quartiles:
+
+- "as batch^k": k is the slope of the least-squares line through log seconds against log batch;
+- the trend: plain steps at the last point over those at the first, "no trend beyond the noise" where the quartiles
+  have 1 between them;
+- "an ascent step": the slope of the least-squares line through plain steps against T_x; its floor is F + X, the mean
+  over the points; "straight within": the largest distance of a median from the line through the medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import torch
+import transformers
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from step_cost import FLOORS, OURS, Bench, Step, make_model, quartiles, summarise
+from transformers import BertConfig, BertForSequenceClassification
+
+from smartreg_torch import SMARTConfig
+
+BATCHES = (1, 2, 4, 8, 16)
+LENGTHS = (16, 32, 64, 128)
+BATCH, LENGTH = 4, 32  # where another thing is changed
+ASCENT_STEPS = range(6)
+SIZES = ((2, 32), (2, 128), (4, 256), (4, 512), (8, 512), (12, 768))  # layers, width; the last is BERT-base
+STARTS = ("paper's start", "margin start")
+METHODS = [f"SMART, {start}: {terms}" for start in STARTS for terms in ("R_s", "R_s + MBPP")]
+
+
+@dataclass
+class Point:
+    """One place on the axis of a panel: what is timed there, and the seconds, round by round."""
+
+    at: float
+    bench: Bench
+    steps: dict[str, Step]
+    floors: dict[str, dict[str, int]] = field(default_factory=lambda: FLOORS)
+    rounds: list[dict[str, float]] = field(default_factory=list)
+
+    def ratios(self, method: str) -> list[float]:
+        """Plain steps, round by round."""
+        return [r[method] / r["plain"] for r in self.rounds]
+
+
+def point(at: float, model: Any, batch: int, length: int) -> Point:
+    bench = Bench(model, batch, length)
+    return Point(at, bench, {method: bench.step(method) for method in ["plain", *METHODS]})
+
+
+def point_of_ascent(T_x: int, model: Any) -> Point:
+    bench = Bench(model, BATCH, LENGTH)
+    made = Point(T_x, bench, {"plain": bench.plain}, {"plain": FLOORS["plain"]})
+    for start in STARTS:
+        method, (settings, lean) = f"SMART, {start}: R_s", OURS[start]
+        made.steps[method] = bench.smart(SMARTConfig(**settings | {"ascent_steps": T_x}, mu=0), lean)
+        more, floor = T_x - settings["ascent_steps"], FLOORS[method]
+        made.floors[method] = floor | {part: floor.get(part, 0) + more for part in ("F", "X")}
+    return made
+
+
+def bert(layers: int, width: int) -> Any:
+    torch.manual_seed(0)
+    heads, inner = max(1, width // 64), 4 * width
+    shape = {"num_hidden_layers": layers, "hidden_size": width, "num_attention_heads": heads}
+    return BertForSequenceClassification(BertConfig(**shape, intermediate_size=inner))
+
+
+def point_of_size(layers: int, width: int, device: str) -> Point:
+    model = bert(layers, width).to(device)
+    return point(sum(weight.numel() for weight in model.parameters()) / 1e6, model, BATCH, LENGTH)
+
+
+def panels(device: str) -> Iterator[tuple[str, list[Point]]]:
+    minilm = make_model("minilm").to(device)
+    yield "batch", [point(batch, minilm, batch, LENGTH) for batch in BATCHES]
+    yield "length", [point(length, minilm, BATCH, length) for length in LENGTHS]
+    yield "T_x", [point_of_ascent(T_x, minilm) for T_x in ASCENT_STEPS]
+    yield "parameters, M", [point_of_size(*size, device) for size in SIZES]
+
+
+def measure(points: list[Point], rounds: int) -> None:
+    """As step_cost.measure, all points in each round."""
+    for _ in range(rounds + 1):
+        for p in points:
+            p.rounds.append({name: p.bench.seconds(step) for name, step in p.steps.items()} | p.bench.passes())
+    for p in points:
+        p.rounds.pop(0)
+        p.bench.close()
+
+
+def by_round(points: list[Point]) -> list[tuple[dict[str, float], ...]]:
+    return list(zip(*(p.rounds for p in points), strict=True))
+
+
+def slopes(points: list[Point], y: Callable[[dict[str, float]], float], log: bool) -> list[float]:
+    """Of the least-squares line through the points, round by round."""
+    x = [math.log(p.at) if log else p.at for p in points]
+    return [statistics.linear_regression(x, [y(r) for r in records]).slope for records in by_round(points)]
+
+
+def spread(values: list[float]) -> str:
+    low, median, high = quartiles(values)
+    return f"{median:.2f} ({low:.2f} to {high:.2f})"
+
+
+def growth(name: str, points: list[Point], method: str) -> str:
+    """The exponent of the seconds, and the trend in plain steps."""
+    said = f"as {name.split(',')[0]}^{spread(slopes(points, lambda r: math.log(r[method]), log=True))}"
+    if method == "plain":
+        return said
+    first, last = points[0], points[-1]
+    trend = [b / a for a, b in zip(first.ratios(method), last.ratios(method), strict=True)]
+    low, median, high = quartiles(trend)
+    verdict = "no trend beyond the noise" if low <= 1 <= high else "falls" if median < 1 else "rises"
+    rows = [summarise(p.rounds, p.floors)[method] for p in (first, last)]
+    ends = " to ".join(f"{row['median']:.2f}" for row in rows)
+    floors = " to ".join(f"{row['floor']:.2f}" for row in rows)
+    return f"{said}; in plain steps {verdict}: {ends}, x {spread(trend)}; floor {floors}"
+
+
+def ascent(points: list[Point], method: str) -> str:
+    """What one more ascent step costs."""
+    a_step = slopes(points, lambda r: r[method] / r["plain"], log=False)
+    floors = [statistics.mean((r["F"] + r["X"]) / r["plain"] for r in records) for records in by_round(points)]
+    over = statistics.median(a / floor for a, floor in zip(a_step, floors, strict=True)) - 1
+    x, medians = [p.at for p in points], [statistics.median(p.ratios(method)) for p in points]
+    line = statistics.linear_regression(x, medians)
+    bend = max(abs(y / (line.intercept + line.slope * at) - 1) for at, y in zip(x, medians, strict=True))
+    return (
+        f"an ascent step costs {spread(a_step)} plain steps; floor F + X = {spread(floors)}, {over:+.1%} over it; "
+        f"straight within {bend:.1%}"
+    )
+
+
+def words(name: str, points: list[Point]) -> list[str]:
+    said = []
+    for method in points[0].steps:
+        if name != "T_x":
+            said.append(f"{method}: {growth(name, points, method)}")
+        elif method != "plain":
+            said.append(f"{method}: {ascent(points, method)}")
+    over = [(row["over_floor"], p, m) for p in points for m, row in summarise(p.rounds, p.floors).items()]
+    most, p, method = max(over, key=lambda found: found[0])
+    ms = 1e3 * most / (1 + most) * statistics.median(r[method] for r in p.rounds)
+    return [*said, f"furthest over its floor: {method}, at {p.at:.3g}: {most:+.1%}, {ms:.1f} ms"]
+
+
+def report(console: Console, name: str, points: list[Point]) -> None:
+    """Plain steps and how far they are over the floor, a column a point."""
+    title = f"{name}: x plain (over the floor), {len(points[0].rounds)} rounds"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+    table.add_column("method", no_wrap=True)
+    for p in points:
+        table.add_column(f"{p.at:.3g}", justify="right", no_wrap=True)
+    table.add_row("plain, ms", *(f"{1e3 * statistics.median(r['plain'] for r in p.rounds):.1f}" for p in points))
+    found = [summarise(p.rounds, p.floors) for p in points]
+    for method in list(points[0].steps)[1:]:
+        table.add_row(method, *(f"{rows[method]['median']:.2f} ({rows[method]['over_floor']:+.0%})" for rows in found))
+    console.print(table)
+    for line in words(name, points):
+        console.print(f"- {line}", soft_wrap=True)
+    console.print()
+
+
+def draw(found: dict[str, list[Point]], file: Path) -> None:
+    """A panel a thing that is changed: medians and quartiles, and the floors dotted."""
+    figure, axes = plt.subplots(2, 2, figsize=(9, 7))
+    for axis, (name, points) in zip(axes.flat, found.items(), strict=True):
+        x = [p.at for p in points]
+        rows = [summarise(p.rounds, p.floors) for p in points]
+        for method in list(points[0].steps)[1:]:
+            color = f"C{METHODS.index(method)}"
+            axis.plot(x, [r[method]["median"] for r in rows], "o-", ms=4, color=color, label=method)
+            low, high = ([r[method][side] for r in rows] for side in ("low", "high"))
+            axis.fill_between(x, low, high, color=color, alpha=0.15, lw=0)
+            axis.plot(x, [r[method]["floor"] for r in rows], ":", color=color)
+        if name != "T_x":
+            axis.set_xscale("log", base=2)
+            axis.set_xticks(x, [f"{at:.3g}" for at in x])
+            axis.minorticks_off()
+        axis.set_ylim(0, None)
+        axis.set_xlabel(name)
+        axis.grid(alpha=0.3)
+    axes[0, 0].legend(fontsize=7, loc="lower left")
+    figure.supylabel("plain steps (band: quartiles; dotted: floor)", fontsize=9)
+    figure.tight_layout()
+    figure.savefig(file, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="How the cost of SMART grows: batch, length, T_x, size of the model.")
+    add = parser.add_argument
+    add("--rounds", type=int, default=9)
+    add("--threads", type=int, default=2)
+    add("--device", default="cpu")
+    add("--json", type=Path, default=Path("out/scale.json"))
+    add("--figure", type=Path, default=Path("out/scale.png"))
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    for file in (args.json, args.figure):
+        file.parent.mkdir(parents=True, exist_ok=True)
+    console, found = Console(highlight=False, width=110), {}
+    for name, points in panels(args.device):
+        measure(points, args.rounds)
+        report(console, name, points)
+        found[name] = points
+        seconds = {name: {f"{p.at:.3g}": p.rounds for p in points} for name, points in found.items()}
+        said = {name: words(name, points) for name, points in found.items()}
+        written = {"torch": torch.__version__, "threads": args.threads, "words": said, "seconds": seconds}
+        args.json.write_text(json.dumps(written, indent=1) + "\n")
+    draw(found, args.figure)
+    console.print(f"{args.json}, {args.figure}")
+
+
+if __name__ == "__main__":
+    main()
