@@ -27,7 +27,7 @@ from step_cost import FLOORS, Bench, make_model, quartiles
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
-METHODS = ["plain", *(name for name in FLOORS if name.startswith("SMART,") and "lean" not in name)]
+METHODS = ["plain", *(name for name in FLOORS if name.startswith("SMART,") and name.count(",") == 1)]
 Round = dict[str, dict[str, list[float]]]  # method -> way -> seconds of each process
 
 

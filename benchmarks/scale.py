@@ -52,7 +52,7 @@ class Point:
     at: float
     bench: Bench
     steps: dict[str, Step]
-    floors: dict[str, dict[str, int]] = field(default_factory=lambda: FLOORS)
+    floors: dict[str, dict[str, float]] = field(default_factory=lambda: FLOORS)
     rounds: list[dict[str, float]] = field(default_factory=list)
 
     def ratios(self, method: str) -> list[float]:
