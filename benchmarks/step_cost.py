@@ -226,7 +226,9 @@ def measure(bench: Bench, rounds: int, methods: list[str]) -> list[dict[str, flo
     return found[1:]
 
 
-def summarise(rounds: list[dict[str, float]], needs: dict[str, dict[str, float]] = FLOORS) -> dict[str, dict[str, float]]:
+def summarise(
+    rounds: list[dict[str, float]], needs: dict[str, dict[str, float]] = FLOORS
+) -> dict[str, dict[str, float]]:
     """Of each method the quartiles of its ratio to the plain step, its floor's, and of the one to the other."""
     rows = {}
     for name in [name for name in rounds[0] if name in needs]:
