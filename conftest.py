@@ -1,5 +1,6 @@
 """Which backends are tested, and how."""
 
+import gc
 import importlib.util
 import os
 
@@ -58,6 +59,14 @@ def backend(request: pytest.FixtureRequest):
     import backends
 
     return backends.load(request.param)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def little_to_collect():
+    """accelerate collects garbage at every turn, and here it would look through a million objects of imports."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 if "torch" in BACKENDS:

@@ -1,4 +1,4 @@
-"""A loop that saves after each step and goes on from there: python resuming_torch.py FOLDER START [step to die in]."""
+"""A loop that saves after each step and goes on from there; `python resuming_torch.py FOLDER STEP` dies in that one."""
 
 import json
 import os
@@ -11,8 +11,11 @@ from torch import nn
 
 from smartreg_torch import SMART, SMARTConfig
 
-if __name__ == "__main__":
-    folder, start, dies = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]) if len(sys.argv) > 3 else None
+STARTS = ("gaussian", "margin")
+
+
+def train(folder, start, left=None):
+    """Up to the last step, or to the middle of the one in which it is left."""
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Embedding(11, 8),
@@ -37,8 +40,8 @@ if __name__ == "__main__":
         output, penalty = smart(ids)
         loss = nn.functional.cross_entropy(output, y) + penalty
         loss.backward()
-        if step == dies:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if step == left:
+            return
         optimizer.step()
         optimizer.zero_grad()
         smart.update()
@@ -48,3 +51,9 @@ if __name__ == "__main__":
         saved = {name: part.state_dict() for name, part in parts.items()} | {"random": torch.get_rng_state()}
         torch.save(saved, file.with_suffix(".new"))
         file.with_suffix(".new").replace(file)
+
+
+if __name__ == "__main__":
+    for start in STARTS:
+        train(Path(sys.argv[1], start), start, int(sys.argv[2]))
+    os.kill(os.getpid(), signal.SIGKILL)  # both are in the middle of a step

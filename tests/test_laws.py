@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import strategies
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smartreg import laws
@@ -12,6 +12,11 @@ from smartreg.checking import Face, load_backend
 from smartreg.divergences import DIVERGENCES
 
 DTYPES = ["float32", "float64"]
+
+
+def by_day(examples):
+    """In place of 60 where TensorFlow, called op by op, takes long; at night as many as anywhere."""
+    return settings(max_examples=examples if settings.default.max_examples <= 60 else settings.default.max_examples)
 
 
 def face(backend, dtype):
@@ -27,6 +32,7 @@ def hold(found):
 
 @pytest.mark.parametrize("dtype", [*DTYPES, "bfloat16", "float16"])
 @pytest.mark.parametrize("name", list(DIVERGENCES))
+@by_day(40)
 @given(data=st.data())
 def test_divergences(backend, name, dtype, data):
     hold(laws.divergence_laws(face(backend, dtype), name, data.draw(strategies.pairs(name, dtype))))
@@ -46,6 +52,7 @@ def test_projections(backend, ball, dtype, data):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@by_day(40)
 @given(data=st.data())
 def test_ascend(backend, dtype, data):
     hold(laws.ascent_laws(face(backend, dtype), data.draw(strategies.ascents(dtype))))
@@ -64,6 +71,7 @@ def test_averages(backend, dtype, data):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@by_day(20)  # each of all three divergences
 @given(data=st.data())
 def test_bregman_divergence(backend, dtype, data):
     hold(laws.bregman_laws(face(backend, dtype), data.draw(strategies.pairs("symmetric_kl", dtype))))

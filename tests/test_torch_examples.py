@@ -3,72 +3,93 @@
 import importlib.util
 import json
 import os
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
 import pytest
+import transformers
 
 ROOT = Path(__file__).parent.parent
 DATA = Path(os.environ.get("SMARTREG_DATA", ROOT.parent / "shared" / "data"))
 
 
-def run(script, *arguments):
-    command = [sys.executable, str(ROOT / "examples" / script), *map(str, arguments)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=600, env=environment)
+def run(script, monkeypatch, capsys, *arguments):
+    """As a user runs it, but in this process, which has imported torch and TensorFlow already: what it prints."""
+    monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+    runpy.run_path(str(ROOT / "examples" / script), run_name="__main__")
+    return capsys.readouterr().out
 
 
-def test_the_demo_shows_what_smart_changes(tmp_path):
+@pytest.fixture
+def demo(monkeypatch):
+    """The demo as a module, with fewer steps; it leaves Keras in the precision in which it was."""
+    spec = importlib.util.spec_from_file_location("demo", ROOT / "examples" / "demo.py")
+    demo = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(demo)
+    config = demo.CONFIG.replace(total_steps=60)
+    small = {"CONFIG": config, "METHODS": {"plain": config.replace(lambda_s=0, mu=0), "SMART": config}}
+    small |= {"PRETRAINING_STEPS": 60, "ATTACK_STEPS": 2, "ATTACK_STARTS": 2, "RADII": (0.0, config.epsilon, 0.2)}
+    for name, value in small.items():
+        monkeypatch.setattr(demo, name, value)
+    yield demo
+    if "keras" in sys.modules:
+        sys.modules["keras"].config.set_floatx("float32")
+        sys.modules["keras"].config.set_dtype_policy("float32")
+
+
+def test_the_demo_shows_what_smart_changes(demo, tmp_path, monkeypatch, capsys):
     picture, result = tmp_path / "new" / "demo.png", tmp_path / "result.json"
-    done = run("demo.py", "--seeds", 2, "--out", picture, "--json", result)
-    assert done.returncode == 0, done.stderr
+    monkeypatch.setattr(sys, "argv", ["demo.py", "--seeds", "2", "--out", str(picture), "--json", str(result)])
+    demo.main()
+    printed = capsys.readouterr().out
     assert picture.read_bytes().startswith(b"\x89PNG")
-    assert str(picture) in done.stdout.replace("\n", "")
+    assert str(picture) in printed.replace("\n", "")
     found = json.loads(result.read_text())["backends"]
     backends = ["NumPy", "PyTorch", "Keras"] if importlib.util.find_spec("tensorflow") else ["NumPy", "PyTorch"]
     assert list(found) == ["loss", "R_s", "D_Breg", "|theta|", "|theta~|"]
     for name, values in found.items():
-        assert name in done.stdout
+        assert name in printed
         assert list(values) == [*backends, "difference"]
         assert min(values[backend] for backend in backends) > 0.01  # something was trained, and perturbed
         assert values["difference"] < 1e-9
-    header = next(line for line in done.stdout.splitlines() if "NumPy" in line)
+    header = next(line for line in printed.splitlines() if "NumPy" in line)
     assert [name for name in ("NumPy", "PyTorch", "Keras") if name in header] == backends
 
 
-def test_the_demo_without_tensorflow_says_what_to_install():
-    code = """
-import sys
-sys.modules["tensorflow"] = None
-import demo
-data = demo.digits()
-demo.compare(demo.same_task(data, demo.pretrain(data), 2), demo.Console(width=200))
-"""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "examples")))}
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600, env=environment)
-    assert done.returncode == 0, done.stderr
-    assert "Without Keras: smartreg_tf needs TensorFlow and Keras 3: pip install 'smartreg[tf]'" in done.stdout
-    header = next(line for line in done.stdout.splitlines() if "NumPy" in line)
+def test_the_demo_without_tensorflow_says_what_to_install(demo, monkeypatch, capsys):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "smartreg_tf"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "tensorflow", None)
+    data = demo.digits()
+    demo.compare(demo.same_task(data, demo.pretrain(data), 2), demo.Console(width=200))
+    printed = capsys.readouterr().out
+    assert "Without Keras: smartreg_tf needs TensorFlow and Keras 3: pip install 'smartreg[tf]'" in printed
+    header = next(line for line in printed.splitlines() if "NumPy" in line)
     assert "PyTorch" in header
     assert "Keras" not in header
 
 
-@pytest.fixture(scope="module")
-def finetune_text():
-    """The script as a module."""
-    spec = importlib.util.spec_from_file_location("finetune_text", ROOT / "examples" / "finetune_text.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def refusal(finetune_text, monkeypatch, capsys, *arguments):
-    """What the command line answers to arguments that it cannot use."""
-    monkeypatch.setattr(sys, "argv", ["finetune_text.py", *map(str, arguments)])
+def test_the_demo_as_a_command(monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
-        finetune_text.main()
+        run("demo.py", monkeypatch, capsys, "--seeds", 1)
+    assert "--seeds must be at least 2" in capsys.readouterr().err
+
+
+@pytest.fixture(autouse=True)
+def as_talkative_as_before():
+    """finetune_text.py silences transformers."""
+    verbosity, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
+    yield
+    transformers.logging.set_verbosity(verbosity)
+    if bars:
+        transformers.logging.enable_progress_bar()
+
+
+def refusal(monkeypatch, capsys, *arguments):
+    """What the command line answers to arguments that it cannot use."""
+    with pytest.raises(SystemExit, match="2"):
+        run("finetune_text.py", monkeypatch, capsys, *arguments)
     return " ".join(capsys.readouterr().err.split())
 
 
@@ -86,26 +107,25 @@ def small(tmp_path, train, dev, *more):
     return ["--train", train, "--dev", dev, *options, "--max-length", 16, "--json", tmp_path / "result.json", *more]
 
 
-def test_finetune_text_compares_the_methods_and_keeps_the_model(tmp_path, tsv):
-    result = run("finetune_text.py", *small(tmp_path, tsv, tsv, "--out", tmp_path / "model"))
-    assert result.returncode == 0, result.stderr
+def test_finetune_text_compares_the_methods_and_keeps_the_model(monkeypatch, capsys, tmp_path, tsv):
+    arguments = small(tmp_path, tsv, tsv, "--out", tmp_path / "model")
+    printed = run("finetune_text.py", monkeypatch, capsys, *arguments)
     found = json.loads((tmp_path / "result.json").read_text())
     assert list(found["summary"]) == ["plain", "smart", "r_s", "proximal"]
     for method in found["summary"]:
-        assert method in result.stdout
+        assert method in printed
         assert 0 <= found["summary"][method]["accuracy"]["mean"] <= 100
         assert found["summary"][method]["R_s"]["mean"] > 0
     assert (tmp_path / "model" / "model.safetensors").exists()
     assert json.loads((tmp_path / "model" / "smart_config.json").read_text())["total_steps"] == 2
 
 
-def test_finetune_text_on_real_data(tmp_path):
+def test_finetune_text_on_real_data(monkeypatch, capsys, tmp_path):
     if not DATA.exists():
         pytest.skip(f"no data in {DATA}: set SMARTREG_DATA to a folder with stsb/train.tsv")
     train, dev = DATA / "stsb" / "train.tsv", tmp_path / "dev.tsv"
     dev.write_text("".join((DATA / "stsb" / "dev.tsv").read_text().splitlines(keepends=True)[:40]))
-    result = run("finetune_text.py", *small(tmp_path, train, dev, "--method", "plain", "smart"))
-    assert result.returncode == 0, result.stderr
+    run("finetune_text.py", monkeypatch, capsys, *small(tmp_path, train, dev, "--method", "plain", "smart"))
     found = json.loads((tmp_path / "result.json").read_text())["summary"]["smart"]
     assert -100 <= found["spearman"]["mean"] <= 100
     assert found["R_s"]["mean"] > 0
@@ -121,13 +141,11 @@ def test_finetune_text_on_real_data(tmp_path):
         (lambda path: path.write_text("sentence\tlabel\na\t7\n"), "the label '7' does not occur in"),
     ],
 )
-def test_finetune_text_names_what_is_wrong_with_a_file(
-    finetune_text, monkeypatch, capsys, tmp_path, tsv, change, message
-):
+def test_finetune_text_names_what_is_wrong_with_a_file(monkeypatch, capsys, tmp_path, tsv, change, message):
     dev = tmp_path / "dev.tsv"
     dev.write_text(tsv.read_text())
     change(dev)
-    assert message in refusal(finetune_text, monkeypatch, capsys, *small(tmp_path, tsv, dev))
+    assert message in refusal(monkeypatch, capsys, *small(tmp_path, tsv, dev))
 
 
 @pytest.mark.parametrize(
@@ -139,5 +157,5 @@ def test_finetune_text_names_what_is_wrong_with_a_file(
         (["--seeds", "0"], "--seeds must be at least 1"),
     ],
 )
-def test_finetune_text_names_bad_options(finetune_text, monkeypatch, capsys, tmp_path, tsv, options, message):
-    assert message in refusal(finetune_text, monkeypatch, capsys, *small(tmp_path, tsv, tsv, *options))
+def test_finetune_text_names_bad_options(monkeypatch, capsys, tmp_path, tsv, options, message):
+    assert message in refusal(monkeypatch, capsys, *small(tmp_path, tsv, tsv, *options))

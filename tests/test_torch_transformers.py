@@ -1,7 +1,6 @@
 """SMART in the Hugging Face Trainer: equal to the plain loop, to the large batch, and to itself after a resume."""
 
 import copy
-import gc
 import importlib.util
 import os
 import signal
@@ -98,14 +97,6 @@ def make(folder, model=None, rows=None, smart=CONFIG, base=SMARTTrainer, noise=N
     return Made(
         model, arguments(folder, kind, **settings), train_dataset=make_rows() if rows is None else rows, **given
     )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def little_to_collect():
-    """accelerate collects garbage at the start of every training: half of the time of these tests, without this."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def weights(trainer):
@@ -793,7 +784,7 @@ def test_torch_compile_is_the_same_training_and_compiles_nothing_twice(tmp_path)
     settings = {"max_steps": 4, "gradient_accumulation_steps": 2, "bf16": True, "noise": waves}
     trainers = []
     for compiled in ({}, {"torch_compile": True, "torch_compile_backend": "eager", "callbacks": [Compiled()]}):
-        model = bert()
+        model = bert(num_hidden_layers=1)
         model.accepts_loss_kwargs = False
         with torch._dynamo.config.patch(error_on_recompile=False):
             trainer = make(tmp_path, model, **settings, **compiled)
@@ -819,11 +810,13 @@ WAYS = {
     "a loss that ignores num_items_in_batch": {"accepts": True},
 }
 PROCESS = """
+import gc
 import sys
 import warnings
 import torch
 import test_torch_transformers as tests
 
+gc.freeze()  # as in conftest.py
 for name, way in tests.WAYS.items():
     warnings.simplefilter("always" if "ignores" in name else "error", tests.SMARTWarning)
     trainer = tests.in_double(sys.argv[1] + "/run", **way, save_strategy="steps", save_steps=2)
