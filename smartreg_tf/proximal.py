@@ -50,12 +50,17 @@ def ema_update(teacher: Mapping[str, Tensor], theta: Mapping[str, Tensor], beta:
     # 1 - beta in float64: in float32, 1 - 0.999 is off by 1e-5. A step from theta~ leaves equal weights equal.
     beta = tf.convert_to_tensor(beta, tf.float64)
 
-    def moved(average: Tensor, weight: Tensor) -> Tensor:
-        weight = tf.cast(weight, average.dtype)
-        step = tf.cast(1 - beta, average.dtype) * (weight - average)
-        return tf.where(beta == 0, weight, average + step)
+    averages = dict(teacher)
+    weights = {name: tf.cast(theta[name], average.dtype) for name, average in averages.items()}
 
-    return {name: moved(average, theta[name]) for name, average in teacher.items()}
+    def moved() -> dict[str, Tensor]:
+        return {
+            name: average + tf.cast(1 - beta, average.dtype) * (weights[name] - average)
+            for name, average in averages.items()
+        }
+
+    # a tf.where of each would read and write all weights once more
+    return dict(tf.cond(beta == 0, lambda: weights, moved))
 
 
 def bregman_divergence(

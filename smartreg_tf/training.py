@@ -425,7 +425,9 @@ class Engine:
             if lambda_s > 0:
                 deltas = self._ascend(clean, heads, targets, masks, positions)
                 gated = [(weight, gate(weight.value)) for weight in self.model.trainable_variables]
-                perturbed = site.repeat(clean, lambda i, x: _shifted(x, deltas[i]), gated)
+                # x itself, not what a second pass of the layer gives: the gradients meet there and go down once
+                points = [_shifted(gate(call.x), delta) for call, delta in zip(clean.calls, deltas, strict=True)]
+                perturbed = site.repeat(clean, lambda i, x: tf.ensure_shape(points[i], x.shape), gated)
                 outputs = [head.logits(perturbed.outputs) for head in heads]
                 r_s = compare(outputs)
                 finite["perturbed"] = _finite(outputs) & tf.math.is_finite(r_s)
@@ -529,10 +531,10 @@ class Engine:
         names = [str(i) for i in range(len(self.weights))]
         theta = dict(zip(names, (weight.value for weight in self.weights), strict=True))
         averages = dict(zip(names, (tf.convert_to_tensor(average.value) for average in self.averages), strict=True))
-        moved = ema_update(averages, theta, momentum(step, self.config))
+        # all weights in one branch: a tf.where of each would read and write them once more
+        moved = tf.cond(moves, lambda: ema_update(averages, theta, momentum(step, self.config)), lambda: averages)
         for name, average in zip(names, self.averages, strict=True):
-            # not inside tf.cond: a MirroredStrategy cannot assign there
-            average.assign(tf.where(moves, moved[name], averages[name]))
+            average.assign(moved[name])  # not inside tf.cond: a MirroredStrategy cannot assign there
 
     def _iterations(self) -> Tensor | None:
         optimizer = getattr(self.model, "optimizer", None)

@@ -794,8 +794,8 @@ TF = [
         "smartreg_tf/training.py",
         (
             "theta~ does not move",
-            "tf.where(moves, moved[name], averages[name])",
-            "averages[name]",
+            "average.assign(moved[name])",
+            "average.assign(averages[name])",
             RUN.format("D_Breg alone"),
         ),
         (
