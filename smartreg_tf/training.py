@@ -242,7 +242,7 @@ class Engine:
     @contextmanager
     def training_step(self) -> Iterator[None]:
         """What `train_step` is, for a loop of your own: the forward, `model.compute_loss` and the update go inside."""
-        lambda_s = self._weight()
+        lambda_s = self._local.lambda_s = self._weight()
         before = self._iterations()
         self._local.penalised = False
         differentiable = lambda_s > 0 and self.config.start == "margin"
@@ -271,7 +271,7 @@ class Engine:
         if passes is None or given.get("training") is False:
             return loss
         self._local.penalised = True
-        if self._weight() == self.config.mu == 0:
+        if self._local.lambda_s == self.config.mu == 0:
             return loss
         penalty = self._penalty(_matching(passes, given.get("y_pred")), given.get("sample_weight"))
         replicas = tf.distribute.get_strategy().num_replicas_in_sync  # Keras sums their losses
@@ -387,7 +387,7 @@ class Engine:
     # The step
 
     def _penalty(self, clean: Pass, sample_weight: Any) -> Tensor:
-        config, site, lambda_s = self.config, self.site, self._weight()
+        config, site, lambda_s = self.config, self.site, self._local.lambda_s
         if lambda_s > 0 and not clean.calls:
             raise RuntimeError(
                 f"SMART: {site} did not run in the model's training pass, so there is nothing to perturb. "
