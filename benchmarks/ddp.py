@@ -20,10 +20,11 @@ from typing import Any
 
 import torch
 import transformers
+from ratios import spread
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
-from step_cost import FLOORS, Bench, make_model, quartiles
+from step_cost import FLOORS, Bench, make_model
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
@@ -62,11 +63,6 @@ def measure(rank: int, meeting: str, batch: int, length: int, rounds: int, file:
 
 def over_one(r: Round, method: str, way: str) -> float:
     return r[method]["one"][0] * sum(1 / t for t in r[method][way])
-
-
-def spread(values: list[float]) -> str:
-    low, median, high = quartiles(values)
-    return f"{median:.2f} ({low:.2f} to {high:.2f})"
 
 
 def report(console: Console, title: str, rounds: list[Round]) -> None:

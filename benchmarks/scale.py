@@ -28,10 +28,11 @@ from typing import Any
 import matplotlib.pyplot as plt
 import torch
 import transformers
+from ratios import quartiles, spread, summarise
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
-from step_cost import FLOORS, OURS, Bench, Step, make_model, quartiles, summarise
+from step_cost import FLOORS, OURS, Bench, Step, make_model
 from transformers import BertConfig, BertForSequenceClassification
 
 from smartreg_torch import SMARTConfig
@@ -114,11 +115,6 @@ def slopes(points: list[Point], y: Callable[[dict[str, float]], float], log: boo
     """Of the least-squares line through the points, round by round."""
     x = [math.log(p.at) if log else p.at for p in points]
     return [statistics.linear_regression(x, [y(r) for r in records]).slope for records in by_round(points)]
-
-
-def spread(values: list[float]) -> str:
-    low, median, high = quartiles(values)
-    return f"{median:.2f} ({low:.2f} to {high:.2f})"
 
 
 def growth(name: str, points: list[Point], method: str) -> str:

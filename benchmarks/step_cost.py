@@ -19,12 +19,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import torch
 import transformers
-from rich.box import SIMPLE_HEAD
+from ratios import draw, report, summarise
 from rich.console import Console
-from rich.table import Table
 from smart_pytorch import SMARTLoss
 from smart_pytorch import kl_loss as smart_kl_loss
 from smart_pytorch import sym_kl_loss as smart_sym_kl_loss
@@ -213,7 +211,8 @@ class Bench:
 
 def turns(method: str) -> int:
     """Steps after which the method is where it was: K."""
-    return int(method.partition("K = ")[2][0]) if method.startswith("SMART") and "K = " in method else 1
+    settings, _ = OURS.get(method.removeprefix("SMART, ").partition(": ")[0], ({}, False))
+    return int(settings.get("smoothness_steps", 1))
 
 
 def measure(bench: Bench, rounds: int, methods: list[str]) -> list[dict[str, float]]:
@@ -224,63 +223,6 @@ def measure(bench: Bench, rounds: int, methods: list[str]) -> list[dict[str, flo
         seconds = {name: sum(bench.seconds(step) for _ in range(K)) / K for name, (step, K) in steps.items()}
         found.append(seconds | bench.passes())
     return found[1:]
-
-
-def summarise(
-    rounds: list[dict[str, float]], needs: dict[str, dict[str, float]] = FLOORS
-) -> dict[str, dict[str, float]]:
-    """Of each method the quartiles of its ratio to the plain step, its floor's, and of the one to the other."""
-    rows = {}
-    for name in [name for name in rounds[0] if name in needs]:
-        floors = [
-            sum(times * r["plain" if part == "P" else part] for part, times in needs[name].items()) for r in rounds
-        ]
-        low, median, high = quartiles([r[name] / r["plain"] for r in rounds])
-        rows[name] = {
-            "median": median,
-            "low": low,
-            "high": high,
-            "floor": statistics.median(floor / r["plain"] for floor, r in zip(floors, rounds, strict=True)),
-            "over_floor": statistics.median(r[name] / floor for floor, r in zip(floors, rounds, strict=True)) - 1,
-        }
-    return rows
-
-
-def quartiles(values: list[float]) -> tuple[float, float, float]:
-    if len(values) == 1:
-        return values[0], values[0], values[0]
-    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
-    return low, median, high
-
-
-def report(console: Console, title: str, rows: dict[str, dict[str, float]], passes: dict[str, float]) -> None:
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
-    for name in ("method", "x plain", "quartiles", "floor", "over the floor"):
-        table.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
-    for name, row in rows.items():
-        quartile = "" if name == "plain" else f"{row['low']:.2f} to {row['high']:.2f}"
-        over = "" if name == "plain" else f"{row['over_floor']:+.1%}"
-        table.add_row(name, f"{row['median']:.2f}", quartile, f"{row['floor']:.2f}", over)
-    console.print(table)
-    console.print(", ".join(f"{name} = {value:.3f}" for name, value in passes.items()) + " of a plain step\n")
-
-
-def draw(settings: list[dict[str, Any]], file: Path) -> None:
-    """A panel a setting: the medians with their quartiles, and the floors as ticks."""
-    figure, axes = plt.subplots(1, len(settings), figsize=(3 + 2.2 * len(settings), 4), sharey=True, squeeze=False)
-    for axis, setting in zip(axes[0], settings, strict=True):
-        for at, (name, row) in enumerate(reversed(setting["rows"].items())):
-            color = "C0" if name.startswith("SMART,") else "0.45"
-            axis.plot([row["low"], row["high"]], [at, at], color=color, lw=3, alpha=0.5)
-            axis.plot(row["median"], at, "o", color=color)
-            axis.plot(row["floor"], at, "|", color="k", ms=14)
-        axis.set_yticks(range(len(setting["rows"])), list(reversed(setting["rows"])))
-        axis.set_title(f"{setting['model']}\n{setting['batch']} x {setting['length']} tokens", fontsize=9)
-        axis.set_xlim(0.9, None)
-        axis.grid(axis="x", alpha=0.3)
-    figure.supxlabel("plain steps (bar: quartiles; tick: floor)", fontsize=9)
-    figure.tight_layout()
-    figure.savefig(file, dpi=120)
 
 
 def main() -> None:
@@ -312,14 +254,15 @@ def main() -> None:
                 bench = Bench(model, batch, length, args.bf16)
                 rounds = measure(bench, args.rounds, methods)
                 bench.close()
-                rows = summarise(rounds)
+                rows = summarise(rounds, FLOORS)
                 parts = {part: statistics.median(r[part] / r["plain"] for r in rounds) for part in ("F", "X")}
                 parts["W"] = 1 - sum(parts.values())
                 title = f"{name} ({size:.0f}M), {batch} x {length} tokens, {args.rounds} rounds, {args.threads} threads"
                 report(console, title, rows, parts)
-                settings.append({"model": name, "batch": batch, "length": length, "rows": rows, "seconds": rounds})
+                setting = {"model": name, "batch": batch, "length": length}
+                settings.append(setting | {"rows": rows, "seconds": rounds})
                 args.json.write_text(json.dumps({"torch": torch.__version__, "settings": settings}, indent=1) + "\n")
-    draw(settings, args.figure)
+    draw(settings, "model", args.figure)
     console.print(f"{args.json}, {args.figure}")
 
 

@@ -30,17 +30,15 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import keras
 import keras_hub
-import matplotlib.pyplot as plt
 import numpy as np
 import tensorflow as tf
-from rich.box import SIMPLE_HEAD
+from ratios import draw, report, summarise
 from rich.console import Console
-from rich.table import Table
 
 from smartreg_tf import SMARTConfig, attach
 
 # What a method's mathematics needs, in plain steps P and passes S, F and X.
-FLOORS = {
+FLOORS: dict[str, dict[str, float]] = {
     "plain": {"P": 1},
     "SMART, paper's start: R_s": {"P": 1, "S": 1, "F": 1, "X": 1},
     "SMART, paper's start: R_s + MBPP": {"P": 1, "S": 1, "F": 2, "X": 1},
@@ -185,56 +183,6 @@ def measure(bench: Bench, rounds: int, methods: list[str]) -> list[dict[str, flo
     return [{method: turn() for method, turn in turns.items()} | bench.passes() for _ in range(rounds + 1)][1:]
 
 
-def summarise(rounds: list[dict[str, float]]) -> dict[str, dict[str, float]]:
-    """Of each method the quartiles of its ratio to the plain step, its floor's, and of the one to the other."""
-    rows = {}
-    for name in [name for name in rounds[0] if name in FLOORS]:
-        floors = [
-            sum(times * r["plain" if part == "P" else part] for part, times in FLOORS[name].items()) for r in rounds
-        ]
-        ratios = [r[name] / r["plain"] for r in rounds]
-        low, high = np.quantile(ratios, [0.25, 0.75])
-        rows[name] = {
-            "median": statistics.median(ratios),
-            "low": float(low),
-            "high": float(high),
-            "floor": statistics.median(floor / r["plain"] for floor, r in zip(floors, rounds, strict=True)),
-            "over_floor": statistics.median(r[name] / floor for floor, r in zip(floors, rounds, strict=True)) - 1,
-        }
-    return rows
-
-
-def report(console: Console, title: str, rows: dict[str, dict[str, float]], passes: dict[str, float]) -> None:
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
-    for name in ("method", "x plain", "quartiles", "floor", "over the floor"):
-        table.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
-    for name, row in rows.items():
-        quartile = "" if name == "plain" else f"{row['low']:.2f} to {row['high']:.2f}"
-        over = "" if name == "plain" else f"{row['over_floor']:+.1%}"
-        table.add_row(name, f"{row['median']:.2f}", quartile, f"{row['floor']:.2f}", over)
-    console.print(table)
-    console.print(", ".join(f"{name} = {value:.3f}" for name, value in passes.items()) + " of a plain step\n")
-
-
-def draw(settings: list[dict[str, Any]], file: Path) -> None:
-    """A panel a setting: the medians with their quartiles, and the floors as ticks."""
-    figure, axes = plt.subplots(1, len(settings), figsize=(3 + 2.2 * len(settings), 3), squeeze=False)
-    for axis, setting in zip(axes[0], settings, strict=True):
-        for at, (name, row) in enumerate(reversed(setting["rows"].items())):
-            color = "C0" if name.startswith("SMART,") else "0.45"
-            axis.plot([row["low"], row["high"]], [at, at], color=color, lw=3, alpha=0.5)
-            axis.plot(row["median"], at, "o", color=color)
-            axis.plot(row["floor"], at, "|", color="k", ms=14)
-        axis.set_yticks(range(len(setting["rows"])), list(reversed(setting["rows"])))
-        axis.label_outer()
-        axis.set_title(f"{setting['mode']}\n{setting['batch']} x {setting['length']} tokens", fontsize=9)
-        axis.set_xlim(0.9, None)
-        axis.grid(axis="x", alpha=0.3)
-    figure.supxlabel("steps of plain fit (bar: quartiles; tick: floor)", fontsize=9)
-    figure.tight_layout()
-    figure.savefig(file, dpi=120)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="What a training step with SMART costs in Keras, in plain steps.")
     add = parser.add_argument
@@ -262,16 +210,14 @@ def main() -> None:
                 bench = Bench(mode, batch, length, args.steps)
                 rounds = measure(bench, args.rounds, methods)
                 bench.close()
-                rows = summarise(rounds)
+                rows = summarise(rounds, FLOORS)
                 parts = {part: statistics.median(r[part] / r["plain"] for r in rounds) for part in ("F", "X", "S")}
-                threads = f"{args.threads} threads"
-                report(
-                    console, f"MiniLM, {mode}, {batch} x {length} tokens, {args.rounds} rounds, {threads}", rows, parts
-                )
+                title = f"MiniLM, {mode}, {batch} x {length} tokens, {args.rounds} rounds, {args.threads} threads"
+                report(console, title, rows, parts)
                 settings.append({"mode": mode, "batch": batch, "length": length, "rows": rows, "seconds": rounds})
                 versions = {"tensorflow": tf.__version__, "keras": keras.__version__}
                 args.json.write_text(json.dumps(versions | {"settings": settings}, indent=1) + "\n")
-    draw(settings, args.figure)
+    draw(settings, "mode", args.figure)
     console.print(f"{args.json}, {args.figure}")
 
 

@@ -1,0 +1,78 @@
+"""Seconds of steps and passes, round by round, as ratios to the plain step: what the cost benchmarks have in common."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+
+def summarise(rounds: list[dict[str, float]], needs: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    """Of each method in `needs` the quartiles of its ratio to the plain step, its floor, and how far it is over that.
+
+    Args:
+        rounds: seconds by method and pass, one dict a round.
+        needs: of each method how many plain steps "P" and passes its mathematics needs.
+    """
+    rows = {}
+    for name in [name for name in rounds[0] if name in needs]:
+        floors = [
+            sum(times * r["plain" if part == "P" else part] for part, times in needs[name].items()) for r in rounds
+        ]
+        low, median, high = quartiles([r[name] / r["plain"] for r in rounds])
+        rows[name] = {
+            "median": median,
+            "low": low,
+            "high": high,
+            "floor": statistics.median(floor / r["plain"] for floor, r in zip(floors, rounds, strict=True)),
+            "over_floor": statistics.median(r[name] / floor for floor, r in zip(floors, rounds, strict=True)) - 1,
+        }
+    return rows
+
+
+def quartiles(values: list[float]) -> tuple[float, float, float]:
+    if len(values) == 1:
+        return values[0], values[0], values[0]
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, median, high
+
+
+def spread(values: list[float]) -> str:
+    """The median, and the quartiles."""
+    low, median, high = quartiles(values)
+    return f"{median:.2f} ({low:.2f} to {high:.2f})"
+
+
+def report(console: Console, title: str, rows: dict[str, dict[str, float]], passes: dict[str, float]) -> None:
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+    for name in ("method", "x plain", "quartiles", "floor", "over the floor"):
+        table.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
+    for name, row in rows.items():
+        quartile = "" if name == "plain" else f"{row['low']:.2f} to {row['high']:.2f}"
+        over = "" if name == "plain" else f"{row['over_floor']:+.1%}"
+        table.add_row(name, f"{row['median']:.2f}", quartile, f"{row['floor']:.2f}", over)
+    console.print(table)
+    console.print(", ".join(f"{name} = {value:.3f}" for name, value in passes.items()) + " of a plain step\n")
+
+
+def draw(settings: list[dict[str, Any]], name: str, file: Path) -> None:
+    """A panel a setting, its `name` above: the medians with their quartiles, and the floors as ticks."""
+    figure, axes = plt.subplots(1, len(settings), figsize=(3 + 2.2 * len(settings), 4), sharey=True, squeeze=False)
+    for axis, setting in zip(axes[0], settings, strict=True):
+        for at, (method, row) in enumerate(reversed(setting["rows"].items())):
+            color = "C0" if method.startswith("SMART,") else "0.45"
+            axis.plot([row["low"], row["high"]], [at, at], color=color, lw=3, alpha=0.5)
+            axis.plot(row["median"], at, "o", color=color)
+            axis.plot(row["floor"], at, "|", color="k", ms=14)
+        axis.set_yticks(range(len(setting["rows"])), list(reversed(setting["rows"])))
+        axis.set_title(f"{setting[name]}\n{setting['batch']} x {setting['length']} tokens", fontsize=9)
+        axis.set_xlim(0.9, None)
+        axis.grid(axis="x", alpha=0.3)
+    figure.supxlabel("plain steps (bar: quartiles; tick: floor)", fontsize=9)
+    figure.tight_layout()
+    figure.savefig(file, dpi=120)
