@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import random
 import statistics
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,12 @@ import matplotlib.pyplot as plt
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+
+
+def in_turn(turns: Mapping[str, Callable[[], dict[str, float]]], rng: random.Random) -> dict[str, float]:
+    """The seconds that all the turns of a round give, taken in an order of its own, so that none always follows one."""
+    found = {name: turns[name]() for name in rng.sample(list(turns), len(turns))}
+    return {name: seconds for turn in turns for name, seconds in found[turn].items()}
 
 
 def summarise(rounds: list[dict[str, float]], needs: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
@@ -62,8 +71,12 @@ def report(console: Console, title: str, rows: dict[str, dict[str, float]], pass
 
 def draw(settings: list[dict[str, Any]], name: str, file: Path) -> None:
     """A panel a setting, its `name` above: the medians with their quartiles, and the floors as ticks."""
-    figure, axes = plt.subplots(1, len(settings), figsize=(3 + 2.2 * len(settings), 4), sharey=True, squeeze=False)
-    for axis, setting in zip(axes[0], settings, strict=True):
+    down, across = math.ceil(len(settings) / 4), min(len(settings), 4)
+    size = (3 + 2.2 * across, 0.7 + 3.3 * down)
+    figure, axes = plt.subplots(down, across, figsize=size, sharex=True, sharey="row", squeeze=False)
+    for axis in axes.flat[len(settings) :]:
+        axis.set_axis_off()
+    for axis, setting in zip(axes.flat, settings, strict=False):
         for at, (method, row) in enumerate(reversed(setting["rows"].items())):
             color = "C0" if method.startswith("SMART,") else "0.45"
             axis.plot([row["low"], row["high"]], [at, at], color=color, lw=3, alpha=0.5)

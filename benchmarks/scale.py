@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import random
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -28,7 +29,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import torch
 import transformers
-from ratios import quartiles, spread, summarise
+from ratios import in_turn, quartiles, spread, summarise
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -99,9 +100,15 @@ def panels(device: str) -> Iterator[tuple[str, list[Point]]]:
 
 def measure(points: list[Point], rounds: int) -> None:
     """As step_cost.measure, all points in each round."""
+    rng = random.Random(0)
+
+    def turns(p: Point) -> dict[str, Callable[[], dict[str, float]]]:
+        steps = {name: lambda name=name: {name: p.bench.seconds(p.steps[name])} for name in p.steps}
+        return steps | {"passes": p.bench.passes}
+
     for _ in range(rounds + 1):
         for p in points:
-            p.rounds.append({name: p.bench.seconds(step) for name, step in p.steps.items()} | p.bench.passes())
+            p.rounds.append(in_turn(turns(p), rng))
     for p in points:
         p.rounds.pop(0)
         p.bench.close()

@@ -5,11 +5,11 @@ python benchmarks/shortcuts.py --train ../shared/data/sst2/train.tsv --dev ../sh
 
 R_s alone (mu = 0), by the paper's start and the margin start, and by shortcuts from the margin start: on every k-th
 step with k times the weight; on a part of the batch; and with the direction of the task loss's own gradient, which has
-been paid for, where the clean side of R_s is detached since its graph is spent. All start from the same weights and
-see the same batches and dropout masks. "needs" is what a step costs, in plain steps P and its passes F, X (see
-step_cost.py), and its number takes F = 0.48 and X = 0.27 of a plain step, MiniLM's at 8 x 128 tokens. R_s is measured
-afterwards, with a stronger ascent than any had in training; intervals are 95% t-intervals over the seeds, of the
-difference to plain training paired by seed.
+been paid for, where the clean side of R_s is detached since its graph is spent. All start from the same weights and see
+the same batches, and all but a part of the batch, which is two calls of the model, the same dropout masks. "needs" is
+what a step costs, in plain steps P and its passes F, X (see step_cost.py), and its number takes F = 0.48 and X = 0.27
+of a plain step, MiniLM's at 8 x 128 tokens. R_s is measured afterwards, with a stronger ascent than any had in
+training; intervals are 95% t-intervals over the seeds, of the difference to plain training paired by seed.
 """
 
 from __future__ import annotations

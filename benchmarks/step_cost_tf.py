@@ -2,14 +2,14 @@
 
 python benchmarks/step_cost_tf.py
 
-All methods take turns, round by round, each with a model of its own and the same batch, so that what else the machine
-does falls on all of them. A turn is a `fit` of a few batches through the step that the first `fit` compiled, and its
-time the median of theirs. A row is the median over the rounds of the ratio to the plain step of the same round, with
-its quartiles. The floor is the sum of the passes that the method's mathematics needs, each compiled alike and timed in
-the same round: F forward, X backward to the embeddings, S a forward and a backward pass to the weights above the
-embeddings, which is what the perturbed one must be. A plain step P has the optimiser as well: SGD with rate 0, the
-cheapest there is (Adam's reads and writes of all weights would make every ratio smaller), under which each round has
-the same work. theta~'s update is in the steps and in no floor.
+All methods take turns, round by round and each round in another order, each with a model of its own and the same batch,
+so that what else the machine does falls on all of them. A turn is a `fit` of a few batches through the step that the
+first `fit` compiled, and its time the median of theirs. A row is the median over the rounds of the ratio to the plain
+step of the same round, with its quartiles. The floor is the sum of the passes that the method's mathematics needs, each
+compiled alike and timed in the same round: F forward, X backward to the embeddings, S a forward and a backward pass to
+the weights above the embeddings, which is what the perturbed one must be. A plain step P has the optimiser as well: SGD
+with rate 0, the cheapest there is (Adam's reads and writes of all weights would make every ratio smaller), under which
+each round has the same work. theta~'s update is in the steps and in no floor.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -32,7 +33,7 @@ import keras
 import keras_hub
 import numpy as np
 import tensorflow as tf
-from ratios import draw, report, summarise
+from ratios import draw, in_turn, report, summarise
 from rich.console import Console
 
 from smartreg_tf import SMARTConfig, attach
@@ -179,8 +180,14 @@ class Bench:
 
 def measure(bench: Bench, rounds: int, methods: list[str]) -> list[dict[str, float]]:
     """Seconds of each step and pass, round by round; a first round, which compiles, is thrown away."""
-    turns = {method: bench.step(method) for method in methods}
-    return [{method: turn() for method, turn in turns.items()} | bench.passes() for _ in range(rounds + 1)][1:]
+
+    def turn(method: str) -> Callable[[], dict[str, float]]:
+        seconds = bench.step(method)
+        return lambda: {method: seconds()}
+
+    of_a_round = {method: turn(method) for method in methods} | {"passes": bench.passes}
+    rng = random.Random(0)
+    return [in_turn(of_a_round, rng) for _ in range(rounds + 1)][1:]
 
 
 def main() -> None:
