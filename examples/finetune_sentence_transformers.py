@@ -94,7 +94,7 @@ def main() -> None:
     steps = args.epochs * math.ceil(len(rows) / args.batch_size)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate)
     what = {"outputs": "sentence_embedding", "divergence": "squared_error", "mask": lambda x: x["attention_mask"]}
-    smart = SMART(model, SMARTConfig(total_steps=steps), **what).attach(optimizer)
+    smart = SMART(model, SMARTConfig(start="gaussian", total_steps=steps), **what).attach(optimizer)
     trainer = SentenceTransformerTrainer(
         model,
         settings,

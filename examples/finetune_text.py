@@ -315,10 +315,11 @@ def parse() -> tuple[argparse.Namespace, Task, SMARTConfig]:
     add("--out", type=Path, help="folder to keep the model of the last method and first seed in")
     add("--json", type=Path, help="file to write all settings and measurements to")
     smart = parser.add_argument_group("SMART settings (see smartreg.SMARTConfig)")
-    fields = [field for field in dataclasses.fields(SMARTConfig) if field.default is not None]
+    fields = [field for field in dataclasses.fields(SMARTConfig) if field.name != "total_steps"]
     for field in fields:
+        kind = int if field.name == "ascent_steps" else type(field.default)  # its default goes with the start
         option = "--" + field.name.replace("_", "-")
-        smart.add_argument(option, type=type(field.default), default=field.default, help="default: %(default)s")
+        smart.add_argument(option, type=kind, default=field.default, help="default: %(default)s")
     args = parser.parse_args()
     args.method = list(dict.fromkeys(args.method or METHODS))
     for name in ("seeds", "examples", "epochs", "batch_size", "max_length", "smoothness_examples"):

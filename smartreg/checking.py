@@ -429,7 +429,7 @@ def trajectory_checks(face: Face, functions: Sequence[str]) -> Iterator[Row]:
 
 # settings of SMARTConfig, and arguments of fit_reference
 TRAJECTORIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "paper": ({}, {}),
+    "paper": ({}, {}),  # Gaussian start, T_x = 1, as the others where they do not say otherwise
     "l2, token": (
         {"norm": "2", "granularity": "token", "ascent_steps": 3, "proximal_steps": 3, "beta_early": 0, "beta_late": 0},
         {"optimizer": "sgd"},
@@ -479,11 +479,10 @@ def load_trajectory(name: str, dtype: str = "float64") -> Trajectory:
     with resources.files(smartreg).joinpath("trajectory.npz").open("rb") as file:
         stored = dict(np.load(file))
     arrays = {key: value.astype(dtype) if value.dtype.kind == "f" else value for key, value in stored.items()}
-    config = SMARTConfig(
-        **{"epsilon": 0.2, "sigma": 0.2, "eta": 0.2, "beta_early": 0.5, "beta_late": 0.9, "early_fraction": 0.3}
-        | {"total_steps": len(arrays["ids"])}
-        | changes
-    )
+    settings: dict[str, Any] = {"epsilon": 0.2, "sigma": 0.2, "eta": 0.2, "total_steps": len(arrays["ids"])}
+    settings |= {"start": "gaussian", "ascent_steps": 1, "lambda_s": 1.0}
+    settings |= {"beta_early": 0.5, "beta_late": 0.9, "early_fraction": 0.3}
+    config = SMARTConfig(**settings | changes)
     pooled = options.get("pooled", True)
     y = arrays[f"y/{options.get('divergence', 'symmetric_kl')}" + ("" if pooled else "/positions")]
     noise = arrays["noise" if config.start == "gaussian" else "signs"]

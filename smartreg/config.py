@@ -50,7 +50,9 @@ class SMARTConfig:
     """Settings of F(theta) = L + lambda_s R_s + mu D_Breg, frozen and validated.
 
     The plain `SMARTConfig()` is the recommended one: its radius is relative to the embeddings' root mean
-    square (`scale="rms"`), so that one value serves every model. `SMARTConfig.paper` has the published values.
+    square (`scale="rms"`), so that one value serves every model, and its ascent is the margin start alone, which does
+    with half the lambda_s what the paper's does, for less (docs/performance.md). `SMARTConfig.paper` has the published
+    values.
 
     Attributes:
         lambda_s: weight of the smoothness term R_s; 0 switches it off, and its cost with it.
@@ -59,10 +61,11 @@ class SMARTConfig:
         sigma: standard deviation of the Gaussian start nu_i.
         eta: length of one ascent step. epsilon, sigma and eta are in the embeddings' own units
             (`scale="absolute"`) or in multiples of the root mean square of x_i (`scale="rms"`).
-        ascent_steps: T_x; 0 keeps the start alone (R3F with the Gaussian start).
+        ascent_steps: T_x; 0 keeps the start alone (R3F with the Gaussian start). By default 0 after the margin start
+            and 1 after the Gaussian one.
         norm: p of the ball and of g / ||g||: "inf", "2" or "1".
         granularity: what a norm runs over: "example" (all axes but the batch) or "token" (the last axis).
-        start: "gaussian" (the paper's nu_i) or "margin" (towards the nearest decision boundary).
+        start: "margin" (towards the nearest decision boundary) or "gaussian" (the paper's nu_i).
         scale: the unit of epsilon, sigma and eta, see above.
         projection: "ball" (the paper's), or "rescale": the released code's
             delta <- (delta + eta g) / (||delta + eta g||_inf + epsilon), where epsilon is no radius.
@@ -84,15 +87,15 @@ class SMARTConfig:
         0.05
     """
 
-    lambda_s: float = 1.0
+    lambda_s: float = 0.5
     mu: float = 1.0
     epsilon: float = 0.01
     sigma: float = 0.01
     eta: float = 1.0
-    ascent_steps: int = 1
+    ascent_steps: int = None  # type: ignore[assignment]  # a number as soon as it is made
     norm: Norm = "inf"
     granularity: Granularity = "example"
-    start: Start = "gaussian"
+    start: Start = "margin"
     scale: Scale = "rms"
     projection: Projection = "ball"
     smoothness_steps: int = 1
@@ -119,6 +122,8 @@ class SMARTConfig:
                 bound = f"in [{low:g}, {high:g}]" if math.isfinite(high) else f"{'>=' if closed else '>'} {low:g}"
                 raise ValueError(f"SMARTConfig: {name} must be a finite number {bound}, got {got!r}")
             object.__setattr__(self, name, value)
+        if self.ascent_steps is None:
+            object.__setattr__(self, "ascent_steps", 0 if self.start == "margin" else 1)
         for name, least in _INTEGERS.items():
             got = getattr(self, name)
             if name == "total_steps" and got is None:
@@ -178,7 +183,7 @@ class SMARTConfig:
             0.001
         """
         published: dict[str, Any] = {"scale": "absolute", "epsilon": 1e-5, "sigma": 1e-5, "eta": 1e-3}
-        return cls(**{**published, "total_steps": total_steps, **changes})
+        return cls(**{**published, "start": "gaussian", "lambda_s": 1.0, "total_steps": total_steps, **changes})
 
     @classmethod
     def mtdnn(cls, **changes: Any) -> SMARTConfig:
@@ -192,7 +197,8 @@ class SMARTConfig:
             'rescale'
         """
         released: dict[str, Any] = {"scale": "absolute", "epsilon": 1e-6, "sigma": 1e-5, "eta": 1e-3, "mu": 0.0}
-        return cls(**{**released, "granularity": "token", "projection": "rescale", **changes})
+        released |= {"start": "gaussian", "lambda_s": 1.0, "granularity": "token", "projection": "rescale"}
+        return cls(**{**released, **changes})
 
     def replace(self, **changes: Any) -> SMARTConfig:
         """A copy with some settings changed, validated again.

@@ -217,8 +217,9 @@ class SMART:
         state = _State(self.model, theta)
         # a model may change the containers that it is given
         given = _copied((args, kwargs), _of_no_graph if self._lean else None)
-        lean = self._lean and lambda_s > 0
-        afterwards = _Afterwards(theta.values()) if lean and theta else None  # before the clean pass, see there
+        trained = [weight for weight in theta.values() if weight.requires_grad]
+        lean = self._lean and lambda_s > 0 and bool(trained)
+        afterwards = _Afterwards(trained) if lean else None  # before the clean pass, see there
         site, calls = self._site, list[Call]()
         differentiable = lambda_s > 0 and config.start == "margin"
         in_half = self.precision == "float32" and _in_half(self.model, theta)
@@ -263,7 +264,7 @@ class SMART:
                     perturbed = passes()
             else:
                 with _frozen_weights(theta.values(), self._sharded), site.replaced([x.detach() for x in points]):
-                    perturbed = passes()
+                    perturbed = [z.detach() for z in passes()]  # a head in outputs= may have weights of its own
                 fixed = [z.detach() for z in targets]
 
                 def other_side() -> Tensor:
@@ -274,7 +275,8 @@ class SMART:
             stages |= {"ascent": delta, "perturbed": perturbed}
             terms["R_s"] = r_s(perturbed, targets)
         if config.mu > 0:
-            with torch.no_grad(), self._averaged(theta):
+            copied = {name for name in self.teacher if in_float32 and _is_half(theta[name])}  # theta~ too, in passes
+            with torch.no_grad(), self._averaged(theta, copied):
                 taught = passes(self.teacher)
             stages["teacher"] = taught
             terms["D_Breg"] = _total(
@@ -285,7 +287,8 @@ class SMART:
             weight * terms[name] for name, weight in (("R_s", lambda_s), ("D_Breg", config.mu)) if name in terms
         )
         if afterwards is not None:
-            penalty = penalty + afterwards.zero
+            penalty = penalty + afterwards.zero.to(penalty.device)
+            penalty.register_hook(_check_backward)  # type: ignore[no-untyped-call]
         observed, dtype = _observed(calls, stages.get("ascent", []))
         self._report = _Report(self.step + 1, terms | observed | {"penalty": penalty}, stages, dtype)
         if lambda_s > 0:
@@ -386,10 +389,10 @@ class SMART:
             yield
 
     @contextmanager
-    def _averaged(self, theta: Mapping[str, nn.Parameter]) -> Iterator[None]:
+    def _averaged(self, theta: Mapping[str, nn.Parameter], without: Iterable[str] = ()) -> Iterator[None]:
         _reshard(self._sharded)
         try:
-            with swapped(theta, self.teacher):
+            with swapped(theta, {name: self.teacher[name] for name in self.teacher.keys() - without}):
                 yield
         finally:
             _reshard(self._sharded)  # what was gathered inside was of theta~
@@ -707,12 +710,19 @@ class _Afterwards:
     """A zero to be added to the loss, whose backward is that of a term which is not computed before then.
 
     Of the nodes that are ready autograd takes the one made last. Made before the clean pass, this one waits until the
-    clean pass's graph is spent, so that there is never more than one.
+    clean pass's graph is spent, so that there is never more than one. It has an edge to the smallest weight alone,
+    whose clean gradient waits for it; those of the others go to their .grad, and there is one set of gradients.
     """
 
-    def __init__(self, weights: Iterable[Tensor]) -> None:
+    def __init__(self, weights: Sequence[Tensor]) -> None:
+        if any(weight._backward_hooks or weight._post_accumulate_grad_hooks for weight in weights):
+            raise RuntimeError(
+                "SMART: with lean=True the gradient of a weight comes in two parts, one after the other, and its hooks "
+                "would see each of them alone. Take the hooks off, or say lean=False"
+            )
         self._terms: list[Callable[[], Tensor]] = []
-        self.zero: Tensor = _PutOff.apply(self._terms, *weights)  # type: ignore[no-untyped-call]
+        smallest = min(weights, key=torch.Tensor.numel)
+        self.zero: Tensor = _PutOff.apply(self._terms, smallest)  # type: ignore[no-untyped-call]
 
     def backward_of(self, term: Callable[[], Tensor]) -> None:
         self._terms.append(term)
@@ -720,21 +730,27 @@ class _Afterwards:
 
 class _PutOff(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, terms: list[Callable[[], Tensor]], *weights: Tensor) -> Tensor:
-        ctx.terms, ctx.count = terms, 1 + len(weights)  # the weights, so that whoever asks for their gradients comes by
-        return weights[0].new_zeros(())
+    def forward(ctx: Any, terms: list[Callable[[], Tensor]], weight: Tensor) -> Tensor:
+        ctx.terms = terms
+        return weight.new_zeros((), dtype=torch.promote_types(weight.dtype, torch.float32))
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, ...]:
-        if not torch.autograd._is_checkpoint_valid():  # type: ignore[no-untyped-call]
-            raise RuntimeError(
-                "SMART: lean=True adds to the .grad of the weights, so it needs loss.backward(). With "
-                "torch.autograd.grad or backward(inputs=...) use lean=False"
-            )
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:
+        if not ctx.terms:
+            raise RuntimeError("SMART: backward() a second time over one step with lean=True, whose graph is spent")
         with torch.enable_grad():
-            for term in ctx.terms:
-                term().backward(gradient)
-        return tuple([None] * ctx.count)
+            while ctx.terms:  # and nothing of the step is kept any longer
+                term = ctx.terms.pop()()
+                term.backward(gradient.to(term))
+        return None, None
+
+
+def _check_backward(gradient: Tensor) -> None:
+    if not torch.autograd._is_checkpoint_valid():  # type: ignore[no-untyped-call]
+        raise RuntimeError(
+            "SMART: lean=True adds to the .grad of the weights, so it needs loss.backward(). With torch.autograd.grad "
+            "or backward(inputs=...) use lean=False"
+        )
 
 
 class _Report:
@@ -831,16 +847,16 @@ class _State:
         self._devices = {device: torch.get_device_module(device).get_rng_state(device) for device in devices}
         self._streams = (torch.get_rng_state(), np.random.get_state(), random.getstate())  # noqa: NPY002
         self._buffers = [
-            (module._buffers, name, buffer, buffer.clone())
+            (module._buffers, {name: buffer.clone() for name, buffer in module._buffers.items() if buffer is not None})
             for module in model.modules()
-            for name, buffer in module._buffers.items()
-            if buffer is not None
+            if module._buffers
         ]
 
     @contextmanager
     def replayed(self) -> Iterator[None]:
         kind = next((device.type for device in self._devices), "cuda")
         streams = (np.random.get_state(), random.getstate())  # noqa: NPY002
+        own = [(buffers, dict(buffers)) for buffers, _ in self._buffers]  # the clean pass may have put others in
         with torch.random.fork_rng(list(self._devices), device_type=kind), torch.autocast(*self._autocast):
             try:
                 torch.set_rng_state(self._streams[0])
@@ -848,12 +864,13 @@ class _State:
                 random.setstate(self._streams[2])
                 for device, state in self._devices.items():
                     torch.get_device_module(device).set_rng_state(state, device)
-                for buffers, name, _, before in self._buffers:
-                    buffers[name] = before.clone()
+                for buffers, before in self._buffers:
+                    buffers.update({name: buffer.clone() for name, buffer in before.items()})
                 yield
             finally:
-                for buffers, name, own, _ in self._buffers:
-                    buffers[name] = own
+                for buffers, values in own:
+                    buffers.clear()
+                    buffers.update(values)
                 np.random.set_state(streams[0])  # noqa: NPY002
                 random.setstate(streams[1])
 

@@ -6,15 +6,16 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+from paper_settings import papers
 from torch import distributed, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from smartreg_torch import SMART, SMARTConfig
+from smartreg_torch import SMART
 
 ROWS, STEPS = 8, 4
-CONFIG = SMARTConfig(total_steps=STEPS, epsilon=0.1, sigma=0.05, eta=0.1, ascent_steps=2, beta_early=0.5, beta_late=0.7)
+CONFIG = papers(total_steps=STEPS, epsilon=0.1, sigma=0.05, eta=0.1, ascent_steps=2, beta_early=0.5, beta_late=0.7)
 MARGIN = CONFIG.replace(start="margin", ascent_steps=1)
 
 # name -> how the model is wrapped, the settings, micro-batches a step

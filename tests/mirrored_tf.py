@@ -10,8 +10,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 from keras import layers
+from paper_settings import papers
 
-from smartreg import SMARTConfig
 from smartreg_tf import SMARTCallback
 
 RNG = np.random.default_rng(0)
@@ -42,7 +42,7 @@ def run(strategy, start, path, policy):
         first = 8 * (step % 2) + tf.cast(replica * n, tf.int64)
         return tf.gather(tf.constant(NOISE), first + tf.range(n, dtype=tf.int64))
 
-    config = SMARTConfig(epsilon=0.3, sigma=0.3, beta_early=0.5, proximal_steps=2, start=start)
+    config = papers(epsilon=0.3, sigma=0.3, beta_early=0.5, proximal_steps=2, start=start)
     callback = SMARTCallback(config, noise=noise)
     saves = keras.callbacks.ModelCheckpoint(path + "{epoch}.weights.h5", save_weights_only=True)
     history = model.fit(

@@ -7,9 +7,10 @@ import sys
 from pathlib import Path
 
 import torch
+from paper_settings import papers
 from torch import nn
 
-from smartreg_torch import SMART, SMARTConfig
+from smartreg_torch import SMART
 
 STARTS = ("gaussian", "margin")
 
@@ -27,7 +28,7 @@ def train(folder, start, left=None):
         nn.Linear(8, 3),
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    smart = SMART(model, SMARTConfig(total_steps=12, start=start, ascent_steps=1, proximal_steps=2))
+    smart = SMART(model, papers(total_steps=12, start=start, ascent_steps=1, proximal_steps=2))
     data = [(torch.randint(11, (6, 5)), torch.randint(3, (6,))) for _ in range(12)]
     file, log = folder / "checkpoint.pt", folder / "log.jsonl"
     if file.exists():

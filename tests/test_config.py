@@ -22,6 +22,7 @@ def test_paper_has_the_published_values():
 def test_mtdnn_is_the_released_update():
     config = SMARTConfig.mtdnn()
     assert (config.projection, config.granularity, config.epsilon, config.mu) == ("rescale", "token", 1e-6, 0)
+    assert (config.start, config.ascent_steps, config.lambda_s) == ("gaussian", 1, 1)
     assert SMARTConfig.mtdnn(lambda_s=5).lambda_s == 5
 
 
@@ -29,6 +30,16 @@ def test_default_is_relative_to_the_embeddings():
     assert SMARTConfig().scale == "rms"
     assert SMARTConfig().lambda_s > 0
     assert SMARTConfig().mu > 0
+
+
+def test_the_ascent_that_goes_with_the_start():
+    assert (SMARTConfig().start, SMARTConfig().ascent_steps) == ("margin", 0)
+    assert SMARTConfig(start="gaussian").ascent_steps == 1  # with 0 it would be random noise alone
+    assert SMARTConfig(start="gaussian", ascent_steps=0).ascent_steps == 0
+    assert SMARTConfig(ascent_steps=2).ascent_steps == 2
+    assert SMARTConfig.from_dict({"start": "gaussian", "ascent_steps": None}).ascent_steps == 1
+    with pytest.raises(TypeError, match="total_steps"):
+        SMARTConfig(total_steps="many")
 
 
 def test_round_trips():
@@ -90,7 +101,7 @@ def test_unknown_settings_are_named():
 
 def test_warns_where_a_term_would_do_nothing():
     with pytest.warns(SMARTWarning, match="R_s stays 0 for ever") as caught:
-        SMARTConfig(sigma=0)
+        SMARTConfig(sigma=0, start="gaussian")
     assert caught[0].filename == __file__
     with pytest.warns(SMARTWarning, match="D_Breg and its gradient are exactly 0"):
         SMARTConfig(beta_early=0, beta_late=0)
@@ -98,8 +109,8 @@ def test_warns_where_a_term_would_do_nothing():
         SMARTConfig(beta_late=0, early_fraction=0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        SMARTConfig(sigma=0, start="margin")
-        SMARTConfig(sigma=0, lambda_s=0)
+        SMARTConfig(sigma=0)
+        SMARTConfig(sigma=0, start="gaussian", lambda_s=0)
         SMARTConfig(beta_early=0, beta_late=0, proximal_steps=3)
         SMARTConfig(beta_early=0, beta_late=0, mu=0)
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from paper_settings import papers
 
 import smartreg.perturbation as reference
 from smartreg import SMARTConfig
@@ -117,7 +118,7 @@ ascents = {
 @given(seed=seeds, **ascents)
 def test_ascent_agrees_with_numpy_and_stays_in_the_ball(backend, seed, divergence, **chosen):
     problem = Problem(seed)
-    config = SMARTConfig(sigma=chosen["epsilon"], **chosen)
+    config = papers(sigma=chosen["epsilon"], **chosen)
     delta, _ = problem.ascend(backend, config, divergence)
     want, _ = problem.ascend(load_numpy(), config, divergence)
     # the forward's own rounding, against the difference of two outputs epsilon apart, in a step of eta / epsilon balls
@@ -142,7 +143,7 @@ def load_numpy():
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gaussian_start_is_projected(backend, norm, granularity, dtype):
     problem = Problem(dtype=dtype)
-    config = SMARTConfig(scale="absolute", epsilon=0.01, sigma=1.0, ascent_steps=0, norm=norm, granularity=granularity)
+    config = papers(scale="absolute", epsilon=0.01, sigma=1.0, ascent_steps=0, norm=norm, granularity=granularity)
     delta, _ = problem.ascend(backend, config)
     binding = norms(delta, norm, granularity)
     assert np.all(binding <= np.float64(dtype(0.01)) * (1 + np.finfo(dtype).eps))
@@ -152,10 +153,10 @@ def test_gaussian_start_is_projected(backend, norm, granularity, dtype):
 
 def test_gaussian_start_has_standard_deviation_sigma(backend):
     problem = Problem()
-    config = SMARTConfig(scale="absolute", epsilon=100, sigma=0.25, ascent_steps=0)
+    config = papers(scale="absolute", epsilon=100, sigma=0.25, ascent_steps=0)
     delta, _ = problem.ascend(backend, config, mask=None)
     assert delta == pytest.approx(0.25 * problem.noise, rel=1e-14)
-    config = SMARTConfig(scale="rms", epsilon=100, sigma=0.25, ascent_steps=0)
+    config = papers(scale="rms", epsilon=100, sigma=0.25, ascent_steps=0)
     delta, _ = problem.ascend(backend, config, mask=None)
     scale = np.sqrt((problem.x**2).mean((1, 2)))
     assert delta == pytest.approx(0.25 * per_example(scale, delta) * problem.noise, rel=1e-13)
@@ -165,7 +166,7 @@ def test_gaussian_start_has_standard_deviation_sigma(backend):
 def test_one_step_by_hand(backend, norm):
     """f(x) = tanh(x W1) W2 with squared error: delta_1 = Proj(sigma nu + eta g / ||g||), written out."""
     problem = Problem()
-    config = SMARTConfig(scale="absolute", epsilon=0.5, sigma=0.2, eta=0.3, norm=norm)
+    config = papers(scale="absolute", epsilon=0.5, sigma=0.2, eta=0.3, norm=norm)
     start = BALLS[norm]
     delta = getattr(reference, start)(0.2 * problem.noise, 0.5)
     h = np.tanh((problem.x + delta) @ problem.w1)
@@ -182,9 +183,7 @@ def test_one_step_by_hand(backend, norm):
 def test_margin_start_is_the_best_linear_move(backend, norm, granularity):
     """No point of the ball lowers the linearised margin further, and for a small ball the margin really falls."""
     problem = Problem()
-    config = SMARTConfig(
-        scale="absolute", epsilon=1e-4, start="margin", ascent_steps=0, norm=norm, granularity=granularity
-    )
+    config = papers(scale="absolute", epsilon=1e-4, start="margin", ascent_steps=0, norm=norm, granularity=granularity)
     delta, after = problem.ascend(backend, config, mask=None)
     h = np.tanh(problem.x @ problem.w1)
     before = h.sum(1) @ problem.w2
@@ -223,18 +222,18 @@ def test_released_update_of_a_row_that_is_all_padding(backend):
 
 def test_noise_has_to_be_there(backend):
     with pytest.raises(ValueError, match="start='gaussian' needs noise of the shape of x, got None"):
-        Problem().ascend(backend, SMARTConfig(), noise=None)
+        Problem().ascend(backend, papers(), noise=None)
 
 
 @pytest.mark.parametrize("shape", [(4, 4), (5,), (4, 5, 6)])
 def test_masks_that_do_not_fit_are_named(backend, shape):
     with pytest.raises(ValueError, match=r"the mask must have the leading axes of x, \(4, 5\), got"):
-        Problem().ascend(backend, SMARTConfig(), mask=np.ones(shape))
+        Problem().ascend(backend, papers(), mask=np.ones(shape))
 
 
 def test_examples_do_not_depend_on_each_other(backend):
     problem = Problem()
-    config = SMARTConfig(epsilon=0.1, sigma=0.1, eta=0.05, ascent_steps=2, norm="2")
+    config = papers(epsilon=0.1, sigma=0.1, eta=0.05, ascent_steps=2, norm="2")
     together, _ = problem.ascend(backend, config)
     alone, _ = problem.ascend(backend, config, x=problem.x[1:2], noise=problem.noise[1:2], mask=problem.mask[1:2])
     assert alone[0] == pytest.approx(together[1], rel=1e-12)

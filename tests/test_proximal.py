@@ -2,27 +2,27 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from paper_settings import papers
 
-from smartreg import SMARTConfig
 from smartreg.proximal import bregman_divergence, ema_update, mean_examples, momentum
 
 
 @given(total=st.integers(1, 10_000), percent=st.integers(1, 99))
 def test_momentum_switches_after_the_early_fraction(total, percent):
-    config = SMARTConfig(total_steps=total, early_fraction=percent / 100, beta_early=0.25, beta_late=0.75)
+    config = papers(total_steps=total, early_fraction=percent / 100, beta_early=0.25, beta_late=0.75)
     switch = total * percent // 100  # in whole numbers: t <= fraction * T
     for step in {1, switch, switch + 1, total}:
         assert momentum(step, config) == (0.25 if step <= switch else 0.75)
 
 
 def test_momentum_edges():
-    assert momentum(29, SMARTConfig(total_steps=100, early_fraction=0.29)) == 0.99
-    assert momentum(30, SMARTConfig(total_steps=100, early_fraction=0.29)) == 0.999
-    assert momentum(1, SMARTConfig(early_fraction=0)) == 0.999
-    assert momentum(10**6, SMARTConfig(early_fraction=1)) == 0.99
-    assert momentum(5, SMARTConfig(beta_early=0.5, beta_late=0.5)) == 0.5
+    assert momentum(29, papers(total_steps=100, early_fraction=0.29)) == 0.99
+    assert momentum(30, papers(total_steps=100, early_fraction=0.29)) == 0.999
+    assert momentum(1, papers(early_fraction=0)) == 0.999
+    assert momentum(10**6, papers(early_fraction=1)) == 0.99
+    assert momentum(5, papers(beta_early=0.5, beta_late=0.5)) == 0.5
     with pytest.raises(ValueError, match="momentum: .* total_steps is needed, got None"):
-        momentum(1, SMARTConfig())
+        momentum(1, papers())
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.25, 0.999, 1.0])

@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+from paper_settings import papers
 
 from smartreg import SMARTConfig, SMARTWarning
 from smartreg.divergences import DIVERGENCES
@@ -20,7 +21,7 @@ HEADS = [
     {"divergence": "symmetric_kl", "weight": 1.0, "by_weights": False},
     {"divergence": "squared_error", "weight": 0.5, "by_weights": True},
 ]
-CONFIG = SMARTConfig(lambda_s=2, mu=0.5, total_steps=20, epsilon=0.1)
+CONFIG = papers(lambda_s=2, mu=0.5, total_steps=20, epsilon=0.1)
 
 
 def numbers(shape, rng, dtype):
@@ -212,7 +213,7 @@ def test_weights_of_positions_weigh_each_by_its_share(tmp_path):
     arrays = {"outputs/0": np.zeros_like(z), "teacher/0": z, "sample_weight/0": np.array([[1.0, 2.0], [0.0, 4.0]])}
     for by_weights, D_Breg in ((False, ((1 + 18) / 2 + 16 / 2) / 2), (True, ((1 + 18) / 2 + 16 / 2) / 2 * 4 / 7)):
         recorder = Recorder(tmp_path / f"{by_weights}.npz", 1, "test")
-        recorder.begin("numpy", {}, SMARTConfig(lambda_s=0, total_steps=9), "x")
+        recorder.begin("numpy", {}, papers(lambda_s=0, total_steps=9), "x")
         reported = {"D_Breg": D_Breg, "penalty": D_Breg, "step": 0, "distance": 1}
         head = {"divergence": "squared_error", "weight": 1.0, "by_weights": by_weights}
         recorder.add(arrays, reported, {"outputs/0": "float64", "teacher/0": "float64"}, [head])
@@ -274,12 +275,12 @@ def test_a_recorder_refuses_early(tmp_path, path):
         with pytest.raises(TypeError, match="record_steps must be a whole number"):
             Recorder(tmp_path / "new.npz", steps, "test")
     with pytest.raises(ValueError, match="nothing to record: lambda_s and mu are 0"):
-        Recorder(tmp_path / "new.npz", 1, "test").begin("numpy", {}, SMARTConfig(lambda_s=0, mu=0), "x")
+        Recorder(tmp_path / "new.npz", 1, "test").begin("numpy", {}, papers(lambda_s=0, mu=0), "x")
 
 
 def recorder_with_a_step(path):
     recorder = Recorder(path, 5, "test")
-    recorder.begin("numpy", {}, SMARTConfig(lambda_s=0, total_steps=9), "x")
+    recorder.begin("numpy", {}, papers(lambda_s=0, total_steps=9), "x")
     z = np.ones((1, 1))
     reported = {"D_Breg": 0, "penalty": 0, "step": 0, "distance": 0}
     head = {"divergence": "squared_error", "weight": 1.0, "by_weights": False}

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import torch
+from paper_settings import papers
 from test_tf_reference import STEPS, Network, float64, make_batches
 
-from smartreg import SMARTConfig
 from smartreg.training import init_parameters
 from smartreg_tf import attach
 from smartreg_torch import SMART
@@ -33,7 +33,7 @@ def test_fifty_steps(start):
         theta = init_parameters(rng, vocabulary=20, d=4, hidden=7, outputs=3)
         batches = make_batches(rng, "symmetric_kl", True, False)
         noise = rng.normal(size=(STEPS, *batches[0].ids.shape, 4))
-        config = SMARTConfig(
+        config = papers(
             epsilon=0.2, sigma=0.2, eta=0.2, norm="2", start=start, proximal_steps=3, total_steps=STEPS, beta_early=0.5
         )
         ours = Network(theta, "symmetric_kl", True)

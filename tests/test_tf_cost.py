@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from keras import layers
+from paper_settings import papers
 
-from smartreg import SMARTConfig
 from smartreg_tf import attach
 
 N, TOKENS, WORDS, WIDTH = 4, 5, 30, 8
@@ -64,7 +64,7 @@ def plain():
 @pytest.fixture(scope="module", params=[("gaussian", 1), ("margin", 0)], ids=str)
 def ours(request):
     start, mu = request.param
-    return start, mu, *step(transformer(), SMARTConfig(**STARTS[start], mu=mu, total_steps=10))
+    return start, mu, *step(transformer(), papers(**STARTS[start], mu=mu, total_steps=10))
 
 
 def test_a_step_has_the_passes_of_its_floor(plain, ours):

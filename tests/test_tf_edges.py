@@ -5,13 +5,14 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from keras import layers
+from paper_settings import papers
 
-from smartreg import SMARTConfig, SMARTWarning
+from smartreg import SMARTWarning
 from smartreg_tf import SMARTCallback, SMARTModel, attach
 from smartreg_tf.outputs import find_heads
 
 CE = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-CONFIG = SMARTConfig(total_steps=20)
+CONFIG = papers(total_steps=20)
 X, Y = np.random.default_rng(0).normal(size=(8, 4)).astype(np.float32), np.arange(8) % 2
 
 
@@ -47,7 +48,7 @@ def test_masking_on_float_inputs_keeps_its_padding():
     model.compile("sgd", CE, run_eagerly=True)
     x = np.random.default_rng(0).normal(size=(8, 5, 3)).astype(np.float32)
     x[:, 3:] = 0
-    with attach(model, SMARTConfig(mu=0, scale="absolute", epsilon=1e-6, sigma=1e-6)) as smart:
+    with attach(model, papers(mu=0, scale="absolute", epsilon=1e-6, sigma=1e-6)) as smart:
         assert [layer.name for layer in smart.site.layers] == ["mask"]
         model.train_on_batch(x, Y)
         assert 0 < smart.metrics["smoothness"] < 1e-9  # unmasked padding would give 1e-3
@@ -60,7 +61,7 @@ def test_a_padding_mask_among_the_inputs_is_no_site():
     model.compile("sgd", CE, run_eagerly=True)
     x = {"x": np.ones((8, 4, 3), np.float32), "padding_mask": np.ones((8, 4), np.float32)}
     seen = []
-    with attach(model, SMARTConfig(mu=0), noise=lambda step, like: seen.append(like.shape) or tf.ones_like(like)):
+    with attach(model, papers(mu=0), noise=lambda step, like: seen.append(like.shape) or tf.ones_like(like)):
         model.train_on_batch(x, Y)
     assert seen == [(8, 4, 3)]
 
@@ -151,7 +152,7 @@ def test_compute_loss_of_ones_own_keeps_its_signature():
 
 
 def test_metrics_outlive_a_validation():
-    callback = SMARTCallback(SMARTConfig())
+    callback = SMARTCallback(papers())
     small().fit(X, Y, validation_data=(X, Y), verbose=0, callbacks=[callback])
     assert callback.metrics["smoothness"] > 0
     assert callback.metrics["max_delta"] > 0
@@ -174,7 +175,7 @@ def test_loss_weights_and_sample_weights_are_found_by_output(outputs):
 @pytest.mark.filterwarnings("ignore:Gradients do not exist for variables:UserWarning")
 @pytest.mark.parametrize("start", ["gaussian", "margin"])
 def test_a_head_that_weighs_nothing_does_not_turn_the_ascent(start):
-    config = SMARTConfig(mu=0, start=start, norm="2", ascent_steps=int(start == "gaussian"))
+    config = papers(mu=0, start=start, norm="2", ascent_steps=int(start == "gaussian"))
     deltas = []
     for outputs in (None, {"c": "logits"}):
         model = two_headed(loss={"b": CE, "c": CE}, loss_weights={"b": 0.0, "c": 3.0})
@@ -199,7 +200,7 @@ def test_unfreezing_after_the_start_is_refused():
 def test_accumulation_moves_theta_tilde_by_hand():
     """Three batches a step: theta~ moves twice in six batches, each time from where it was."""
     model = small(optimizer=keras.optimizers.SGD(0.5, gradient_accumulation_steps=3))
-    with attach(model, SMARTConfig(beta_early=0.5, beta_late=0.5)) as smart:
+    with attach(model, papers(beta_early=0.5, beta_late=0.5)) as smart:
         expected = [weight.numpy() for weight in model.trainable_variables]
         for batch in range(1, 7):
             model.train_on_batch(X, Y)
@@ -214,7 +215,7 @@ def test_accumulation_moves_theta_tilde_by_hand():
 def test_total_steps_counts_accumulated_steps_under_loss_scaling():
     inner = keras.optimizers.SGD(0.1, gradient_accumulation_steps=4)
     model = small(optimizer=keras.optimizers.LossScaleOptimizer(inner))
-    callback = SMARTCallback(SMARTConfig())
+    callback = SMARTCallback(papers())
     model.fit(X, Y, batch_size=1, epochs=2, verbose=0, callbacks=[callback])
     assert callback.engine.config.total_steps == 4
 
@@ -242,7 +243,7 @@ def test_a_checkpoint_without_its_state_warns(tmp_path):
             self.model.load_weights(path)
 
     with pytest.warns(SMARTWarning, match="theta~ starts anew from these weights"):
-        model.fit(X, Y, verbose=0, callbacks=[Loads(), SMARTCallback(SMARTConfig())])
+        model.fit(X, Y, verbose=0, callbacks=[Loads(), SMARTCallback(papers())])
 
 
 def test_no_layers_are_named():

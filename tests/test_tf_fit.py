@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from keras import layers
+from paper_settings import papers
 
-from smartreg import SMARTConfig
 from smartreg_tf import SMARTCallback, attach
 
 CE = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
@@ -196,7 +196,7 @@ def test_same_masks_in_every_pass_and_nothing_left(name):
     plain = compiled(build, loss, run_eagerly=True)
     plain_loss = plain.fit(batches, verbose=0, shuffle=False).history["loss"]
     model = compiled(build, loss, run_eagerly=True)  # in a graph, TensorFlow fuses the passes differently: an ulp
-    silent = SMARTCallback(SMARTConfig(**SETTINGS, ascent_steps=0), noise=lambda step, like: tf.zeros_like(like))
+    silent = SMARTCallback(papers(**SETTINGS, ascent_steps=0), noise=lambda step, like: tf.zeros_like(like))
     history = model.fit(batches, verbose=0, shuffle=False, callbacks=[silent]).history
     # exactly, but where TensorFlow splits a transformer's sums over its threads now one way, now another: an ulp
     ulps = 1e-16 if "BERT" in name else 0
@@ -210,7 +210,7 @@ def test_same_masks_in_every_pass_and_nothing_left(name):
     model.run_eagerly = False
     model.fit(batches, verbose=0, shuffle=False)
     before = state(model)
-    callback = SMARTCallback(SMARTConfig(**SETTINGS, eta=0.3))
+    callback = SMARTCallback(papers(**SETTINGS, eta=0.3))
     history = model.fit(batches, verbose=0, shuffle=False, callbacks=[callback]).history
     assert changed(before, model) == []
     assert set(history) >= {"loss", "smoothness", "proximal"}
@@ -222,7 +222,7 @@ def test_same_masks_in_every_pass_and_nothing_left(name):
 
 def test_each_run_of_the_site_has_its_own_delta():
     model = compiled(siamese, CE, run_eagerly=True)
-    with attach(model, SMARTConfig(mu=0)) as smart:
+    with attach(model, papers(mu=0)) as smart:
         smart._ascend = lambda clean, *rest: [tf.fill(call.x.shape, float(run)) for run, call in enumerate(clean.calls)]
         model.train_on_batch([IDS, IDS[::-1]], Y)
         assert smart.metrics["smoothness"] > 0  # the first run's delta is 0
@@ -236,7 +236,7 @@ def test_padding_is_not_perturbed():
         model = compiled(build, loss, run_eagerly=True)
         inputs, y = next(iter(batches))
         ids = inputs if not isinstance(inputs, dict) else inputs.get("ids", inputs.get("token_ids"))
-        with attach(model, SMARTConfig(**SETTINGS, total_steps=9)) as smart:
+        with attach(model, papers(**SETTINGS, total_steps=9)) as smart:
             ascend = smart._ascend
 
             def recorded(*arguments, ascend=ascend):
@@ -261,8 +261,8 @@ def test_switched_off_it_is_plain_fit_bit_for_bit(options):
         return history, model.get_weights()
 
     history, weights = run([])
-    off, off_weights = run([SMARTCallback(SMARTConfig(lambda_s=0, mu=0))])
-    on, on_weights = run([SMARTCallback(SMARTConfig(**SETTINGS))])
+    off, off_weights = run([SMARTCallback(papers(lambda_s=0, mu=0))])
+    on, on_weights = run([SMARTCallback(papers(**SETTINGS))])
     assert off == history
     for got, want, other in zip(off_weights, weights, on_weights, strict=True):
         np.testing.assert_array_equal(got, want)
@@ -276,7 +276,7 @@ def fitted(callback_config=None, *, fit=None, optimizer=None, **options):
     model.compile(optimizer or keras.optimizers.SGD(0.1), CE, **options)
     draws = np.random.default_rng(5).normal(size=(4, TOKENS, 4)).astype(np.float32)
     callback = SMARTCallback(
-        SMARTConfig(**SETTINGS, **(callback_config or {})),
+        papers(**SETTINGS, **(callback_config or {})),
         noise=lambda step, like: draws * (1 + tf.cast(step, tf.float32)),
     )
     history = model.fit(
@@ -304,7 +304,7 @@ def test_val_loss_is_plain_and_loss_has_the_penalty():
         [keras.Input([TOKENS], dtype="int32"), layers.Embedding(20, 4), layers.Flatten(), layers.Dense(3)]
     )
     model.compile(keras.optimizers.SGD(0.0), CE)
-    callback = SMARTCallback(SMARTConfig(**SETTINGS, lambda_s=3.0))
+    callback = SMARTCallback(papers(**SETTINGS, lambda_s=3.0))
     history = model.fit(IDS, Y, validation_data=(IDS, Y), verbose=0, batch_size=4, callbacks=[callback]).history
     assert set(history) == {"loss", "smoothness", "proximal", "val_loss"}
     plain = model.evaluate(IDS, Y, verbose=0)
@@ -362,7 +362,7 @@ class OwnStep(keras.Model):
 
 def test_a_train_step_and_a_loss_of_the_users_own():
     model = compiled(OwnStep, None, 0.0)
-    callback = SMARTCallback(SMARTConfig(**SETTINGS), outputs="logits")
+    callback = SMARTCallback(papers(**SETTINGS), outputs="logits")
     history = model.fit(IDS, Y, batch_size=N, verbose=0, callbacks=[callback]).history
     assert set(history) == {"own", "smoothness", "proximal"}
     plain = float(model.compute_loss(IDS, Y, model(IDS)))
@@ -393,7 +393,7 @@ class ReadsLosses(keras.Model):
 def test_model_losses_are_those_of_the_clean_pass():
     plain = compiled(ReadsLosses, CE).fit(IDS, Y, batch_size=N, verbose=0).history
     smart = compiled(ReadsLosses, CE).fit(
-        IDS, Y, batch_size=N, verbose=0, callbacks=[SMARTCallback(SMARTConfig(**SETTINGS))]
+        IDS, Y, batch_size=N, verbose=0, callbacks=[SMARTCallback(papers(**SETTINGS))]
     )
     assert plain["regularised"][0] > 0
     assert smart.history["regularised"] == pytest.approx(plain["regularised"], rel=1e-6)
@@ -402,7 +402,7 @@ def test_model_losses_are_those_of_the_clean_pass():
 def test_early_stopping_and_a_second_fit():
     keras.utils.set_random_seed(1)
     model = compiled(sequential, CE, 0.1)
-    callback = SMARTCallback(SMARTConfig(**SETTINGS))
+    callback = SMARTCallback(papers(**SETTINGS))
     stop = keras.callbacks.EarlyStopping("loss", patience=0, min_delta=1e9, restore_best_weights=True)
     history = model.fit(IDS, Y, epochs=9, verbose=0, callbacks=[callback, stop]).history
     assert len(history["loss"]) == 2
@@ -427,7 +427,7 @@ def test_early_stopping_restores_the_best_epochs_weights():
             seen.append(self.model.get_weights())
 
     stop = keras.callbacks.EarlyStopping("loss", patience=2, restore_best_weights=True)
-    callbacks = [Climbs(), stop, SMARTCallback(SMARTConfig(**SETTINGS))]
+    callbacks = [Climbs(), stop, SMARTCallback(papers(**SETTINGS))]
     losses = model.fit(IDS, Y, epochs=9, batch_size=4, verbose=0, callbacks=callbacks).history["loss"]
     best = int(np.argmin(losses))
     assert 0 < best == len(losses) - 3
@@ -455,13 +455,13 @@ def test_fit_after_an_exception_is_plain():
     model.fit(IDS, Y, verbose=0)
     before = state(model)
     with pytest.raises(KeyError, match="own error"):
-        model.fit(IDS, Y, verbose=0, callbacks=[SMARTCallback(SMARTConfig(**SETTINGS)), Breaks()])
+        model.fit(IDS, Y, verbose=0, callbacks=[SMARTCallback(papers(**SETTINGS)), Breaks()])
     assert "train_step" in vars(model)  # the next fit cleans up
     assert set(model.fit(IDS, Y, verbose=0).history) == {"loss"}
     assert changed(before, model) == []
     with pytest.raises(KeyError, match="own error"):
-        model.fit(IDS, Y, verbose=0, callbacks=[SMARTCallback(SMARTConfig(**SETTINGS)), Breaks()])
-    history = model.fit(IDS, Y, verbose=0, callbacks=[SMARTCallback(SMARTConfig(**SETTINGS))]).history
+        model.fit(IDS, Y, verbose=0, callbacks=[SMARTCallback(papers(**SETTINGS)), Breaks()])
+    history = model.fit(IDS, Y, verbose=0, callbacks=[SMARTCallback(papers(**SETTINGS))]).history
     assert set(history) == {"loss", "smoothness", "proximal"}
 
 
@@ -473,7 +473,7 @@ def test_the_models_own_exception_leaves_it_as_it_was():
     before = state(model)
     fragile.broken = True
     with pytest.raises(KeyError, match="own error"):
-        model.fit(np.ones((4, 3)), np.ones((4, 2)), verbose=0, callbacks=[SMARTCallback(SMARTConfig())])
+        model.fit(np.ones((4, 3)), np.ones((4, 2)), verbose=0, callbacks=[SMARTCallback(papers())])
     assert changed(before, model, but=("history", "broken")) == []
     fragile.broken = False
     assert set(model.fit(np.ones((4, 3)), np.ones((4, 2)), verbose=0).history) == {"loss"}
@@ -484,7 +484,7 @@ def test_two_callbacks_in_one_fit(second):
     model = compiled(sequential, CE)
     model.fit(IDS, Y, verbose=0)
     before = state(model)
-    callbacks = [SMARTCallback(SMARTConfig(**{**SETTINGS, **changes})) for changes in ({}, second)]
+    callbacks = [SMARTCallback(papers(**{**SETTINGS, **changes})) for changes in ({}, second)]
     if second:
         history = model.fit(IDS, Y, verbose=0, callbacks=callbacks).history
         assert set(history) == {"loss", "smoothness", "proximal"}
@@ -500,9 +500,9 @@ def test_a_second_callback_does_not_end_an_attach():
     model = compiled(sequential, CE)
     model.fit(IDS, Y, verbose=0)
     before = state(model)
-    with attach(model, SMARTConfig(**SETTINGS, total_steps=9)) as smart:
+    with attach(model, papers(**SETTINGS, total_steps=9)) as smart:
         with pytest.raises(ValueError, match="already has a SMARTCallback or attach"):
-            model.fit(IDS, Y, verbose=0, callbacks=[SMARTCallback(SMARTConfig(**SETTINGS))])
+            model.fit(IDS, Y, verbose=0, callbacks=[SMARTCallback(papers(**SETTINGS))])
         model.train_on_batch(IDS, Y)
         assert smart.metrics["step"] == 1
     assert changed(before, model) == []
@@ -511,8 +511,8 @@ def test_a_second_callback_does_not_end_an_attach():
 def test_two_models_in_one_process_and_train_on_batch():
     first, second = compiled(sequential, CE, 0.1), compiled(convolutional, CE, 0.1)
     with (
-        attach(first, SMARTConfig(**SETTINGS, total_steps=9)) as one,
-        attach(second, SMARTConfig(**SETTINGS, total_steps=9)) as two,
+        attach(first, papers(**SETTINGS, total_steps=9)) as one,
+        attach(second, papers(**SETTINGS, total_steps=9)) as two,
     ):
         for _ in range(2):
             logs = first.train_on_batch(IDS, Y, return_dict=True)
@@ -525,7 +525,7 @@ def test_two_models_in_one_process_and_train_on_batch():
 
 def test_a_loop_of_ones_own():
     model = compiled(sequential, CE, 0.1)
-    with attach(model, SMARTConfig(**SETTINGS, total_steps=9)) as smart:
+    with attach(model, papers(**SETTINGS, total_steps=9)) as smart:
         with smart.training_step():
             with tf.GradientTape() as tape:
                 loss = model.compute_loss(IDS, Y, model(IDS, training=True))

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from keras import layers
+from paper_settings import papers
 
-from smartreg import SMARTConfig
 from smartreg import divergences as reference
 from smartreg_tf import SMARTCallback, SMARTModel, attach
 from smartreg_tf.outputs import Head, find_heads
@@ -14,7 +14,7 @@ from smartreg_tf.site import Pass
 from smartreg_tf.training import _matching
 
 X = np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32)
-CONFIG = SMARTConfig(epsilon=0.3, sigma=0.3, beta_early=0.9, total_steps=9)
+CONFIG = papers(epsilon=0.3, sigma=0.3, beta_early=0.9, total_steps=9)
 
 
 def model_with(*heads, loss, **options):
@@ -173,9 +173,7 @@ def test_an_embedding_that_does_not_reach_the_output():
     model.compile("sgd", "mse")
     for start in ("gaussian", "margin"):
         with pytest.raises(RuntimeError, match=r"no gradient leads from the outputs to the layer .*'dead'"):
-            model.fit(
-                np.ones((4, 3), int), np.ones((4, 2)), verbose=0, callbacks=[SMARTCallback(SMARTConfig(start=start))]
-            )
+            model.fit(np.ones((4, 3), int), np.ones((4, 2)), verbose=0, callbacks=[SMARTCallback(papers(start=start))])
 
 
 def test_layers_that_are_none_or_return_no_floats():
@@ -275,7 +273,7 @@ def test_total_steps_of_an_unknown_length():
     callback = SMARTCallback()
     model.fit(batches, epochs=2, steps_per_epoch=2, **quiet, callbacks=[callback])
     assert callback.engine.config.total_steps == 4
-    model.fit(batches, **quiet, callbacks=[SMARTCallback(SMARTConfig(total_steps=4))])
+    model.fit(batches, **quiet, callbacks=[SMARTCallback(papers(total_steps=4))])
     with pytest.raises(ValueError, match=r"attach: mu > 0 and beta changes .* total_steps is needed"), attach(model):
         pass
     with pytest.raises(TypeError, match="SMARTCallback: config must be a SMARTConfig, got dict"):
@@ -319,8 +317,9 @@ def test_a_penalty_that_is_not_finite(options):
 
 def test_noise_of_the_wrong_shape():
     model = model_with(layers.Dense(2), loss="mse")
+    callback = SMARTCallback(papers(), noise=lambda step, like: tf.zeros([2, 2]))
     with pytest.raises(ValueError, match="noise must give a tensor of shape"):
-        model.fit(X, X[:, :2], verbose=0, callbacks=[SMARTCallback(noise=lambda step, like: tf.zeros([2, 2]))])
+        model.fit(X, X[:, :2], verbose=0, callbacks=[callback])
 
 
 def test_the_noise_is_its_own_stream():

@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import tensorflow as tf
+from paper_settings import papers
 
 from smartreg import SMARTConfig
 from smartreg import perturbation as reference
@@ -100,7 +101,7 @@ def test_ascend_equals_numpy(case):
     in_numpy, in_tensorflow = network(rng, divergence, pooled)
     x = rng.normal(size=(3, 5, 4))
     mask = np.array([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 1, 0, 0, 0]])
-    config = SMARTConfig(
+    config = papers(
         norm=norm,
         granularity=granularity,
         start=start,
@@ -126,7 +127,7 @@ def test_ascend_in_a_graph_and_under_xla(start, mode):
     in_numpy, in_tensorflow = network(rng, "symmetric_kl", True)
     x, noise, mask = rng.normal(size=(3, 5, 4)), rng.normal(size=(3, 5, 4)), np.ones((3, 5), bool)
     mask[0, 3:] = False
-    config = SMARTConfig(norm="2", start=start, epsilon=0.3, sigma=0.2, eta=0.2, ascent_steps=2)
+    config = papers(norm="2", start=start, epsilon=0.3, sigma=0.2, eta=0.2, ascent_steps=2)
     target = in_numpy(x)[0]
     run = in_mode(mode, lambda *inputs: perturbation.ascend(in_tensorflow, *inputs[:2], config, *inputs[2:]))
     got = run(*map(tf.constant, (x, target, noise, mask)))
@@ -152,9 +153,9 @@ def test_the_released_codes_update():
 def test_what_ascend_needs_is_said():
     x = tf.zeros([2, 3])
     with pytest.raises(ValueError, match="start='gaussian' needs noise of the shape of x, got None"):
-        perturbation.ascend(lambda x: x, x, x, SMARTConfig(), None)
+        perturbation.ascend(lambda x: x, x, x, papers(), None)
     with pytest.raises(ValueError, match="squared_error needs noise"):
-        perturbation.ascend(lambda x: x, x, x, SMARTConfig(start="margin"), None, None, "squared_error")
+        perturbation.ascend(lambda x: x, x, x, papers(start="margin"), None, None, "squared_error")
     with pytest.raises(ValueError, match="at least 2 classes"):
         perturbation.margin_gradient(tf.zeros([2, 1]))
     with pytest.raises(ValueError, match="leading axes of x"):
@@ -165,7 +166,7 @@ def test_what_ascend_needs_is_said():
 
 @pytest.mark.parametrize("changes", [{}, {"early_fraction": 0}, {"early_fraction": 1}, {"beta_early": 0.999}])
 def test_momentum_equals_numpy_at_every_step(changes):
-    config = SMARTConfig(total_steps=100, **{"early_fraction": 0.29, **changes})
+    config = papers(total_steps=100, **{"early_fraction": 0.29, **changes})
     run = tf.function(lambda step: proximal.momentum(step, config))
     got = [float(run(tf.constant(t))) for t in range(1, 101)]
     assert got == [reference_proximal.momentum(t, config) for t in range(1, 101)]
@@ -173,7 +174,7 @@ def test_momentum_equals_numpy_at_every_step(changes):
 
 def test_momentum_without_total_steps():
     with pytest.raises(ValueError, match=r"momentum: mu > 0 and beta changes .* total_steps is needed"):
-        proximal.momentum(1, SMARTConfig())
+        proximal.momentum(1, papers())
 
 
 def test_ema_and_bregman_equal_numpy():

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from keras import layers
+from paper_settings import papers
 
 from smartreg import SMARTConfig, SMARTWarning
 from smartreg_tf import SMARTCallback, attach
@@ -88,7 +89,7 @@ def test_turned_off_it_is_lost_and_said(exact):
 
 def test_turned_off_a_large_margin_start_still_works():
     model = classifier("mixed_bfloat16", 0.1)
-    callback = SMARTCallback(SMARTConfig(epsilon=0.3, start="margin"), float32=False)
+    callback = SMARTCallback(papers(epsilon=0.3, start="margin"), float32=False)
     assert model.fit(IDS, Y, verbose=0, callbacks=[callback]).history["smoothness"][0] > 1e-6
 
 
@@ -97,7 +98,7 @@ def test_turned_off_a_large_margin_start_still_works():
 def test_fit_in_mixed_precision_leaves_the_policies(policy, start):
     model = classifier(policy, 0.1)
     policies = [layer.dtype_policy.name for layer in model.layers]
-    callback = SMARTCallback(SMARTConfig(epsilon=0.3, sigma=0.3, start=start, beta_early=0.5))
+    callback = SMARTCallback(papers(epsilon=0.3, sigma=0.3, start=start, beta_early=0.5))
     with warnings.catch_warnings():
         warnings.simplefilter("error", SMARTWarning)
         history = model.fit(IDS, Y, batch_size=4, epochs=2, verbose=0, callbacks=[callback]).history
@@ -115,7 +116,7 @@ def test_a_step_that_the_loss_scale_skips_does_not_move_theta():
     optimizer = keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.5))
     model.compile(optimizer, CE)
     optimizer.build(model.trainable_variables)  # its scale, for Scales
-    callback = SMARTCallback(SMARTConfig(epsilon=0.3, sigma=0.3, beta_early=0.5, beta_late=0.5))
+    callback = SMARTCallback(papers(epsilon=0.3, sigma=0.3, beta_early=0.5, beta_late=0.5))
     start = [weight.numpy() for weight in model.trainable_variables]
     seen = []
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from keras import layers
+from paper_settings import papers
 from test_tf_fit import (
     CE,
     IDS,
@@ -32,7 +33,7 @@ from smartreg.recording import compare_run
 from smartreg_tf import SMARTCallback, SMARTConfig, SMARTWarning, attach
 
 ROOT = Path(__file__).parent.parent
-CONFIG = SMARTConfig(**SETTINGS, eta=0.3)
+CONFIG = papers(**SETTINGS, eta=0.3)
 
 
 def fitted(record, build=sequential, loss=CE, data=(IDS, Y), config=CONFIG, fit=None, steps=3, smart=None, **options):

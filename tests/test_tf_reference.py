@@ -6,8 +6,8 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from paper_settings import papers
 
-from smartreg import SMARTConfig
 from smartreg.checking import load_trajectory
 from smartreg.training import Batch, fit_reference, init_parameters
 from smartreg_tf import attach
@@ -212,13 +212,13 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_fifty_steps_equal_numpy(name):
     changes, options = CASES[name]
-    want = compare(SMARTConfig(**{**SCHEDULE, "epsilon": 0.2, "sigma": 0.2, **changes}), **options)
+    want = compare(papers(**{**SCHEDULE, "epsilon": 0.2, "sigma": 0.2, **changes}), **options)
     assert {step.beta for step in want if step.beta is not None} >= {changes.get("beta_late", 0.9)}
 
 
 @pytest.mark.parametrize("mode", ["eager", "xla"])
 def test_eager_and_xla_are_alike(mode):
-    compare(SMARTConfig(**SCHEDULE, epsilon=0.2, norm="2", eta=0.1, ascent_steps=1), mode=mode, weighted=True)
+    compare(papers(**SCHEDULE, epsilon=0.2, norm="2", eta=0.1, ascent_steps=1), mode=mode, weighted=True)
 
 
 @pytest.mark.parametrize("name", ["l1", "l2, token", "margin, regression"])  # the others have Adam as PyTorch has it

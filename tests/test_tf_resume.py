@@ -8,14 +8,14 @@ import keras
 import numpy as np
 import pytest
 from keras import layers
+from paper_settings import papers
 
-from smartreg import SMARTConfig
 from smartreg_tf import SMARTCallback, SMARTModel, attach
 
 RNG = np.random.default_rng(0)
 IDS, Y = RNG.integers(20, size=(12, 5)), RNG.integers(3, size=12)
 CE = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-CONFIG = SMARTConfig(epsilon=0.3, sigma=0.3, beta_early=0.5, beta_late=0.9, early_fraction=0.4)
+CONFIG = papers(epsilon=0.3, sigma=0.3, beta_early=0.5, beta_late=0.9, early_fraction=0.4)
 
 
 def classifier():

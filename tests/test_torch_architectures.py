@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 from architectures import ARCHITECTURES, loss_of
+from paper_settings import papers
 from torch import nn
 
-from smartreg_torch import SMART, SMARTConfig
+from smartreg_torch import SMART
 from smartreg_torch.divergences import symmetric_kl
 
 WITHOUT_DROPOUT = ["ResNet"]
@@ -42,7 +43,7 @@ def name(request):
 
 def test_the_perturbed_pass_at_zero_is_the_clean_pass_bit_for_bit(name):
     """The smallest sigma there is: with delta = 0, only different dropout masks could make R_s differ from 0."""
-    config = SMARTConfig(scale="absolute", epsilon=1e-30, sigma=1e-30, ascent_steps=0, mu=0)
+    config = papers(scale="absolute", epsilon=1e-30, sigma=1e-30, ascent_steps=0, mu=0)
     zeros = {"noise": torch.zeros_like}
     model, inputs, smart = started(name, config, **zeros)
     plain, _, _ = started(name, config, **zeros)
@@ -62,7 +63,7 @@ def test_the_perturbed_pass_at_zero_is_the_clean_pass_bit_for_bit(name):
 
 def test_the_teacher_at_theta_0_gives_rounding_at_most(name):
     """The same masks and weights; without a graph, a kernel may round otherwise (`nn.LSTM` does)."""
-    config = SMARTConfig(lambda_s=0, total_steps=10)
+    config = papers(lambda_s=0, total_steps=10)
     _, inputs, smart = started(name, config)
     _, penalty = smart(**inputs)
     assert 0 <= penalty.item() <= 1e-13
@@ -71,7 +72,7 @@ def test_the_teacher_at_theta_0_gives_rounding_at_most(name):
 @pytest.mark.parametrize("start", ["gaussian", "margin"])
 def test_a_step_leaves_everything_else_alone(name, start):
     """The global random stream, BatchNorm statistics, training flags and `.grad` are as after a plain forward."""
-    config = SMARTConfig(start=start, total_steps=10, ascent_steps=2)
+    config = papers(start=start, total_steps=10, ascent_steps=2)
     model, inputs, smart = started(name, config)
     plain, _, _ = started(name, config)
     seed(1)
@@ -89,7 +90,7 @@ def test_a_step_leaves_everything_else_alone(name, start):
 
 
 def test_padding_is_not_perturbed(name):
-    model, inputs, smart = started(name, SMARTConfig(mu=0, ascent_steps=1))
+    model, inputs, smart = started(name, papers(mu=0, ascent_steps=1))
     deltas = []
     original = smart._ascend
     smart._ascend = lambda *arguments: deltas.append(original(*arguments)) or deltas[-1]
@@ -112,7 +113,7 @@ def test_padding_is_not_perturbed(name):
 @pytest.mark.parametrize("name", DIFFERENTIATED)
 def test_gradient_of_the_penalty_against_finite_differences(name, start):
     """d/dw of lambda_s R_s + mu D_Breg at a fixed delta, in float64, along a random direction of all the weights."""
-    config = SMARTConfig(start=start, ascent_steps=1, total_steps=10, epsilon=0.05, sigma=0.05, mu=2.0)
+    config = papers(start=start, ascent_steps=1, total_steps=10, epsilon=0.05, sigma=0.05, mu=2.0)
     model, inputs, smart = started(name, config, torch.float64)
     with torch.no_grad():
         for average in smart.teacher.values():
@@ -158,7 +159,7 @@ def test_gradient_of_the_penalty_against_finite_differences(name, start):
 
 def test_r_s_is_the_divergence_at_the_perturbed_embeddings(name):
     """R_s, recomputed from outside: a hook of our own adds the same delta, and the seed gives the same dropout."""
-    model, inputs, smart = started(name, SMARTConfig(mu=0, ascent_steps=1))
+    model, inputs, smart = started(name, papers(mu=0, ascent_steps=1))
     deltas = []
     original = smart._ascend
     smart._ascend = lambda *arguments: deltas.extend(original(*arguments)) or list(deltas)
@@ -190,7 +191,7 @@ def test_r_s_is_the_divergence_at_the_perturbed_embeddings(name):
 
 
 def test_without_penalties_training_is_bit_identical(name):
-    config = SMARTConfig(lambda_s=0, mu=0)
+    config = papers(lambda_s=0, mu=0)
     weights = []
     for wrapped in (True, False):
         model, inputs, smart = started(name, config)

@@ -6,10 +6,11 @@ import pytest
 import torch
 import torch._dynamo
 from architectures import ARCHITECTURES, classifier
+from paper_settings import papers
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from smartreg_torch import SMART, SMARTConfig, SMARTWarning
+from smartreg_torch import SMART, SMARTWarning
 
 pytestmark = [
     # torch's own, at every graph break behind which a tensor has a gradient; shown to nobody but -W error
@@ -17,8 +18,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),  # inductor's
 ]
 
-CONFIG = SMARTConfig(total_steps=60)
-MARGIN = SMARTConfig(total_steps=60, start="margin")
+CONFIG = papers(total_steps=60)
+MARGIN = papers(total_steps=60, start="margin")
 # "eager" traces and guards as all backends do, and compiles nothing; "aot_eager" has AOTAutograd besides
 BACKEND = "eager"
 

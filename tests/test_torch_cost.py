@@ -6,11 +6,12 @@ from functools import partial
 import pytest
 import torch
 from architectures import ARCHITECTURES, N, classifier, text
+from paper_settings import papers
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import smartreg_torch.smart
-from smartreg_torch import SMART, SMARTConfig
+from smartreg_torch import SMART
 
 STARTS = {"gaussian": {"start": "gaussian", "ascent_steps": 1}, "margin": {"start": "margin", "ascent_steps": 0}}
 READS = {"_local_scalar_dense", "is_nonzero", "equal", "nonzero", "item"}
@@ -48,7 +49,7 @@ def bert():
 def test_nothing_in_a_step_waits_for_the_device(late, start):
     model, inputs = bert()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    smart = SMART(model, SMARTConfig(**start, total_steps=10))
+    smart = SMART(model, papers(**start, total_steps=10))
     del inputs["attention_mask"]  # Hugging Face itself looks into it
     with Operations() as operations:
         output, penalty = smart(**inputs)
@@ -66,7 +67,7 @@ def test_nothing_in_a_step_waits_for_the_device(late, start):
 def test_a_penalty_that_arrives_late_and_is_not_finite_is_raised_before_harm_is_done(late, attached):
     model, inputs = bert()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    smart = SMART(model, SMARTConfig(total_steps=10))
+    smart = SMART(model, papers(total_steps=10))
     if attached:
         smart.attach(optimizer)
     with torch.no_grad():
@@ -87,7 +88,7 @@ def test_a_penalty_that_arrives_late_and_is_not_finite_is_raised_before_harm_is_
 
 def test_a_late_penalty_can_be_skipped(late):
     model, inputs = bert()
-    smart = SMART(model, SMARTConfig(total_steps=10, non_finite="skip"))
+    smart = SMART(model, papers(total_steps=10, non_finite="skip"))
     with torch.no_grad():
         model.classifier.bias.fill_(float("inf"))
     assert smart(**inputs)[1] == 0
@@ -99,7 +100,7 @@ def test_gradients_go_below_the_site_once(start):
     model, inputs = bert()
     with Operations() as plain:
         model(**inputs).loss.backward()
-    smart = SMART(model, SMARTConfig(**start, total_steps=10))
+    smart = SMART(model, papers(**start, total_steps=10))
     output, penalty = smart(**inputs)
     with Operations() as ours:
         (output.loss + penalty).backward()
@@ -126,7 +127,7 @@ def test_lean_changes_neither_value_nor_gradient(name, start):
     architecture = ARCHITECTURES[name]
     torch.manual_seed(1)
     inputs = architecture.inputs()
-    config = SMARTConfig(**start, total_steps=10, lambda_s=2.0, epsilon=0.1, sigma=0.1)
+    config = papers(**start, total_steps=10, lambda_s=2.0, epsilon=0.1, sigma=0.1)
     found = [
         penalty_gradient(architecture.make, inputs, lean, config, settings=architecture.settings)
         for lean in (False, True)
@@ -156,7 +157,7 @@ def test_lean_under(how, start):
         with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
             return smart(**inputs)[1]
 
-    config = SMARTConfig(**start, total_steps=10, epsilon=0.1, sigma=0.1)
+    config = papers(**start, total_steps=10, epsilon=0.1, sigma=0.1)
     found = [penalty_gradient(partial(make, lean), inputs, lean, config, run) for lean in (False, True)]
     half = how == "bf16 weights"  # the gradients are rounded to it before they meet
     torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-5, atol=0)
@@ -194,7 +195,7 @@ def test_lean_keeps_one_graph_at_a_time():
 
     def ours(lean):
         def step():
-            with SMART(model, SMARTConfig(**STARTS["margin"], total_steps=10), lean=lean) as smart:
+            with SMART(model, papers(**STARTS["margin"], total_steps=10), lean=lean) as smart:
                 output, penalty = smart(**inputs)
                 (output.loss + penalty).backward()
 
@@ -205,22 +206,88 @@ def test_lean_keeps_one_graph_at_a_time():
     assert peak_of_saved(ours(True)) < 1.1 * base
 
 
+def test_lean_keeps_one_set_of_gradients():
+    """When the perturbed pass's backward begins, the clean gradients are in .grad, all but the smallest weight's."""
+    model, inputs = bert()
+    smart = SMART(model, papers(**STARTS["margin"], total_steps=10), lean=True)
+    output, penalty = smart(**inputs)
+    found = []
+    model.classifier.register_forward_hook(
+        lambda *_: found.append([name for name, weight in model.named_parameters() if weight.grad is None])
+    )
+    (output.loss + penalty).backward()
+    assert found == [["classifier.bias"]]
+
+
+def test_lean_counts_a_head_outside_the_model_once():
+    """outputs= may compute more from the model's output, with weights that SMART does not know of."""
+    found = []
+    for lean in (False, True):
+        torch.manual_seed(0)
+        model, head = nn.Sequential(nn.Linear(4, 5), nn.Tanh()), nn.Linear(5, 3)
+        config = papers(**STARTS["margin"], total_steps=10, epsilon=0.5)
+        smart = SMART(model, config, outputs=head, lean=lean)
+        smart(torch.randn(6, 4))[1].backward()
+        found.append(torch.cat([weight.grad.flatten() for weight in [*model.parameters(), *head.parameters()]]))
+    assert found[0].norm() > 0
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-7)
+
+
+def test_lean_is_exact_in_float64_and_with_half_weights_first():
+    """The factor before the penalty reaches the put-off side in float32 or wider, whatever the weights are."""
+    for first, dtype in ((torch.float64, torch.float64), (torch.bfloat16, torch.float32)):
+        found = []
+        for lean in (False, True):
+            torch.manual_seed(0)
+            model = nn.Sequential(nn.Linear(4, 3, dtype=dtype))
+            model.register_parameter("scale", nn.Parameter(torch.ones((), dtype=first)))
+            smart = SMART(model, papers(mu=0, epsilon=0.5), lean=lean, precision="model")
+            (smart(torch.randn(6, 4, dtype=dtype))[1] / 3).backward()
+            found.append(model[0].weight.grad)
+        tolerance = 1e-12 if dtype is torch.float64 else 1e-5
+        assert (found[1] - found[0]).norm() <= tolerance * found[0].norm()
+
+
+def test_lean_is_spent_after_one_backward():
+    model, inputs = bert()
+    smart = SMART(model, papers(total_steps=10), lean=True)
+    _, penalty = smart(**inputs)
+    penalty.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match=r"a second time .* lean=True, whose graph is spent"):
+        penalty.backward()
+
+
+def test_lean_refuses_hooks_on_weights():
+    model, inputs = bert()
+    smart = SMART(model, papers(total_steps=10), lean=True)
+    for register in ("register_hook", "register_post_accumulate_grad_hook"):
+        hook = getattr(model.classifier.weight, register)(lambda _: None)
+        with pytest.raises(RuntimeError, match=r"lean=True .* its hooks would see each of them alone"):
+            smart(**inputs)
+        hook.remove()
+    smart(**inputs)[1].backward()  # and goes on
+
+
 def test_lean_is_a_bool():
     with pytest.raises(TypeError, match="lean must be True or False, got 'yes'"):
-        SMART(bert()[0], SMARTConfig(total_steps=10), lean="yes")
+        SMART(bert()[0], papers(total_steps=10), lean="yes")
 
 
 def test_lean_asks_for_backward():
     model, inputs = bert()
-    smart = SMART(model, SMARTConfig(total_steps=10), lean=True)
-    with pytest.raises(RuntimeError, match=r"lean=True .* needs loss.backward"):
-        torch.autograd.grad(smart(**inputs)[1], list(model.parameters()), allow_unused=True)
+    smart = SMART(model, papers(total_steps=10), lean=True)
+    for asked in (list(model.parameters()), [model.classifier.weight]):
+        penalty = smart(**inputs)[1]
+        with pytest.raises(RuntimeError, match=r"lean=True .* needs loss.backward"):
+            torch.autograd.grad(penalty, asked, allow_unused=True)
+        with pytest.raises(RuntimeError, match=r"lean=True .* needs loss.backward"):
+            smart(**inputs)[1].backward(inputs=asked)
 
 
 def test_lean_refuses_arguments_of_another_graph():
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(4, 3)), torch.randn(5, 4)
-    smart = SMART(model, SMARTConfig(total_steps=10), lean=True)
+    smart = SMART(model, papers(total_steps=10), lean=True)
     with pytest.raises(ValueError, match=r"lean=True .*must not come from a graph.*\(5, 4\)"):
         smart(nn.Linear(4, 4)(x))
     smart(x)[1].backward()  # and goes on
@@ -231,14 +298,14 @@ def test_lean_refuses_several_processes():
     try:
         model = nn.parallel.DistributedDataParallel(bert()[0])
         with pytest.raises(ValueError, match="lean=True with DistributedDataParallel"):
-            SMART(model, SMARTConfig(total_steps=10), lean=True)
+            SMART(model, papers(total_steps=10), lean=True)
     finally:
         torch.distributed.destroy_process_group()
 
 
 def test_lean_without_r_s_is_the_usual_step():
     model, inputs = bert()
-    smart = SMART(model, SMARTConfig(lambda_s=0, total_steps=10), lean=True)
+    smart = SMART(model, papers(lambda_s=0, total_steps=10), lean=True)
     torch.autograd.grad(smart(**inputs)[1], list(model.parameters()), allow_unused=True)
 
 
@@ -262,7 +329,7 @@ def drawn(smart):
 def test_a_step_without_R_s_has_none_of_its_passes(mu, off, lean, start):
     model, inputs = bert()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    config = SMARTConfig(**start, smoothness_steps=3, mu=mu, lambda_s=0.5, total_steps=10)
+    config = papers(**start, smoothness_steps=3, mu=mu, lambda_s=0.5, total_steps=10)
     with SMART(model, config, lean=lean) as smart:
         generator, seen, last = None, passes(model), None
         for step in range(5):
@@ -288,7 +355,7 @@ def test_a_step_without_R_s_has_none_of_its_passes(mu, off, lean, start):
 
 def test_steps_that_are_not_counted_are_noticed_where_R_s_comes_every_K_steps():
     model, inputs = bert()
-    smart = SMART(model, SMARTConfig(smoothness_steps=2, mu=0))
+    smart = SMART(model, papers(smoothness_steps=2, mu=0))
     smart._calls_since_update = 199
     with pytest.warns(UserWarning, match="200 batches without smart.update"):
         smart(**inputs)

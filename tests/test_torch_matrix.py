@@ -22,13 +22,14 @@ from architectures import (
     text,
     without_onednn,
 )
+from paper_settings import papers
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from smartreg_torch import SMART, SMARTConfig
+from smartreg_torch import SMART
 
 PAGE = Path(__file__).parents[1] / "docs" / "architectures.md"
-CONFIG = SMARTConfig(total_steps=10)
+CONFIG = papers(total_steps=10)
 # R_s and D_Breg apart, since one may be 1000 times the other; a radius whose effect is far above the outputs' rounding
 FAR = CONFIG.replace(epsilon=0.1, sigma=0.1, eta=0.1)
 TERMS = [FAR.replace(mu=0), FAR.replace(lambda_s=0)]

@@ -6,10 +6,11 @@ import pytest
 import torch
 import transformers
 from architectures import ARCHITECTURES, SIZE, VOCABULARY, text
+from paper_settings import papers
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from smartreg_torch import SMART, SMARTConfig
+from smartreg_torch import SMART
 from smartreg_torch.divergences import symmetric_kl
 
 peft = pytest.importorskip("peft")
@@ -17,8 +18,8 @@ peft = pytest.importorskip("peft")
 # PEFT 0.21 beside transformers 5.23, whose names are new
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
-CONFIG = SMARTConfig(total_steps=20)
-MARGIN = SMARTConfig(total_steps=20, start="margin")
+CONFIG = papers(total_steps=20)
+MARGIN = papers(total_steps=20, start="margin")
 LORA = {"r": 2, "lora_alpha": 4, "target_modules": ["query", "value"]}
 ADAPTERS = {
     "LoRA": LORA,
@@ -322,6 +323,6 @@ def test_a_quantised_frozen_base_trains_its_adapters(bits, config):
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_quantised_base_is_the_same_at_delta_0(bits):
     """Bit for bit, dropout and rounded activations included."""
-    config = SMARTConfig(scale="absolute", epsilon=1e-30, sigma=1e-30, ascent_steps=0, mu=0)
+    config = papers(scale="absolute", epsilon=1e-30, sigma=1e-30, ascent_steps=0, mu=0)
     smart = SMART(adapted(quantised(bert(), bits)[0], LORA), config, noise=torch.zeros_like)
     assert smart(**text())[1] == 0

@@ -9,6 +9,7 @@ import warnings
 import pytest
 import torch
 from architectures import ARCHITECTURES, text
+from paper_settings import papers
 from torch import nn
 from torch.nn.functional import cosine_similarity, cross_entropy
 
@@ -16,7 +17,7 @@ from smartreg_torch import SMART, SMARTConfig, SMARTWarning
 
 HALF = [torch.bfloat16, torch.float16]
 PAPER = SMARTConfig.paper(mu=0)
-BOTH = SMARTConfig(total_steps=20)
+BOTH = papers(total_steps=20)
 
 
 class Model(nn.Module):

@@ -23,6 +23,7 @@ accelerate = pytest.importorskip("accelerate")
 lightning = pytest.importorskip("lightning")
 pytest.importorskip("datasets")  # for sentence-transformers' Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint  # noqa: E402
+from paper_settings import papers  # noqa: E402
 
 import smartreg_torch  # noqa: E402
 from smartreg_torch import SMART, SMARTConfig  # noqa: E402
@@ -340,7 +341,7 @@ def test_the_loss_itself_stays(folder, name):
     from sentence_transformers.sentence_transformer import losses
 
     model = sentence_transformer(folder, dropout=0.0).train()
-    smart = SMART(model, SMARTConfig(mu=0), outputs="sentence_embedding", divergence="squared_error", mask=real)
+    smart = SMART(model, papers(mu=0), outputs="sentence_embedding", divergence="squared_error", mask=real)
     columns = [model.preprocess([f"this is {word} {i}" for i in range(4)]) for word in ("good", "bad")]
     labels = {"CosineSimilarityLoss": torch.rand(4), "MSELoss": torch.rand(4, 16)}.get(name)
     loss = getattr(losses, name)(model)
@@ -357,7 +358,7 @@ def test_the_loss_itself_stays(folder, name):
 def test_the_penalty_of_embeddings_is_the_squared_distance(folder):
     """Written out by hand: R_s of one column at the perturbation that SMART found."""
     model = sentence_transformer(folder, dropout=0.0).train()
-    config = SMARTConfig(mu=0, lambda_s=1.0, epsilon=0.5, sigma=0.5)
+    config = papers(mu=0, lambda_s=1.0, epsilon=0.5, sigma=0.5)
     names = {"outputs": "sentence_embedding", "divergence": "squared_error"}
     smart = SMART(model, config, mask=real, **names)
     deltas, ascend = [], smart._ascend

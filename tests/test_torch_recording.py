@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from architectures import ARCHITECTURES, Siamese, classifier, text, two_texts
+from paper_settings import papers
 from torch import nn
 
 import smartreg_torch.smart
@@ -16,7 +17,7 @@ from smartreg.recording import compare_run
 from smartreg_torch import SMART, SMARTConfig, SMARTWarning
 from smartreg_torch.divergences import squared_error, symmetric_kl
 
-BOTH = SMARTConfig(total_steps=20, epsilon=0.1)
+BOTH = papers(total_steps=20, epsilon=0.1)
 
 
 @pytest.fixture(autouse=True)
@@ -222,7 +223,7 @@ def test_no_step_is_a_warning(tmp_path):
     ):
         smart(**text())
     with pytest.raises(ValueError, match="SMART: record= has nothing to record"):
-        SMART(Tagger(), SMARTConfig(lambda_s=0, mu=0), record=tmp_path / "run.npz")
+        SMART(Tagger(), papers(lambda_s=0, mu=0), record=tmp_path / "run.npz")
 
 
 def test_no_graph_is_kept(tmp_path):

@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from architectures import LSTM, N, Siamese, classifier, text, two_texts
+from paper_settings import papers
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -49,8 +50,8 @@ def ids():
     return torch.randint(11, (6, 5))
 
 
-R_S = SMARTConfig(mu=0)
-BOTH = SMARTConfig(total_steps=20)
+R_S = papers(mu=0)
+BOTH = papers(total_steps=20)
 
 
 def train(model, smart, batches, optimizer=None):
@@ -76,13 +77,13 @@ def make_batches(count):
 @pytest.mark.parametrize(
     ("config", "passes"),
     [
-        (SMARTConfig(lambda_s=0, mu=0), 1),
-        (SMARTConfig(mu=0, ascent_steps=0), 2),
-        (SMARTConfig(mu=0, ascent_steps=1), 3),
-        (SMARTConfig(mu=0, start="margin", ascent_steps=0), 2),
-        (SMARTConfig(mu=0, start="margin", ascent_steps=2), 4),
-        (SMARTConfig(lambda_s=0, total_steps=9), 2),
-        (SMARTConfig(start="margin", ascent_steps=0, total_steps=9), 3),
+        (papers(lambda_s=0, mu=0), 1),
+        (papers(mu=0, ascent_steps=0), 2),
+        (papers(mu=0, ascent_steps=1), 3),
+        (papers(mu=0, start="margin", ascent_steps=0), 2),
+        (papers(mu=0, start="margin", ascent_steps=2), 4),
+        (papers(lambda_s=0, total_steps=9), 2),
+        (papers(start="margin", ascent_steps=0, total_steps=9), 3),
     ],
 )
 def test_a_step_takes_no_more_passes_than_the_table_says(ids, config, passes):
@@ -172,7 +173,7 @@ def test_the_teacher_is_a_model_with_the_averaged_weights(make, ids):
             module.p = 0.0
         if isinstance(module, nn.LSTM):
             module.dropout = 0.0
-    smart = SMART(model, SMARTConfig(lambda_s=0, total_steps=10))
+    smart = SMART(model, papers(lambda_s=0, total_steps=10))
     for average in smart.teacher.values():
         average.add_(0.1 * torch.randn_like(average))
     twin = copy.deepcopy(model)
@@ -195,7 +196,7 @@ def test_no_gradient_reaches_the_teachers_outputs():
 
 def test_theta_tilde_moves_every_S_steps():
     model = Model()
-    smart = SMART(model, SMARTConfig(lambda_s=0, proximal_steps=3, beta_early=0.5, beta_late=0.5))
+    smart = SMART(model, papers(lambda_s=0, proximal_steps=3, beta_early=0.5, beta_late=0.5))
     kept = {name: average.clone() for name, average in smart.teacher.items()}
     for step in range(1, 7):
         with torch.no_grad():
@@ -211,7 +212,7 @@ def test_theta_tilde_moves_every_S_steps():
 
 def test_bf16_weights_have_a_float32_teacher_that_moves():
     model = nn.Linear(4, 4).to(torch.bfloat16)
-    smart = SMART(model, SMARTConfig(lambda_s=0, beta_early=0.999, beta_late=0.999))
+    smart = SMART(model, papers(lambda_s=0, beta_early=0.999, beta_late=0.999))
     before = smart.teacher["weight"].clone()
     with torch.no_grad():
         model.weight.add_(0.125)
@@ -235,7 +236,7 @@ def test_parameters_that_become_trainable_later_join_the_teacher(ids):
 def test_frozen_embeddings_are_perturbed_all_the_same(ids, start):
     model = Model()
     model.embedding.requires_grad_(False)
-    smart = SMART(model, SMARTConfig(mu=0, start=start))
+    smart = SMART(model, papers(mu=0, start=start))
     _, penalty = smart(ids)
     penalty.backward()
     assert smart.metrics["R_s"] > 0
@@ -253,7 +254,7 @@ def test_a_model_that_changes_its_embeddings_in_place(ids):
 
     for start in ("gaussian", "margin"):
         model = InPlace()
-        smart = SMART(model, SMARTConfig(mu=0, start=start, ascent_steps=1))
+        smart = SMART(model, papers(mu=0, start=start, ascent_steps=1))
         _, penalty = smart(ids)
         penalty.backward()
         assert smart.metrics["R_s"] > 0
@@ -285,7 +286,7 @@ def test_all_random_streams_are_replayed(ids):
         def forward(self, ids):
             return super().forward(ids) * (1 + random.random()) * (1 + np.random.rand())
 
-    config = SMARTConfig(scale="absolute", epsilon=1e-30, sigma=1e-30, ascent_steps=0, mu=0)
+    config = papers(scale="absolute", epsilon=1e-30, sigma=1e-30, ascent_steps=0, mu=0)
     model = Random()
     random.seed(1), np.random.seed(1), torch.manual_seed(1)
     model(ids)
@@ -323,7 +324,7 @@ def test_a_pass_that_breaks_off_leaves_the_random_streams_as_the_clean_pass_did(
 
 def test_buffers_that_move_in_a_forward_are_replayed_and_kept(ids):
     """Spectral normalisation takes a power iteration a forward."""
-    config = SMARTConfig(scale="absolute", epsilon=1e-30, sigma=1e-30, ascent_steps=0, mu=0)
+    config = papers(scale="absolute", epsilon=1e-30, sigma=1e-30, ascent_steps=0, mu=0)
     model = Model()
     nn.utils.parametrizations.spectral_norm(model.head)
     twin = copy.deepcopy(model)
@@ -345,11 +346,28 @@ def test_batchnorm_statistics_are_the_clean_passs(ids):
     assert all(torch.equal(a, b) for a, b in zip(model.buffers(), twin.buffers(), strict=True))
 
 
+def test_a_buffer_that_the_model_puts_anew_is_the_clean_passs():
+    """Such as the frequencies of rotary embeddings that grow with the longest batch."""
+
+    class Counting(nn.Sequential):
+        def forward(self, x):
+            self.register_buffer("seen", self.seen + 1)
+            return super().forward(x)
+
+    model = Counting(nn.Linear(4, 3))
+    model.register_buffer("seen", torch.zeros(()))
+    smart = SMART(model, papers(total_steps=9))
+    for seen in (1, 2):
+        smart(torch.randn(5, 4))
+        assert model.seen == seen
+        assert list(model.state_dict())[:1] == ["seen"]
+
+
 def test_a_frozen_batchnorm_stays_frozen(ids):
     model = Model()
     model.norm.eval()
     model.dropout.p = 0.0
-    config = SMARTConfig(scale="absolute", epsilon=1e-30, sigma=1e-30, ascent_steps=0, mu=0)
+    config = papers(scale="absolute", epsilon=1e-30, sigma=1e-30, ascent_steps=0, mu=0)
     _, penalty = SMART(model, config, noise=torch.zeros_like)(ids)
     assert penalty.item() == 0
     assert not model.norm.training
@@ -358,7 +376,7 @@ def test_a_frozen_batchnorm_stays_frozen(ids):
 def test_autocast_does_not_give_the_teacher_the_students_weights(ids):
     model = Model()
     model.dropout.p = 0.0
-    smart = SMART(model, SMARTConfig(lambda_s=0, total_steps=9))
+    smart = SMART(model, papers(lambda_s=0, total_steps=9))
     for average in smart.teacher.values():
         average.mul_(1.5)
     plain = smart(ids)[1].item()
@@ -439,7 +457,7 @@ def test_hugging_faces_problem_type_chooses_the_divergence(problem, labels, star
     model = classifier("Bert")()
     settings = model.config.to_dict() | {"num_labels": labels, "problem_type": problem}
     model = transformers.BertForSequenceClassification(transformers.BertConfig(**settings)).train()
-    smart = SMART(model, SMARTConfig(total_steps=9, start=start))
+    smart = SMART(model, papers(total_steps=9, start=start))
     smart(**text(), labels=torch.rand(N, labels) if labels > 1 else torch.rand(N))
     assert smart.metrics["R_s"] > 0
     expected = "bernoulli_symmetric_kl" if problem == "multi_label_classification" else "squared_error"
@@ -461,7 +479,7 @@ def test_outputs_with_a_position_axis_leave_padding_out():
         vocab_size=31, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, num_labels=3
     )
     model = transformers.BertForTokenClassification(config).train()
-    smart = SMART(model, SMARTConfig(lambda_s=0, total_steps=9))
+    smart = SMART(model, papers(lambda_s=0, total_steps=9))
     for average in smart.teacher.values():
         average.add_(0.1 * torch.randn_like(average))
     inputs = text()
@@ -563,7 +581,7 @@ def test_the_proximal_term_has_the_same_mask_with_and_without_r_s(mask):
     found = []
     for lambda_s in (0, 1):
         torch.manual_seed(1)
-        smart = SMART(Tagger(), SMARTConfig(lambda_s=lambda_s, total_steps=9), mask=mask)
+        smart = SMART(Tagger(), papers(lambda_s=lambda_s, total_steps=9), mask=mask)
         for average in smart.teacher.values():
             average.mul_(1.5)
         smart(ids)
@@ -585,7 +603,7 @@ def test_a_decoder_has_positions_of_its_own(length):
     model = transformers.T5ForConditionalGeneration(config).train()
     labels = torch.randint(2, 31, (N, length))
     labels[:, 2:] = -100
-    smart = SMART(model, SMARTConfig(lambda_s=1, total_steps=9))
+    smart = SMART(model, papers(lambda_s=1, total_steps=9))
     for average in smart.teacher.values():
         average.mul_(1.1)
     inputs = text()
@@ -685,7 +703,7 @@ def test_empty_batches_and_inference_tensors_are_named(ids):
     with torch.inference_mode():
         images = torch.randn(4, 5)
     with pytest.raises(ValueError, match=r"the batch is empty: the outputs have the shape \(0, 3\)"):
-        SMART(Model(), SMARTConfig(lambda_s=0, total_steps=9))(torch.zeros(0, 5, dtype=torch.long))
+        SMART(Model(), papers(lambda_s=0, total_steps=9))(torch.zeros(0, 5, dtype=torch.long))
     model = nn.Sequential(nn.Linear(5, 3))
     with pytest.raises(RuntimeError, match=r"gave an inference tensor.*clone"):
         SMART(model, R_S)(images)
@@ -846,7 +864,7 @@ def test_vanishing_perturbations_warn_once(ids):
 
 def test_forgetting_update_warns(ids):
     model = nn.Sequential(nn.Embedding(11, 2), nn.Flatten(), nn.Linear(10, 2))
-    smart = SMART(model, SMARTConfig(lambda_s=0, total_steps=9))
+    smart = SMART(model, papers(lambda_s=0, total_steps=9))
     for _ in range(199):
         smart(ids)
     smart.update()
@@ -919,7 +937,7 @@ def test_remove_undoes_everything(ids):
 
 def test_terms_that_are_off_cost_nothing(ids):
     model = Model()
-    off = SMART(model, SMARTConfig(lambda_s=0, mu=0))
+    off = SMART(model, papers(lambda_s=0, mu=0))
     assert not model.embedding._forward_hooks
     assert not off.teacher
     assert not SMART(model, R_S).teacher
@@ -927,7 +945,7 @@ def test_terms_that_are_off_cost_nothing(ids):
 
 @pytest.mark.parametrize("start", ["gaussian", "margin"])
 def test_a_resumed_run_equals_the_unbroken_one_bit_for_bit(start):
-    config = SMARTConfig(total_steps=20, start=start, proximal_steps=2)
+    config = papers(total_steps=20, start=start, proximal_steps=2)
     batches = make_batches(10)
 
     def begin():

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from paper_settings import papers
 from test_training import make_batch, make_theta
 from torch import nn
 
@@ -129,7 +130,7 @@ CROSS = list(
 @pytest.mark.parametrize("betas", [(0.9, 0.99), (0.5, 0.5)])
 @pytest.mark.parametrize(("S", "T_x", "norm", "granularity", "start", "optimizer"), CROSS)
 def test_fifty_steps_equal_the_reference(S, T_x, norm, granularity, start, optimizer, betas):
-    config = SMARTConfig(
+    config = papers(
         proximal_steps=S,
         ascent_steps=T_x,
         norm=norm,
@@ -151,21 +152,21 @@ def test_fifty_steps_equal_the_reference(S, T_x, norm, granularity, start, optim
 @pytest.mark.parametrize("pooled", [True, False])
 @pytest.mark.parametrize("start", ["gaussian", "margin"])
 def test_every_kind_of_output(divergence, pooled, start):
-    config = SMARTConfig(start=start, epsilon=0.1, sigma=0.1, eta=0.15, lambda_s=2, mu=3, total_steps=50)
+    config = papers(start=start, epsilon=0.1, sigma=0.1, eta=0.15, lambda_s=2, mu=3, total_steps=50)
     compare(*run_both(1, config, divergence=divergence, pooled=pooled), 1e-9)
 
 
 @pytest.mark.parametrize(
     "config",
     [
-        SMARTConfig(beta_early=0, beta_late=0, proximal_steps=3, epsilon=0.1, sigma=0.1, eta=0.15),
-        SMARTConfig(scale="absolute", epsilon=0.05, sigma=0.05, eta=0.1, total_steps=50),
-        SMARTConfig(lambda_s=0, total_steps=50),
-        SMARTConfig(mu=0, epsilon=0.1, sigma=0.1, eta=0.15),
-        SMARTConfig(lambda_s=0, mu=0),
+        papers(beta_early=0, beta_late=0, proximal_steps=3, epsilon=0.1, sigma=0.1, eta=0.15),
+        papers(scale="absolute", epsilon=0.05, sigma=0.05, eta=0.1, total_steps=50),
+        papers(lambda_s=0, total_steps=50),
+        papers(mu=0, epsilon=0.1, sigma=0.1, eta=0.15),
+        papers(lambda_s=0, mu=0),
         SMARTConfig.mtdnn(),
-        SMARTConfig(smoothness_steps=3, lambda_s=2, epsilon=0.1, sigma=0.1, eta=0.15, total_steps=50),
-        SMARTConfig(smoothness_steps=4, mu=0, start="margin", epsilon=0.1, ascent_steps=0),
+        papers(smoothness_steps=3, lambda_s=2, epsilon=0.1, sigma=0.1, eta=0.15, total_steps=50),
+        papers(smoothness_steps=4, mu=0, start="margin", epsilon=0.1, ascent_steps=0),
     ],
     ids=["VBPP", "absolute", "proximal", "R_s", "plain", "mtdnn", "R_s every 3rd step", "R_s alone, every 4th"],
 )

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from paper_settings import papers
 from torch import nn
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainerCallback, TrainingArguments
 
@@ -29,8 +30,8 @@ SIZE = {
 }
 T5 = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2, "decoder_start_token_id": 0}
 # at these radii R_s and D_Breg are not lost beside the task loss
-CONFIG = SMARTConfig(epsilon=0.1, sigma=0.1, eta=10, beta_early=0.5, beta_late=0.9, early_fraction=0.5)
-OFF = SMARTConfig(lambda_s=0, mu=0)
+CONFIG = papers(epsilon=0.1, sigma=0.1, eta=10, beta_early=0.5, beta_late=0.9, early_fraction=0.5)
+OFF = papers(lambda_s=0, mu=0)
 TIMES = ("runtime", "per_second")
 
 

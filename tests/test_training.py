@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
+from paper_settings import papers
 
-from smartreg import SMARTConfig
 from smartreg.divergences import DIVERGENCES
 from smartreg.perturbation import output_mask
 from smartreg.proximal import bregman_divergence, mean_examples, momentum
@@ -45,7 +45,7 @@ def test_gradients_against_finite_differences(divergence, pooled):
     rng = np.random.default_rng(0)
     theta = make_theta(rng)
     batches = [make_batch(rng, divergence, pooled) for _ in range(2)]
-    config = SMARTConfig(lambda_s=2, mu=3, epsilon=0.3, sigma=0.2, eta=0.1, total_steps=2, early_fraction=0)
+    config = papers(lambda_s=2, mu=3, epsilon=0.3, sigma=0.2, eta=0.1, total_steps=2, early_fraction=0)
     noise = rng.normal(size=(2, 4, 5, 4))
     first, second = fit_reference(
         theta, batches, config, noise, divergence=divergence, optimizer="sgd", learning_rate=0.5, pooled=pooled
@@ -72,7 +72,7 @@ def test_gradients_against_finite_differences(divergence, pooled):
 def test_theta_tilde_moves_every_S_steps_with_the_scheduled_beta():
     rng = np.random.default_rng(0)
     theta = make_theta(rng)
-    config = SMARTConfig(proximal_steps=3, total_steps=12, early_fraction=0.5, beta_early=0.2, beta_late=0.6)
+    config = papers(proximal_steps=3, total_steps=12, early_fraction=0.5, beta_early=0.2, beta_late=0.6)
     steps = fit_reference(theta, [make_batch(rng) for _ in range(12)], config, rng.normal(size=(12, 4, 5, 4)))
     teacher = theta
     for t, step in enumerate(steps, start=1):
@@ -91,9 +91,9 @@ def test_R_s_in_the_first_of_every_K_steps_with_K_times_its_weight():
     rng = np.random.default_rng(0)
     theta, batches, noise = make_theta(rng), [make_batch(rng) for _ in range(7)], rng.normal(size=(7, 4, 5, 4))
     settings = {"epsilon": 0.1, "sigma": 0.1, "total_steps": 7}
-    steps = fit_reference(theta, batches, SMARTConfig(**settings, lambda_s=0.5, smoothness_steps=3), noise)
+    steps = fit_reference(theta, batches, papers(**settings, lambda_s=0.5, smoothness_steps=3), noise)
     for t, step in enumerate(steps):
-        one = [noise[t]], SMARTConfig(**settings, lambda_s=1.5 * (t % 3 == 0))
+        one = [noise[t]], papers(**settings, lambda_s=1.5 * (t % 3 == 0))
         at = steps[t - 1] if t else None
         alone = fit_reference(at.theta if at else theta, [batches[t]], one[1], one[0])[0]
         assert step.R_s == alone.R_s
@@ -109,20 +109,20 @@ def test_vanilla_proximal_steps():
     rng = np.random.default_rng(0)
     theta, batches = make_theta(rng), [make_batch(rng) for _ in range(4)]
     vanilla = {"lambda_s": 0, "beta_early": 0, "beta_late": 0}
-    plain = fit_reference(theta, batches, SMARTConfig(lambda_s=0, mu=0))
+    plain = fit_reference(theta, batches, papers(lambda_s=0, mu=0))
     with pytest.warns(UserWarning, match="exactly 0"):
-        once = SMARTConfig(**vanilla)
+        once = papers(**vanilla)
     for a, b in zip(fit_reference(theta, batches, once), plain, strict=True):
         assert b.D_Breg == a.D_Breg == 0
         assert all(np.array_equal(a.gradients[name], b.gradients[name]) for name in theta)
-    twice = fit_reference(theta, batches, SMARTConfig(**vanilla, proximal_steps=2))
+    twice = fit_reference(theta, batches, papers(**vanilla, proximal_steps=2))
     assert [step.D_Breg > 0 for step in twice] == [False, True, False, True]
 
 
 def test_optimizers_by_hand():
     rng = np.random.default_rng(0)
     theta, batches = make_theta(rng), [make_batch(rng) for _ in range(3)]
-    plain = SMARTConfig(lambda_s=0, mu=0)
+    plain = papers(lambda_s=0, mu=0)
     sgd = fit_reference(theta, batches, plain, optimizer="sgd", learning_rate=0.1)
     assert sgd[0].theta["W1"] == pytest.approx(theta["W1"] - 0.1 * sgd[0].gradients["W1"], rel=1e-15)
     # one entry, three steps, as Kingma and Ba write it; Keras' epsilon is torch's over the square root of 1 - 0.999^t
@@ -143,7 +143,7 @@ def test_padding_and_the_callers_arrays_are_left_alone():
     rng = np.random.default_rng(0)
     theta, batch = make_theta(rng), make_batch(rng)
     kept = {name: value.copy() for name, value in theta.items()}
-    config = SMARTConfig(total_steps=1)
+    config = papers(total_steps=1)
     noise = rng.normal(size=(1, 4, 5, 4))
     (step,) = fit_reference(theta, [batch], config, noise)
     assert np.all(step.delta[~batch.mask] == 0)
@@ -157,4 +157,4 @@ def test_padding_and_the_callers_arrays_are_left_alone():
 def test_total_steps_is_asked_for():
     rng = np.random.default_rng(0)
     with pytest.raises(ValueError, match="fit_reference: .* total_steps is needed"):
-        fit_reference(make_theta(rng), [make_batch(rng)], SMARTConfig())
+        fit_reference(make_theta(rng), [make_batch(rng)], papers())

@@ -376,7 +376,7 @@ TORCH = [
         ),
         (
             "the student's weights in the teacher's pass",
-            "torch.no_grad(), self._averaged(theta)",
+            "torch.no_grad(), self._averaged(theta, copied)",
             "torch.no_grad()",
             TEACHER,
         ),
@@ -441,11 +441,16 @@ TORCH = [
             "torch.random.fork_rng([], False",
             BROKEN_OFF,
         ),
-        ("BatchNorm's statistics are moved by each pass", "buffers[name] = before.clone()", "pass", TORCH_ALONE),
+        (
+            "BatchNorm's statistics are moved by each pass",
+            "buffers.update({name: buffer.clone() for name, buffer in before.items()})",
+            "pass",
+            TORCH_ALONE,
+        ),
         (
             "buffers stay as the passes left them",
-            "buffers[name] = own",
-            "pass",
+            "buffers.update(values)",
+            "buffers.update({})",
             SMART + "batchnorm_statistics_are_the_clean_passs",
         ),
         ("the noise is from torch's own stream", "generator=self._generator", "generator=None", TORCH_ALONE),
@@ -457,8 +462,8 @@ TORCH = [
         ),
         (
             "the lean step's other side is lost",
-            "term().backward(gradient)",
-            "term()",
+            "term.backward(gradient.to(term))",
+            "pass",
             COST + "lean_changes_neither_value_nor_gradient",
         ),
         (
@@ -466,6 +471,12 @@ TORCH = [
             "lambda_s * r_s(passes(), fixed)",
             "r_s(passes(), fixed)",
             COST + "lean_changes_neither_value_nor_gradient",
+        ),
+        (
+            "the lean step's clean gradients wait beside .grad",
+            "_PutOff.apply(self._terms, smallest)",
+            "_PutOff.apply(self._terms, max(weights, key=torch.Tensor.numel))",
+            COST + "lean_keeps_one_set_of_gradients",
         ),
         (
             "the lean step has two graphs",
