@@ -68,8 +68,9 @@ class SMART:
             for the model's own pass and the task loss, which stay as they are; or the "model"'s, which loses small
             radii. "float32" costs one more clean pass where autocast is on or weights are half, and nothing elsewhere;
             for these passes half-precision weights have float32 copies (docs/precision.md).
-        lean: R_s at about the peak memory of plain training, for one more forward pass: the perturbed pass builds no
-            graph until `loss.backward()` has spent the clean one. Same value, same gradient (docs/performance.md).
+        lean: R_s with one graph at a time, for one more forward pass: the perturbed pass builds no graph until
+            `loss.backward()` has spent the clean one. Same value, same gradient; for the margin start without ascent
+            steps, and where activations are what fills the memory (docs/performance.md).
         record: a file to be written with what SMART saw in the first `record_steps` training steps, for
             `smartreg.recording.compare_run`; it must not exist yet, so that no old run is taken for this one. It is
             written after the last of them, or with fewer at `remove()` or when the run ends. Training stays the same,
@@ -247,6 +248,15 @@ class SMART:
 
         terms: dict[str, Tensor] = {}
         stages = {"clean": targets}
+        if config.mu > 0:  # first, while there is one graph: what this pass frees the next can have
+            copied = {name for name in self.teacher if in_float32 and _is_half(theta[name])}  # theta~ too, in passes
+            with torch.no_grad(), self._averaged(theta, copied):
+                taught = passes(self.teacher)
+            stages["teacher"] = taught
+            terms["D_Breg"] = _total(
+                bregman_divergence(z, z_taught, name, m, sample_weight)
+                for name, z, z_taught, m in zip(divergences, targets, taught, positions, strict=True)
+            )
         if lambda_s > 0:
             assert site is not None
             delta = self._ascend(passes, site, theta, calls, targets, masks, divergences, positions)
@@ -274,15 +284,6 @@ class SMART:
                 afterwards.backward_of(other_side)
             stages |= {"ascent": delta, "perturbed": perturbed}
             terms["R_s"] = r_s(perturbed, targets)
-        if config.mu > 0:
-            copied = {name for name in self.teacher if in_float32 and _is_half(theta[name])}  # theta~ too, in passes
-            with torch.no_grad(), self._averaged(theta, copied):
-                taught = passes(self.teacher)
-            stages["teacher"] = taught
-            terms["D_Breg"] = _total(
-                bregman_divergence(z, z_taught, name, m, sample_weight)
-                for name, z, z_taught, m in zip(divergences, targets, taught, positions, strict=True)
-            )
         penalty = _total(
             weight * terms[name] for name, weight in (("R_s", lambda_s), ("D_Breg", config.mu)) if name in terms
         )
