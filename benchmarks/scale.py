@@ -222,7 +222,7 @@ def main() -> None:
     transformers.logging.disable_progress_bar()
     for file in (args.json, args.figure):
         file.parent.mkdir(parents=True, exist_ok=True)
-    console, found = Console(highlight=False, width=110), {}
+    console, found = Console(highlight=False, width=130), {}
     for name, points in panels(args.device):
         measure(points, args.rounds)
         report(console, name, points)

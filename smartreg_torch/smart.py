@@ -248,7 +248,10 @@ class SMART:
 
         terms: dict[str, Tensor] = {}
         stages = {"clean": targets}
-        if config.mu > 0:  # first, while there is one graph: what this pass frees the next can have
+        if lambda_s > 0:
+            assert site is not None
+            stages["ascent"] = self._ascend(passes, site, theta, calls, targets, masks, divergences, positions)
+        if config.mu > 0:  # here, while there is one graph: what this pass frees the next can have
             copied = {name for name in self.teacher if in_float32 and _is_half(theta[name])}  # theta~ too, in passes
             with torch.no_grad(), self._averaged(theta, copied):
                 taught = passes(self.teacher)
@@ -259,7 +262,7 @@ class SMART:
             )
         if lambda_s > 0:
             assert site is not None
-            delta = self._ascend(passes, site, theta, calls, targets, masks, divergences, positions)
+            delta = stages["ascent"]
 
             def r_s(perturbed: list[Tensor], targets: list[Tensor]) -> Tensor:
                 return _total(
@@ -282,7 +285,7 @@ class SMART:
                         return lambda_s * r_s(passes(), fixed)
 
                 afterwards.backward_of(other_side)
-            stages |= {"ascent": delta, "perturbed": perturbed}
+            stages["perturbed"] = perturbed
             terms["R_s"] = r_s(perturbed, targets)
         penalty = _total(
             weight * terms[name] for name, weight in (("R_s", lambda_s), ("D_Breg", config.mu)) if name in terms

@@ -91,8 +91,8 @@ def test_fully_shard(tmp_path):
         assert max(own for own, _ in sizes) < parameter.numel() or parameter.numel() == 1
 
     for process in found:
-        # two modules each in the clean pass, the teacher's, two passes of the ascent and the perturbed one
-        assert process["frozen"] == dict.fromkeys([False, True], [True] * 4 + [False] * 4 + [True] * 2)
+        # two modules each in the clean pass, two passes of the ascent, the teacher's and the perturbed one
+        assert process["frozen"] == dict.fromkeys([False, True], [True] * 2 + [False] * 4 + [True] * 4)
         assert process["resumed"] == 0
         evaluated = process["evaluated"]
         assert torch.equal(evaluated["before"], evaluated["after"])
