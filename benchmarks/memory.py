@@ -70,16 +70,18 @@ def in_a_process(*arguments: object) -> dict[str, float]:
 
 
 def draw(settings: list[dict[str, Any]], file: Path) -> None:
-    """MB over the model's own against the tokens of a batch, a line a method."""
-    figure, axis = plt.subplots(figsize=(7, 4.5))
-    for method in settings[0]["MB"]:
-        style = "-" if method.startswith("SMART") else "--"
-        tokens = [setting["batch"] * setting["length"] for setting in settings]
-        axis.plot(tokens, [s["MB"][method] for s in settings], style, marker="o", ms=4, label=method)
-    axis.set_xlabel("tokens in a batch")
-    axis.set_ylabel("peak over the model, MB")
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=7)
+    """Peaks over the plain step's, a group of bars a setting."""
+    figure, axis = plt.subplots(figsize=(9, 4.2))
+    methods = [method for method in settings[0]["MB"] if method != "plain"]
+    width = 0.85 / len(methods)
+    for k, method in enumerate(methods):
+        at = [group + (k - len(methods) / 2) * width for group in range(len(settings))]
+        ratios = [setting["MB"][method] / setting["MB"]["plain"] for setting in settings]
+        axis.bar(at, ratios, width, align="edge", color=plt.get_cmap("tab20")(k), label=method)
+    axis.axhline(1, color="k", lw=1)
+    axis.set_xticks(range(len(settings)), [f"{s['batch']} x {s['length']} tokens" for s in settings])
+    axis.set_ylabel("peak over the model, x plain")
+    axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     figure.tight_layout()
     figure.savefig(file, dpi=120)
 
