@@ -193,7 +193,7 @@ def measure(bench: Bench, rounds: int, methods: list[str]) -> list[dict[str, flo
 def main() -> None:
     parser = argparse.ArgumentParser(description="What a training step with SMART costs in Keras, in plain steps.")
     add = parser.add_argument
-    add("--mode", nargs="+", choices=("graph", "xla"), default=["graph"], help="xla takes minutes to compile on a CPU")
+    add("--mode", nargs="+", choices=("graph", "xla"), default=["graph"])
     add("--batch", nargs="+", type=int, default=[8])
     add("--length", nargs="+", type=int, default=[32, 128])
     add("--rounds", type=int, default=12)
