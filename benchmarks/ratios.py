@@ -15,10 +15,17 @@ from rich.console import Console
 from rich.table import Table
 
 
-def in_turn(turns: Mapping[str, Callable[[], dict[str, float]]], rng: random.Random) -> dict[str, float]:
-    """The seconds that all the turns of a round give, taken in an order of its own, so that none always follows one."""
-    found = {name: turns[name]() for name in rng.sample(list(turns), len(turns))}
-    return {name: seconds for turn in turns for name, seconds in found[turn].items()}
+def in_turn(
+    steps: Mapping[str, Callable[[], float]], passes: Callable[[], dict[str, float]], rng: random.Random
+) -> dict[str, float]:
+    """The seconds of one round's steps and passes, taken in an order of its own, so that none always follows one."""
+    seconds, found = dict.fromkeys(steps, 0.0), dict[str, float]()
+    for name in rng.sample([*steps, None], len(steps) + 1):
+        if name is None:
+            found = passes()
+        else:
+            seconds[name] = steps[name]()
+    return seconds | found
 
 
 def summarise(rounds: list[dict[str, float]], needs: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:

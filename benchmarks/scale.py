@@ -23,6 +23,7 @@ import random
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -101,14 +102,10 @@ def panels(device: str) -> Iterator[tuple[str, list[Point]]]:
 def measure(points: list[Point], rounds: int) -> None:
     """As step_cost.measure, all points in each round."""
     rng = random.Random(0)
-
-    def turns(p: Point) -> dict[str, Callable[[], dict[str, float]]]:
-        steps = {name: lambda name=name: {name: p.bench.seconds(p.steps[name])} for name in p.steps}
-        return steps | {"passes": p.bench.passes}
-
     for _ in range(rounds + 1):
         for p in points:
-            p.rounds.append(in_turn(turns(p), rng))
+            steps = {name: partial(p.bench.seconds, step) for name, step in p.steps.items()}
+            p.rounds.append(in_turn(steps, p.bench.passes, rng))
     for p in points:
         p.rounds.pop(0)
         p.bench.close()

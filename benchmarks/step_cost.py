@@ -237,13 +237,12 @@ def turns(method: str) -> int:
 def measure(bench: Bench, rounds: int, methods: list[str]) -> list[dict[str, float]]:
     """Seconds of each step (the mean over its turns) and pass, round by round; a first round is thrown away."""
 
-    def turn(method: str) -> Callable[[], dict[str, float]]:
+    def timed(method: str) -> Callable[[], float]:
         step, K = bench.step(method), turns(method)
-        return lambda: {method: sum(bench.seconds(step) for _ in range(K)) / K}
+        return lambda: sum(bench.seconds(step) for _ in range(K)) / K
 
-    of_a_round = {method: turn(method) for method in methods} | {"passes": bench.passes}
-    rng = random.Random(0)
-    return [in_turn(of_a_round, rng) for _ in range(rounds + 1)][1:]
+    steps, rng = {method: timed(method) for method in methods}, random.Random(0)
+    return [in_turn(steps, bench.passes, rng) for _ in range(rounds + 1)][1:]
 
 
 def main() -> None:

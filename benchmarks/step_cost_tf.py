@@ -180,14 +180,8 @@ class Bench:
 
 def measure(bench: Bench, rounds: int, methods: list[str]) -> list[dict[str, float]]:
     """Seconds of each step and pass, round by round; a first round, which compiles, is thrown away."""
-
-    def turn(method: str) -> Callable[[], dict[str, float]]:
-        seconds = bench.step(method)
-        return lambda: {method: seconds()}
-
-    of_a_round = {method: turn(method) for method in methods} | {"passes": bench.passes}
-    rng = random.Random(0)
-    return [in_turn(of_a_round, rng) for _ in range(rounds + 1)][1:]
+    steps, rng = {method: bench.step(method) for method in methods}, random.Random(0)
+    return [in_turn(steps, bench.passes, rng) for _ in range(rounds + 1)][1:]
 
 
 def main() -> None:

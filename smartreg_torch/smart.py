@@ -218,9 +218,9 @@ class SMART:
         state = _State(self.model, theta)
         # a model may change the containers that it is given
         given = _copied((args, kwargs), _of_no_graph if self._lean else None)
-        trained = [weight for weight in theta.values() if weight.requires_grad]
-        lean = self._lean and lambda_s > 0 and bool(trained)
-        afterwards = _Afterwards(trained) if lean else None  # before the clean pass, see there
+        lean = self._lean and lambda_s > 0
+        trained = [weight for weight in theta.values() if weight.requires_grad] if lean else []
+        afterwards = _Afterwards(trained) if trained else None  # before the clean pass, see there
         site, calls = self._site, list[Call]()
         differentiable = lambda_s > 0 and config.start == "margin"
         in_half = self.precision == "float32" and _in_half(self.model, theta)
