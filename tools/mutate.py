@@ -998,15 +998,22 @@ TF = [
 MUTATIONS = NUMPY + TORCH + TF
 
 
+def place(mutation: Mutation, root: Path = ROOT) -> Path:
+    """The file that the edit is in: its own, or, since code moves, the only one of that package that has the text."""
+    own = root / mutation.file
+    files = [own] if own.exists() and own.read_text().count(mutation.old) else sorted(own.parent.glob("*.py"))
+    counts = {file: file.read_text().count(mutation.old) for file in files}
+    if sum(counts.values()) != 1:
+        raise LookupError(
+            f"{mutation.backend}, {mutation.name}: {mutation.old!r} is {sum(counts.values())} times in "
+            f"{mutation.file} and beside it, expected once: change the list in tools/mutate.py"
+        )
+    return max(counts, key=lambda file: counts[file])
+
+
 def edited(mutation: Mutation, root: Path = ROOT) -> str:
     """The file's text with the mutation in it; LookupError where it does not apply."""
-    text = (root / mutation.file).read_text()
-    if text.count(mutation.old) != 1:
-        raise LookupError(
-            f"{mutation.backend}, {mutation.name}: {mutation.old!r} is {text.count(mutation.old)} times in "
-            f"{mutation.file}, expected once: change the list in tools/mutate.py"
-        )
-    return text.replace(mutation.old, mutation.new)
+    return place(mutation, root).read_text().replace(mutation.old, mutation.new)
 
 
 def copied(to: Path) -> None:
@@ -1051,8 +1058,9 @@ def kill(mutation: Mutation) -> str:
     with tempfile.TemporaryDirectory(prefix="mutate-") as folder:
         tree = Path(folder)
         copied(tree)
-        (tree / mutation.file).write_text(edited(mutation))
-        if Path(mutation.file).name in CHECKED:
+        file = place(mutation)
+        (tree / file.relative_to(ROOT)).write_text(edited(mutation))
+        if file.name in CHECKED:
             status, output = run(mutation.backend, tree, "-c", CHECK, mutation.backend)
             said = output.strip().splitlines()[-1:] or [""]
             if status:
