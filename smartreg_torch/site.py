@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import re
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-_POSITIONAL = ("position", "segment", "token_type")
+# what an embedding that is not of tokens is called
+_POSITIONAL = re.compile(r"position|segment|token_type|(^|_)(pos|wpe)(_|emb|$)", re.IGNORECASE)
 
 
 class Call:
@@ -36,11 +39,11 @@ class Site:
     """The place in a module where x is read and x + delta is put in.
 
     Args:
-        model: any module. The hook is installed here and stays until `remove`.
+        model: any module. The hooks are installed here and stay until `remove`, or until nothing holds this Site.
         site: the dotted name of a submodule that returns one floating-point tensor (it may be the first of a tuple
-            that has no other tensor), or "input" or "input.NAME" for the model's own (first, or so named) argument.
-            By default what a Hugging Face model (here or inside) calls its input embeddings, else the only
-            `nn.Embedding` that is not for positions or segments, else "input".
+            that has no other tensor), or "input" or "input.NAME" for the model's own (first, or so named) argument; or
+            a list of such names. By default what a Hugging Face model (here or inside) calls its input embeddings, else
+            the only `nn.Embedding` that is not for positions or segments, else "input".
 
     Raises:
         ValueError: there is no such submodule, or the default is not clear.
@@ -51,23 +54,35 @@ class Site:
         '0'
     """
 
-    def __init__(self, model: nn.Module, site: str | None = None) -> None:
-        self.name, module = _find(model, site)
-        self._pass: Callable[[Tensor, Tensor | None], Tensor] | None = None
-        # All that torch.compile sees is this flag. Where it is up the compiled graph ends at the site: x is then on
-        # autograd's own graph, and all passes run the same code behind the site, with the same rounding.
-        self._is_armed = False
-        self._put_output = torch.compiler.disable(self._changed_output)  # type: ignore[no-untyped-call]
-        self._put_input = torch.compiler.disable(self._changed_input)  # type: ignore[no-untyped-call]
-        if module is None:
-            self._positions = {name: at for at, name in enumerate(argument_names(model))}
-            self._handle = model.register_forward_pre_hook(self._on_input, with_kwargs=True)
-        else:
-            self._handle = module.register_forward_hook(self._on_output)
+    def __init__(self, model: nn.Module, site: str | Sequence[str] | None = None) -> None:
+        self._model = model
+        found, self.why = _find(model, site)
+        self._hooks = [_Hook(name, argument_names(model)) for name in found]
+        self.name = ", ".join(found)
+        try:
+            for hook in self._hooks:
+                hook.put_on(model)
+        except BaseException:
+            self.remove()
+            raise
+        # a SMART that is made anew, as by a notebook's cell, leaves no hook of the old one
+        self._on_end = weakref.finalize(self, _take_off, self._hooks)
 
     def remove(self) -> None:
-        """Take the hook off."""
-        self._handle.remove()
+        """Take the hooks off."""
+        _take_off(self._hooks)
+
+    def follow(self) -> None:
+        """Move the hooks to the modules that have the sites' names now: a vocabulary was resized, say."""
+        for hook in self._hooks:
+            hook.follow(self._model)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"model": self._model, "names": [hook.name for hook in self._hooks], "why": self.why}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["model"], state["names"])  # type: ignore[misc]
+        self.why = state["why"]
 
     @contextmanager
     def recording(self, differentiable: bool) -> Iterator[list[Call]]:
@@ -92,9 +107,9 @@ class Site:
             )
 
     @contextmanager
-    def replaced(self, points: list[Tensor]) -> Iterator[None]:
-        """A pass at x~: the k-th call gives points[k]."""
-        with self._counted(points, lambda output, point: point.clone()):
+    def replaced(self, points: list[Tensor], graph: bool = True) -> Iterator[None]:
+        """A pass at x~: the k-th call gives points[k]. Without a graph, no gradient has to pass the site."""
+        with self._counted(points, lambda output, point: point.clone(), graph):
             yield
 
     @contextmanager
@@ -104,12 +119,14 @@ class Site:
             yield
 
     @contextmanager
-    def _counted(self, values: list[Tensor], put: Callable[[Tensor, Tensor], Tensor]) -> Iterator[None]:
+    def _counted(
+        self, values: list[Tensor], put: Callable[[Tensor, Tensor], Tensor], graph: bool = True
+    ) -> Iterator[None]:
         run = 0
 
         def substitute(output: Tensor, padding: Tensor | None) -> Tensor:
             nonlocal run
-            self._check(output)
+            self._check(output, graph)
             run += 1
             if run > len(values):
                 self._miscounted(len(values), f"{run} times or more")
@@ -133,11 +150,12 @@ class Site:
 
     @contextmanager
     def _armed(self, on_call: Callable[[Tensor, Tensor | None], Tensor]) -> Iterator[None]:
-        self._pass, self._is_armed = on_call, True
+        for hook in self._hooks:
+            hook.on_call, hook.is_armed = on_call, True
         try:
             yield
         except RuntimeError as error:
-            if "torch.compiler.disable" in str(error) and "Site._changed" in str(error):
+            if "torch.compiler.disable" in str(error) and "_changed_" in str(error):
                 raise RuntimeError(
                     f"SMART: torch.compile with fullgraph=True cannot work: the graph ends at the site {self.name!r}, "
                     "where the perturbation enters. Compile without fullgraph=True"
@@ -145,41 +163,24 @@ class Site:
             if "change requires_grad flags of leaf variables" in str(error):
                 raise RuntimeError(
                     f"SMART: the model sets requires_grad on what it makes of the site {self.name!r}, which cannot be "
-                    "done to a perturbed tensor. In wav2vec 2.0 and its kin name a module behind the feature encoder, "
-                    "site='wav2vec2.feature_projection.projection', or freeze that: model.freeze_feature_encoder()"
+                    f"done to a perturbed tensor. {self._behind_the_encoder()}"
                 ) from error
             raise
         finally:
-            self._pass, self._is_armed = None, False
+            for hook in self._hooks:
+                hook.on_call, hook.is_armed = None, False
 
-    def _on_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        return self._put_output(module, args, output) if self._is_armed else output
+    def _behind_the_encoder(self) -> str:
+        """What to name in wav2vec 2.0 and its kin, by the names that this model has."""
+        names = [name for name, _ in self._model.named_modules() if name.endswith("feature_projection.projection")]
+        if not names:
+            return "Name a module behind the one that does so with site="
+        return (
+            f"In wav2vec 2.0 and its kin name a module behind the feature encoder, site={names[0]!r}, or freeze that: "
+            "model.freeze_feature_encoder()"
+        )
 
-    def _on_input(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return self._put_input(args, kwargs) if self._is_armed else None
-
-    def _changed_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        assert self._pass is not None
-        padding = None
-        module = getattr(module, "base_layer", getattr(module, "original_module", module))  # inside PEFT's
-        index = getattr(module, "padding_idx", None)
-        if isinstance(module, nn.Embedding) and index is not None and args and isinstance(args[0], Tensor):
-            padding = args[0] != index
-        if type(output) is tuple and output and not any(isinstance(item, Tensor) for item in tree_leaves(output[1:])):
-            return self._pass(output[0], padding), *output[1:]  # such as Swin's patches, with their height and width
-        return self._pass(output, padding)
-
-    def _changed_input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        assert self._pass is not None
-        name = self.name.removeprefix("input").removeprefix(".") or (None if args else next(iter(kwargs), None))
-        at = 0 if name is None else self._positions.get(name, len(args))
-        if name in kwargs:
-            return args, {**kwargs, name: self._pass(kwargs[name], None)}
-        if at >= len(args):
-            raise ValueError(f"SMART: the model was called without the argument {name!r}, which the site names")
-        return (*args[:at], self._pass(args[at], None), *args[at + 1 :]), kwargs
-
-    def _check(self, output: Any) -> None:
+    def _check(self, output: Any, graph: bool = True) -> None:
         if not isinstance(output, Tensor):
             raise TypeError(
                 f"SMART: the site {self.name!r} must give one tensor, got {type(output).__name__}. Name a module that "
@@ -190,6 +191,11 @@ class Site:
                 f"SMART: the site {self.name!r} gave {output.dtype}, which cannot be perturbed: it must be floating "
                 "point. Name the module that turns token ids into embeddings with site=."
             )
+        if output.is_nested:
+            raise TypeError(
+                f"SMART: the site {self.name!r} gave a nested (jagged) tensor, of whose rows PyTorch computes no norm. "
+                "Pad the batch, torch.nested.to_padded_tensor(x, 0.0), and give an attention mask"
+            )
         if output.ndim < 2 or output.numel() == 0:
             raise ValueError(
                 f"SMART: the site {self.name!r} must give (n, ..., d) with n > 0, got {tuple(output.shape)}"
@@ -199,6 +205,8 @@ class Site:
                 f"SMART: the site {self.name!r} gave an inference tensor, which no gradient can pass. Make the model's "
                 "weights and inputs outside torch.inference_mode(), or .clone() them."
             )
+        if not graph:
+            return
         hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
         if not torch.is_grad_enabled() or "_checkpoint_hook" in getattr(hooks and hooks[0], "__qualname__", ""):
             raise RuntimeError(
@@ -206,6 +214,77 @@ class Site:
                 "again in the backward pass, without its perturbation, which would be silently wrong. Checkpoint the "
                 "layers above the embedding only, or name a module outside the region with site=."
             )
+
+
+class _Hook:
+    """A forward hook (of the model's own arguments, a pre-hook) that does nothing before a pass arms it.
+
+    All that torch.compile sees is the flag. Where it is up the compiled graph ends at the site: x is then on autograd's
+    own graph, and all passes run the same code behind the site, with the same rounding.
+    """
+
+    def __init__(self, name: str, arguments: list[str]) -> None:
+        self.name = name
+        self.on_call: Callable[[Tensor, Tensor | None], Tensor] | None = None
+        self.is_armed = False
+        self._at_input = name == "input" or name.startswith("input.")
+        self._positions = {argument: at for at, argument in enumerate(arguments)}
+        self._module: weakref.ref[nn.Module] | None = None
+        self._handle: torch.utils.hooks.RemovableHandle | None = None
+        changed = _changed_input if self._at_input else _changed_output
+        self._changed = torch.compiler.disable(changed)  # type: ignore[no-untyped-call]
+
+    def put_on(self, model: nn.Module) -> None:
+        module = model if self._at_input else model.get_submodule(self.name)
+        register = module.register_forward_pre_hook if self._at_input else module.register_forward_hook
+        self._handle, self._module = register(self, with_kwargs=True), weakref.ref(module)
+
+    def follow(self, model: nn.Module) -> None:
+        """Move to the module that has the site's name now: a vocabulary that was resized is another module."""
+        if self._at_input or self._module is None or self._module() is model.get_submodule(self.name):
+            return
+        self.take_off()
+        self.put_on(model)
+
+    def take_off(self) -> None:
+        if self._handle is not None:
+            self._handle.remove()
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any = None) -> Any:
+        return self._changed(self, module, args, kwargs, output) if self.is_armed else None
+
+    def __reduce__(self) -> Any:
+        """Put in a copy or a pickle of the model a hook that does nothing, and that loads without this package."""
+        return getattr, (nullcontext(), "__exit__")
+
+
+def _take_off(hooks: list[_Hook]) -> None:
+    for hook in hooks:
+        hook.take_off()
+
+
+def _changed_output(hook: _Hook, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    assert hook.on_call is not None
+    padding = None
+    module = getattr(module, "base_layer", getattr(module, "original_module", module))  # inside PEFT's
+    index = getattr(module, "padding_idx", None)
+    ids = args[0] if args else kwargs.get("input")
+    if isinstance(module, nn.Embedding) and index is not None and isinstance(ids, Tensor):
+        padding = ids != index
+    if type(output) is tuple and output and not any(isinstance(item, Tensor) for item in tree_leaves(output[1:])):
+        return hook.on_call(output[0], padding), *output[1:]  # such as Swin's patches, with their height and width
+    return hook.on_call(output, padding)
+
+
+def _changed_input(hook: _Hook, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    assert hook.on_call is not None
+    name = hook.name.removeprefix("input").removeprefix(".") or (None if args else next(iter(kwargs), None))
+    at = 0 if name is None else hook._positions.get(name, len(args))
+    if name in kwargs:
+        return args, {**kwargs, name: hook.on_call(kwargs[name], None)}
+    if at >= len(args):
+        raise ValueError(f"SMART: the model was called without the argument {name!r}, which the site names")
+    return (*args[:at], hook.on_call(args[at], None), *args[at + 1 :]), kwargs
 
 
 def shift(x: Tensor, delta: Tensor) -> Tensor:
@@ -219,49 +298,59 @@ def shift(x: Tensor, delta: Tensor) -> Tensor:
 
 
 def argument_names(model: Any) -> list[str]:
-    """What the model's forward calls its arguments; in a plain `PeftModel`, what the model inside calls them.
+    """What the model's forward calls its positional arguments, and those that it names.
+
+    In a wrapper, whose forward takes `*args`, what the model inside calls them.
 
     Example:
         >>> argument_names(nn.Bilinear(2, 2, 2))
         ['input1', 'input2']
     """
-    parameters = inspect.signature(model.forward).parameters
-    if hasattr(model, "get_base_model") and all(
-        p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters.values()
-    ):
-        parameters = inspect.signature(model.get_base_model().forward).parameters
-    return list(parameters)
+    parameters = inspect.signature(model.forward).parameters.values()
+    names = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    if not any(p.kind == p.VAR_POSITIONAL for p in parameters) and (names or not hasattr(model, "get_base_model")):
+        return names
+    if hasattr(model, "get_base_model"):
+        inside = model.get_base_model()
+    else:
+        inside = next((child for child in model.children() if any(True for _ in child.parameters())), None)
+    return names if inside is None else names + [name for name in argument_names(inside) if name not in names]
 
 
-def _find(model: nn.Module, site: str | None) -> tuple[str, nn.Module | None]:
+def _find(model: nn.Module, site: str | Sequence[str] | None) -> tuple[list[str], str]:
+    """The names of the sites, and why these."""
     names = dict(model.named_modules())
-    if site is not None:
-        if site and site in names:
-            return site, names[site]
-        if site == "input" or site.startswith("input."):
-            return site, None
+    asked = [site] if isinstance(site, str) else list(site or [])
+    for name in asked:
+        if not isinstance(name, str):
+            raise TypeError(f"SMART: site must be a dotted name, or a list of them, got {name!r}")
+        if (name and name in names) or name == "input" or name.startswith("input."):
+            continue
         embeddings = [name for name, module in names.items() if isinstance(module, nn.Embedding)]
         raise ValueError(
-            f"SMART: the model has no submodule {site!r}. It is a dotted name of model.named_modules(), or 'input'; "
+            f"SMART: the model has no submodule {name!r}. It is a dotted name of model.named_modules(), or 'input'; "
             f"the embeddings among them are {embeddings}"
         )
+    if asked:
+        return asked, "site="
     if getattr(getattr(model, "config", None), "model_type", None) == "xlnet":
         raise ValueError(
             "SMART: XLNet's embeddings are (tokens, n, d), and the first axis must be the batch: it is not supported"
         )
-    named = _hugging_face_embeddings(names)
+    named, why = _hugging_face_embeddings(names), "get_input_embeddings()"
     if not named:
-        named = [
-            name
-            for name, module in names.items()
-            if isinstance(module, nn.Embedding) and not any(word in name.lower() for word in _POSITIONAL)
-        ]
+        every = [name for name, module in names.items() if isinstance(module, nn.Embedding)]
+        # by the module's own name first: "segmenter.tokens" is no segment embedding
+        tokens = [name for name in every if not _POSITIONAL.search(name.rpartition(".")[2])]
+        if len(tokens) > 1:
+            tokens = [name for name in tokens if not _POSITIONAL.search(name)] or tokens
+        named, why = tokens, "the only nn.Embedding" if len(every) == 1 else "the only nn.Embedding for tokens"
     if len(named) > 1:
         raise ValueError(
-            f"SMART: the model has several embeddings, {named}: say which one to perturb with site=, or the module in "
-            "which they are added up"
+            f"SMART: the model has several embeddings, {named}: say which one to perturb with site=, or several with "
+            f"site={named[:2]}, or name the module in which they are added up"
         )
-    return (named[0], names[named[0]]) if named else ("input", None)
+    return (named, why) if named else (["input"], "there is no nn.Embedding for tokens")
 
 
 def _hugging_face_embeddings(names: dict[str, nn.Module]) -> list[str]:

@@ -2,40 +2,68 @@
 
 from __future__ import annotations
 
-import copy
-import math
 import os
-import random
 import sys
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from types import TracebackType
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, NamedTuple, Self, get_args
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from smartreg.config import SMARTConfig, SMARTWarning
 from smartreg.recording import Recorder, flat
+from smartreg.report import Choice, Description
 from smartreg_torch.divergences import DIVERGENCES
-from smartreg_torch.perturbation import ascend, output_mask
+from smartreg_torch.lean import Afterwards, check_backward, check_no_graph
+from smartreg_torch.outputs import (
+    Evidence,
+    Head,
+    Outputs,
+    check_output,
+    check_probabilities,
+    check_real,
+    chosen,
+    find_heads,
+    find_mask,
+    positions,
+    zero_sum_error,
+)
+from smartreg_torch.passes import (
+    Float32,
+    differing,
+    first_differing_module,
+    frozen_weights,
+    in_half,
+    is_compiled,
+    is_half,
+    untouched_gradients,
+    widened,
+)
+from smartreg_torch.perturbation import ascend
 from smartreg_torch.proximal import bregman_divergence, ema_update, local, mean_examples, momentum, swapped
+from smartreg_torch.replay import Given, Known, State, device_of
+from smartreg_torch.report import Report, observed
+from smartreg_torch.sharding import check_sharding, fully_sharded, is_sharded, reshard
 from smartreg_torch.site import Call, Site, argument_names, shift
 
-Outputs = str | int | Sequence[str | int] | Callable[[Any], Tensor | Sequence[Tensor]]
 Precision = Literal["float32", "model"]
 Masks = str | Callable[..., Tensor | Sequence[Tensor | None]]
 
-_HALF = (torch.bfloat16, torch.float16)
-# What Hugging Face calls the loss that goes with the outputs, and the l_s that goes with that.
-_PROBLEM_TYPES = {
-    "single_label_classification": "symmetric_kl",
-    "multi_label_classification": "bernoulli_symmetric_kl",
-    "regression": "squared_error",
-}
+
+class _Step(NamedTuple):
+    """What one mini-batch gave: the model's output, R_s and D_Breg, and what they were computed from."""
+
+    output: Any
+    terms: dict[str, Tensor]
+    penalty: Tensor
+    calls: list[Call]
+    masks: list[Tensor | None]
+    stages: dict[str, list[Tensor]]
+    positions: list[Tensor | None]
 
 
 class SMART:
@@ -52,15 +80,19 @@ class SMART:
         model: any module. In DistributedDataParallel only the clean pass runs through the wrapper. After `fully_shard`
             theta~ is sharded as the weights are (docs/distributed.md).
         config: the settings; `total_steps` is needed where beta is scheduled, which the default does.
-        site: where x is, see `smartreg_torch.site.Site`.
+        site: where x is, see `smartreg_torch.site.Site`; a list of names perturbs several at once.
         outputs: which of the model's outputs f(x) are: a name or index, several (they add up), or a function from
             the model's output to a tensor or several. By default a plain tensor, "logits", "start_logits" with
             "end_logits", or the only floating-point tensor there is.
         divergence: l_s, "symmetric_kl", "bernoulli_symmetric_kl" or "squared_error", one for all outputs or one for
-            each. By default what the model's `config.problem_type` says, else "symmetric_kl".
+            each. By default what the model's `config.problem_type` says, else "symmetric_kl". That guess is checked
+            against the loss's own gradient in the first backward.
+        class_axis: the axis of the outputs that has the classes, labels or values. By default what the model's
+            config, the labels, the mask and the shape of x say; if they say nothing, SMART asks.
         mask: which positions are real: the name of an argument, or a function of the model's arguments. By default
-            `attention_mask` where there is one, else the tokens that are not the embedding's `padding_idx` (which
-            lambda_s = 0 does not read). The outputs' positions are the same, but for a decoder's: those that
+            `attention_mask` where there is one (true at real tokens, or 0 there if it is to be added to scores), or
+            PyTorch's `key_padding_mask`; else the tokens that are not the embedding's `padding_idx` (which lambda_s = 0
+            does not read). The outputs' positions are the same, but for a decoder's: those that
             `decoder_attention_mask` leaves, or whose label is not -100.
         noise: like -> standard normal tensor of that shape; by default drawn from a generator of its own, seeded with
             `torch.initial_seed()` plus the rank of the process.
@@ -79,6 +111,9 @@ class SMART:
     Attributes:
         step: optimiser steps taken, counted by `update`.
         teacher: theta~ by parameter name, in float32 or wider; DTensors where the weights are.
+
+    The first training step also makes sure that a pass can be repeated: at delta = 0 it must give what the clean pass
+    gave. `describe()` says what was chosen, and why.
 
     Raises:
         TypeError, ValueError: bad arguments; the message says which and what to do.
@@ -108,9 +143,10 @@ class SMART:
         model: nn.Module,
         config: SMARTConfig | None = None,
         *,
-        site: str | None = None,
+        site: str | Sequence[str] | None = None,
         outputs: Outputs | None = None,
         divergence: str | Sequence[str] | None = None,
+        class_axis: int | None = None,
         mask: Masks | None = None,
         noise: Callable[[Tensor], Tensor] | None = None,
         precision: Precision = "float32",
@@ -121,17 +157,20 @@ class SMART:
         if not isinstance(model, nn.Module):
             raise TypeError(f"SMART: model must be a torch.nn.Module, got {type(model).__name__}")
         config = SMARTConfig() if config is None else config
-        if not isinstance(config, SMARTConfig):
-            raise TypeError(f"SMART: config must be a SMARTConfig, got {type(config).__name__}")
-        config.check_total_steps("SMART")
         for name in [divergence] if isinstance(divergence, str) else divergence or []:
             if name not in DIVERGENCES:
                 raise ValueError(f"SMART: divergence must be one of {', '.join(DIVERGENCES)}, got {name!r}")
+        if class_axis is not None and (isinstance(class_axis, bool) or not isinstance(class_axis, int)):
+            raise TypeError(f"SMART: class_axis must be a whole number, got {class_axis!r}")
         if precision not in get_args(Precision):
             raise ValueError(f"SMART: precision must be 'float32' or 'model', got {precision!r}")
         if not isinstance(lean, bool):
             raise TypeError(f"SMART: lean must be True or False, got {lean!r}")
-        self._recorder = None if record is None else Recorder(record, record_steps, "SMART")
+        if any(isinstance(module, nn.DataParallel) for module in model.modules()):
+            raise ValueError(
+                "SMART: nn.DataParallel runs replicas in threads, whose calls of the site cannot be told apart. Use "
+                "DistributedDataParallel, started with torchrun (docs/distributed.md), or the module inside"
+            )
         self._wrapped = model
         self._call: nn.Module = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
         self.model: nn.Module = getattr(self._call, "_orig_mod", self._call)  # torch.compile's; all passes run its code
@@ -140,42 +179,71 @@ class SMART:
                 "SMART: torch.compile(DistributedDataParallel(model)) would run one pass compiled and the others not. "
                 "Compile inside: DistributedDataParallel(torch.compile(model))"
             )
-        _check_sharding(self.model, config, precision)
-        if lean and (self._call is not model or _fully_sharded(self.model)):
+        if lean and (self._call is not model or fully_sharded(self.model)):
             raise ValueError(
                 "SMART: lean=True with DistributedDataParallel or fully_shard would add the gradient of the perturbed "
                 "pass after the processes have averaged theirs. Use lean=False, or checkpoint the model's layers"
             )
-        self.config = config
         self.precision = precision
-        self._lean = lean and config.lambda_s > 0
+        self._lean = lean
         self.step = 0
         self.teacher: dict[str, Tensor] = {}
+        self._stamps: dict[str, _Stamp] | None = {}  # of the weights that theta~ was made of; None once begun
+        self._site_asked = site
+        self._site: Site | None = None
         self._outputs, self._divergence, self._mask, self._noise = outputs, divergence, mask, noise
+        self._class_axis = class_axis
         rank = torch.distributed.get_rank() if _is_distributed() else 0
         self._seed = (torch.initial_seed() + rank) % 2**64  # row k is another in each process
         self._generator: torch.Generator | None = None
-        self._report: _Report | None = None  # of the last step, None where it had no penalty
-        self._smooth_report: _Report | None = None  # of the last step that had R_s
+        self._report: Report | None = None  # of the last step, None where it had no penalty
+        self._smooth_report: Report | None = None  # of the last step that had R_s
         self._beta: float | None = None
         self._skipped = 0
         self._calls_since_update = 0
+        self._weight_then: _Stamp | None = None  # of a weight at the first call since update()
         self._idle = False  # whether the last call was with gradients, but in eval mode
         self._calls_compiled = 0
         self._warned: set[str] = set()
+        self._known = Known()
+        self._checked: set[Any] = set()  # the arguments with which a pass was seen to repeat
+        self._copies_teacher = True  # until its pass was seen to leave theta~ alone
+        self._heads: list[Head] = []
+        self._choices: dict[str, Choice] = {}
         self._parameter_names = argument_names(self.model)
         self._optimizer_hooks: list[torch.utils.hooks.RemovableHandle] = []
-        self._site = Site(self.model, site) if config.lambda_s > 0 else None
-        if self._site is not None and _is_compiled(model):
-            torch.compiler.reset()  # code that was compiled before there was the site's hook would go on without it
         self._removed = False
         self._theta: dict[str, nn.Parameter] | None = None  # since the last call, until update()
+        self._recorder: Recorder | None = None
+        try:
+            self.config = config
+            if record is not None:
+                self._recorder = Recorder(record, record_steps, "SMART")
+                site_name = "none" if self._site is None else self._site.name
+                self._recorder.begin("torch", {"torch": torch.__version__}, self.config, site_name)
+                weakref.finalize(self, self._recorder.write)  # where nobody calls remove(), at the latest at exit
+        except BaseException:
+            self.remove()
+            raise
+
+    @property
+    def config(self) -> SMARTConfig:
+        """The settings. Others may be set between two steps, to warm lambda_s up, say; they are checked then."""
+        return self._config
+
+    @config.setter
+    def config(self, config: SMARTConfig) -> None:
+        if not isinstance(config, SMARTConfig):
+            raise TypeError(f"SMART: config must be a SMARTConfig, got {type(config).__name__}")
+        config.check_total_steps("SMART")
+        check_sharding(self.model, config, self.precision)
+        if config.lambda_s > 0 and self._site is None:
+            self._site = Site(self.model, self._site_asked)
+            if is_compiled(self._wrapped):
+                torch.compiler.reset()  # code that was compiled before there was the site's hook would go on without it
+        self._config = config
         if config.mu > 0:
             self._follow_new_parameters(self._parameters())
-        if self._recorder is not None:
-            site_name = "none" if self._site is None else self._site.name
-            self._recorder.begin("torch", {"torch": torch.__version__}, config, site_name)
-            weakref.finalize(self, self._recorder.write)  # where nobody calls remove(), at the latest when Python ends
 
     def __call__(
         self, *args: Any, sample_weight: Tensor | None = None, label_mask: Tensor | None = None, **kwargs: Any
@@ -207,61 +275,210 @@ class SMART:
 
         self._idle = False
         self._judge()
-        self._check_updates()
+        theta = self._theta = self._parameters()  # walking over the modules takes time: once a step
+        self._check_updates(theta)
         lambda_s = config.smoothness_weight(self.step)
-        if lambda_s == config.mu == 0:
-            self._report = None
-            return self._wrapped(*args, **kwargs), _zero(self.model)
-        theta = self._theta = self._parameters()  # a walk over the modules is dear: one a step
         if config.mu > 0:
             self._follow_new_parameters(theta)
-        state = _State(self.model, theta)
-        # a model may change the containers that it is given
-        given = _copied((args, kwargs), _of_no_graph if self._lean else None)
+        self._stamps = None
+        step = self._step(self._wrapped, theta, (args, kwargs), lambda_s, sample_weight, label_mask)
+        if not step.terms:
+            self._report = None
+            return step.output, _zero(self.model)
+        penalty = step.penalty
+        found, dtype = observed(step.calls, step.stages.get("ascent", []))
+        self._report = Report(self.step + 1, step.terms | found | {"penalty": penalty}, step.stages, dtype)
+        if lambda_s > 0:
+            self._smooth_report = self._report
+        if self._recorder is not None and not self._recorder.done:
+            self._record(step, sample_weight)
+        if config.non_finite == "skip" and not self._report.is_finite:
+            self._skipped += 1
+            penalty = _zero(self.model)
+        if self._report.is_here:
+            self._judge()
+        self._check_recompiling(compiled)
+        return step.output, penalty
+
+    def measure(
+        self, *args: Any, sample_weight: Tensor | None = None, label_mask: Tensor | None = None, **kwargs: Any
+    ) -> dict[str, float]:
+        """Measure R_s and D_Breg of a batch in eval mode, on dev data, say.
+
+        The weights, the mode of each module, random streams, buffers and every `.grad` stay as they are. So does the
+        noise of training: a fresh stream with the same seed is drawn from, so that two measurements can be compared.
+
+        Args: as `__call__`.
+
+        Returns:
+            "R_s" if lambda_s > 0, "D_Breg" if mu > 0.
+
+        Raises: as `__call__`.
+
+        Example:
+            >>> model = nn.Sequential(nn.Embedding(9, 4), nn.Flatten(), nn.Linear(8, 2))
+            >>> smart = SMART(model, SMARTConfig(total_steps=10))
+            >>> sorted(smart.measure(torch.tensor([[1, 2], [3, 4]])))
+            ['D_Breg', 'R_s']
+        """
+        if self._removed:
+            raise RuntimeError("SMART: measure() after remove(); make a new SMART(model, config)")
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError("SMART: measure() takes gradients: call it outside of torch.inference_mode()")
+        if "sample_weight" in self._parameter_names and sample_weight is not None:
+            kwargs["sample_weight"] = sample_weight
+        theta = self._parameters()
+        if self.config.mu > 0:
+            self._follow_new_parameters(theta)
+        generator, lean, heads = self._generator, self._lean, self._heads
+        outside = State(self.model, theta, (args, kwargs))
+        outside.kept.settle(everything=True)
+        try:
+            self._generator, self._lean = None, False
+            with torch.enable_grad(), outside.replayed() as given, untouched_gradients(theta.values()):
+                self.model.eval()
+                step = self._step(self._call, theta, given, self.config.lambda_s, sample_weight, label_mask)
+            return {name: float(term.detach()) for name, term in step.terms.items()}
+        finally:
+            self._generator, self._lean, self._heads = generator, lean, heads
+
+    def describe(self) -> Description:
+        """What SMART perturbs and compares, and why; the shapes are those of the last training step.
+
+        Example:
+            >>> model = nn.Sequential(nn.Embedding(9, 4), nn.Flatten(), nn.Linear(8, 2))
+            >>> SMART(model, SMARTConfig(mu=0)).describe()["site"]
+            Choice(value='0', why='the only nn.Embedding')
+        """
+        later = Choice("not known yet", "the first training step shows it")
+        site = Choice("none", "lambda_s is 0") if self._site is None else Choice(self._site.name, self._site.why)
+        known: dict[str, Choice] = {"site": site, "x": later}
+        if self._heads:
+            said = "outputs=" if self._outputs is not None else "what the model returns"
+            known["outputs"] = Choice(", ".join(head.name for head in self._heads), said)
+            for key, values, whys in (
+                ("l_s", [head.divergence for head in self._heads], [head.why_divergence for head in self._heads]),
+                (
+                    "class axis",
+                    ["none" if head.axis is None else str(head.axis) for head in self._heads],
+                    [head.why_axis for head in self._heads],
+                ),
+            ):
+                known[key] = Choice(", ".join(dict.fromkeys(values)), ", ".join(dict.fromkeys(whys)))
+        else:
+            known |= dict.fromkeys(("outputs", "l_s", "class axis"), later)
+        known |= {"mask": later, "positions": later}
+        precision = "precision=" if self.precision == "model" else "half precision would lose a small radius"
+        return Description(known | self._choices | {"precision": Choice(self.precision, precision)})
+
+    def __repr__(self) -> str:
+        return self.describe().line("SMART")
+
+    def _step(
+        self,
+        clean_call: nn.Module,
+        theta: dict[str, nn.Parameter],
+        given: Given,
+        lambda_s: float,
+        sample_weight: Tensor | None,
+        label_mask: Tensor | None,
+    ) -> _Step:
+        """The clean pass, the ascent, theta~'s pass and the perturbed pass over one mini-batch."""
+        config = self.config
+        if self._site is not None:
+            self._site.follow()
+        state = State(self.model, theta, given, self._known)
         lean = self._lean and lambda_s > 0
+        if lean:
+            for tensor in state.kept.given_tensors:
+                check_no_graph(tensor)
         trained = [weight for weight in theta.values() if weight.requires_grad] if lean else []
-        afterwards = _Afterwards(trained) if trained else None  # before the clean pass, see there
-        site, calls = self._site, list[Call]()
+        afterwards = Afterwards(trained) if trained else None  # before the clean pass, see there
+        site, calls = self._site if lambda_s > 0 else None, list[Call]()
         differentiable = lambda_s > 0 and config.start == "margin"
-        in_half = self.precision == "float32" and _in_half(self.model, theta)
-        in_float32 = _Float32(self.model, self._call) if in_half else None
+        half = self.precision == "float32" and in_half(self.model, theta)
+        in_float32 = Float32(self.model, self._call) if half else None
+
+        def again(theta: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+            with (
+                state.replayed(widened if in_float32 else None) as (args, kwargs),
+                in_float32(theta or {}) if in_float32 else nullcontext(),
+            ):
+                return chosen(self._call(*args, **kwargs), self._outputs)
 
         def passes(theta: Mapping[str, Tensor] | None = None) -> list[Tensor]:
-            with state.replayed(), in_float32(theta or {}) if in_float32 else nullcontext():
-                args, kwargs = _copied(given, _widened if in_float32 else None)
-                return self._select(self._call(*args, **kwargs), None)
+            return self._arranged(again(theta))
 
+        args, kwargs = given
+        if lambda_s == config.mu == 0:
+            return _Step(clean_call(*args, **kwargs), {}, _zero(self.model), [], [], {}, [])
         with ExitStack() as clean:
             if site is not None and in_float32 is None:
                 calls = clean.enter_context(site.recording(differentiable))
-            output = self._wrapped(*args, **kwargs)
+            output = clean_call(*args, **kwargs)
+        self._check_written(state.settle(self._call))
         if in_float32 is None:
-            targets = self._select(output, len(calls[0].x) if calls else None)
+            raw = chosen(output, self._outputs)
         else:  # the clean pass once more: the rounding of the model's own is far above R_s
             with ExitStack() as clean:
                 if site is not None:
                     calls = clean.enter_context(site.recording(differentiable))
-                targets = passes()
+                raw = again()
+        for z in raw.values():
+            check_output(z, len(calls[0].x) if calls else None)
+        with state.kept.as_before() as (args, kwargs):  # a mask= reads what the model was given
+            arguments = self._arguments(args, kwargs)
+            masks, mask_name = self._masks(calls, args, kwargs)
+        evidence = Evidence(
+            getattr(self.model, "config", None),
+            arguments.get("labels"),
+            masks,
+            [call.x.shape for call in calls],
+            site is not None and site.name.startswith("input"),
+        )
+        self._heads = find_heads(raw, evidence, self._divergence, self._class_axis, self._heads)
+        targets = self._arranged(raw)
         divergences = self._divergences(targets)
-        masks = self._masks(calls, *given)
-        positions = [self._positions(z, masks, label_mask, *given) for z in targets]
+        positions = [self._positions(z, masks, mask_name, label_mask, arguments) for z in targets]
+        first = frozenset(name for name, value in arguments.items() if value is not None)
+        is_first = self.model.training and first not in self._checked
+        if is_first:
+            self._choices = self._chosen_now(calls, masks, mask_name, targets, positions)
+            for z, head in zip(targets, self._heads, strict=True):
+                check_probabilities(z, head)
+            self._check_loss(raw if in_float32 is None else chosen(output, self._outputs))
+            for mask in masks if self._mask is None else []:
+                if mask is not None:
+                    check_real(mask, mask_name)
 
         terms: dict[str, Tensor] = {}
         stages = {"clean": targets}
-        if lambda_s > 0:
-            assert site is not None
-            stages["ascent"] = self._ascend(passes, site, theta, calls, targets, masks, divergences, positions)
+        if site is not None:
+            with untouched_gradients(theta.values()):
+                stages["ascent"] = self._ascend(passes, site, theta, calls, targets, masks, divergences, positions)
+        if is_first:
+            points = [call.own.detach() for call in calls]
+            with torch.no_grad(), nullcontext() if site is None else site.replaced(points, graph=False):
+                repeated = passes()
+            self._check_repeated(differing(targets, repeated, positions), state, passes)
+            self._checked.add(first)
         if config.mu > 0:  # here, while there is one graph: what this pass frees the next can have
-            copied = {name for name in self.teacher if in_float32 and _is_half(theta[name])}  # theta~ too, in passes
-            with torch.no_grad(), self._averaged(theta, copied):
-                taught = passes(self.teacher)
+            teacher = self.teacher
+            if self._copies_teacher:  # the model may write into its weights: an embedding with max_norm does
+                teacher = {name: average.clone() for name, average in teacher.items()}
+            copied = {name for name in teacher if in_float32 and is_half(theta[name])}  # theta~ too, in passes
+            with torch.no_grad(), self._averaged(theta, copied, teacher):
+                taught = passes(teacher)
+            if is_first:
+                self._copies_teacher = any(
+                    not torch.equal(local(average), local(self.teacher[name])) for name, average in teacher.items()
+                )
             stages["teacher"] = taught
             terms["D_Breg"] = _total(
                 bregman_divergence(z, z_taught, name, m, sample_weight)
                 for name, z, z_taught, m in zip(divergences, targets, taught, positions, strict=True)
             )
-        if lambda_s > 0:
-            assert site is not None
+        if site is not None:
             delta = stages["ascent"]
 
             def r_s(perturbed: list[Tensor], targets: list[Tensor]) -> Tensor:
@@ -270,13 +487,13 @@ class SMART:
                     for name, z_perturbed, z, m in zip(divergences, perturbed, targets, positions, strict=True)
                 )
 
-            # x itself, not what a second pass of the layers below gives: the gradients meet there and go down once
+            # x itself, not what a second pass of the layers below gives: its gradients are added up, and go on once
             points = [shift(call.own, d) for call, d in zip(calls, delta, strict=True)]
             if afterwards is None:
                 with site.replaced(points):
                     perturbed = passes()
             else:
-                with _frozen_weights(theta.values(), self._sharded), site.replaced([x.detach() for x in points]):
+                with frozen_weights(theta.values(), self._sharded), site.replaced([x.detach() for x in points]):
                     perturbed = [z.detach() for z in passes()]  # a head in outputs= may have weights of its own
                 fixed = [z.detach() for z in targets]
 
@@ -292,26 +509,16 @@ class SMART:
         )
         if afterwards is not None:
             penalty = penalty + afterwards.zero.to(penalty.device)
-            penalty.register_hook(_check_backward)  # type: ignore[no-untyped-call]
-        observed, dtype = _observed(calls, stages.get("ascent", []))
-        self._report = _Report(self.step + 1, terms | observed | {"penalty": penalty}, stages, dtype)
-        if lambda_s > 0:
-            self._smooth_report = self._report
-        if self._recorder is not None and not self._recorder.done:
-            self._record(calls, masks, stages, divergences, positions, sample_weight, penalty)
-        if config.non_finite == "skip" and not math.isfinite(self._report.values["penalty"]):
-            self._skipped += 1
-            penalty = _zero(self.model)
-        if self._report.is_here:
-            self._judge()
-        self._check_recompiling(compiled)
-        return output, penalty
+            penalty.register_hook(check_backward)  # type: ignore[no-untyped-call]
+        return _Step(output, terms, penalty, calls, masks, stages, positions)
 
     def update(self) -> None:
         """Count an optimiser step, and every `proximal_steps` of them move theta~: call it after `optimizer.step()`.
 
         theta~ <- (1 - beta) theta + beta theta~   (paper, Algorithm 1, line 14)
         """
+        if self._removed:
+            raise RuntimeError("SMART: update() after remove(); make a new SMART(model, config)")
         if self._optimizer_hooks:
             raise RuntimeError("SMART: update() after attach(optimizer), which calls it: each step would count twice")
         self._update()
@@ -325,7 +532,7 @@ class SMART:
                 "loop; to train without dropout, set its probabilities to 0.",
             )
         self.step += 1
-        self._calls_since_update = 0
+        self._calls_since_update, self._weight_then = 0, None
         if self.config.mu > 0 and self.step % self.config.proximal_steps == 0:
             self._beta = momentum(self.step, self.config)
             ema_update(self.teacher, self._parameters() if self._theta is None else self._theta, self._beta)
@@ -389,17 +596,21 @@ class SMART:
             >>> with smart.swap_teacher():
             ...     averaged = {name: value.clone() for name, value in model.state_dict().items()}
         """
-        with self._averaged(self._parameters()):
+        # copies, since a model may write into its weights, as an embedding with max_norm does
+        averages = {name: average.clone() for name, average in self.teacher.items()}
+        with self._averaged(self._parameters(), (), averages):
             yield
 
     @contextmanager
-    def _averaged(self, theta: Mapping[str, nn.Parameter], without: Iterable[str] = ()) -> Iterator[None]:
-        _reshard(self._sharded)
+    def _averaged(
+        self, theta: Mapping[str, nn.Parameter], without: Iterable[str], teacher: Mapping[str, Tensor]
+    ) -> Iterator[None]:
+        reshard(self._sharded)
         try:
-            with swapped(theta, {name: self.teacher[name] for name in self.teacher.keys() - without}):
+            with swapped(theta, {name: teacher[name] for name in teacher.keys() - without}):
                 yield
         finally:
-            _reshard(self._sharded)  # what was gathered inside was of theta~
+            reshard(self._sharded)  # what was gathered inside was of theta~
 
     def state_dict(self) -> dict[str, Any]:
         """What a run needs to go on bit for bit: step, theta~ and the noise generator. Loads with `weights_only`."""
@@ -412,11 +623,26 @@ class SMART:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state_dict` left off; ValueError where the state is not of this model."""
+        """Go on where `state_dict` left off; nothing is changed if the state is not of this model.
+
+        With mu = 0 a state's theta~ is not needed, and is left out.
+
+        Raises:
+            ValueError: the state is not of this model, or damaged.
+        """
         expected = {"step", "skipped", "teacher", "seed", "generator"}
         if set(state) != expected:
             raise ValueError(f"SMART.load_state_dict: expected the keys {sorted(expected)}, got {sorted(state)}")
-        shapes = {name: tuple(local(average).shape) for name, average in state["teacher"].items()}
+        for name in ("step", "skipped", "seed"):
+            if isinstance(state[name], bool) or not isinstance(state[name], int) or state[name] < 0:
+                raise ValueError(f"SMART.load_state_dict: {name} must be a whole number, got {state[name]!r}")
+        saved = state["teacher"] if self.config.mu > 0 else {}
+        if self.config.mu > 0 and not saved:
+            raise ValueError(
+                "SMART.load_state_dict: the state has no theta~, since it was saved with mu=0. Resume it with mu=0, or "
+                "start a new run from its weights"
+            )
+        shapes = {name: tuple(local(average).shape) for name, average in saved.items()}
         own = {name: tuple(local(average).shape) for name, average in self.teacher.items()}
         if shapes != own:
             differing = sorted(name for name in shapes.keys() | own.keys() if shapes.get(name) != own.get(name))
@@ -425,16 +651,22 @@ class SMART:
                 f"{differing[:5]} differ. Make SMART after freezing layers, adding adapters or fully_shard, as it was "
                 "made then; with sharded weights each process loads what it saved."
             )
-        self.step, self._skipped, self._seed = state["step"], state["skipped"], state["seed"]
-        for name, average in self.teacher.items():
-            local(average).copy_(local(state["teacher"][name]))
-        self._generator = None
+        generator = None
         if state["generator"] is not None:
-            self._generator = torch.Generator(_device(self.model))
-            self._generator.set_state(state["generator"].cpu())
+            generator = torch.Generator(device_of(self.model))
+            try:
+                generator.set_state(state["generator"].cpu())
+            except (RuntimeError, TypeError, AttributeError) as error:
+                raise ValueError(
+                    f"SMART.load_state_dict: the state's noise generator is none of {generator.device}: {error}"
+                ) from error
+        for name, average in self.teacher.items():
+            local(average).copy_(local(saved[name]))
+        self.step, self._skipped, self._seed = state["step"], state["skipped"], state["seed"]
+        self._generator, self._stamps = generator, None
 
     def remove(self) -> None:
-        """Undo everything: the model and the optimiser are as they were without SMART."""
+        """Undo everything: the model and the optimiser are as they were without SMART. `swap_teacher` still works."""
         if self._site is not None:
             self._site.remove()
         for hook in self._optimizer_hooks:
@@ -450,6 +682,24 @@ class SMART:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.remove()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but the hooks on an optimiser, the recording, and what is left of the last step."""
+        state = dict(vars(self))
+        state |= {"_optimizer_hooks": [], "_recorder": None, "_theta": None}
+        state |= {
+            "_generator": None if self._generator is None else (self._generator.device, self._generator.get_state())
+        }
+        return state | {"_weight_then": None, "_known": Known(), "_stamps": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        if state["_generator"] is not None:
+            device, stream = state["_generator"]
+            self._generator = torch.Generator(device)
+            self._generator.set_state(stream)
+        if self._removed and self._site is not None:
+            self._site.remove()
 
     def _ascend(
         self,
@@ -467,7 +717,7 @@ class SMART:
         def outputs_at(points: list[Tensor]) -> list[Tensor]:
             # not before the first pass of the ascent: the margin start still has a gradient to take of the clean graph,
             # which checkpointed layers rebuild as it was
-            frozen.enter_context(_frozen_weights(theta.values(), self._sharded))
+            frozen.enter_context(frozen_weights(theta.values(), self._sharded))
             with site.replaced(points):
                 return passes()
 
@@ -482,7 +732,7 @@ class SMART:
             noise = [self._draw(z) for z in targets]
         try:
             # a backward under autocast would round its products: the passes have the caller's, the gradients none
-            with frozen, torch.autocast(_device(self.model).type, enabled=False):
+            with frozen, torch.autocast(device_of(self.model).type, enabled=False):
                 return ascend(outputs_at, xs, targets, self.config, noise, masks, divergences, positions)
         except RuntimeError as error:
             if "use_reentrant" in str(error):
@@ -509,52 +759,31 @@ class SMART:
 
     def _select(self, output: Any, n: int | None) -> list[Tensor]:
         """The outputs that are compared, as (n, ..., C)."""
-        found = _chosen(output, self._outputs)
-        for z in found:
-            if not (isinstance(z, Tensor) and z.is_floating_point() and z.ndim > 0):
-                got = f"{z.dtype} of shape {tuple(z.shape)}" if isinstance(z, Tensor) else type(z).__name__
-                raise TypeError(f"SMART: outputs must be floating-point tensors (n, ..., C), got {got}; see outputs=")
-            if n is not None and len(z) != n:
-                raise ValueError(
-                    f"SMART: the first axis must be the batch: the site gave {n} rows and the outputs have {len(z)}. "
-                    "Models that work time-major, or fold several choices into the batch, are not supported"
-                )
-            if len(z) == 0:
-                raise ValueError(f"SMART: the batch is empty: the outputs have the shape {tuple(z.shape)}")
-        return [z.unsqueeze(-1) if z.ndim == 1 else z for z in found]
+        found = chosen(output, self._outputs)
+        for z in found.values():
+            check_output(z, n)
+        return self._arranged(found)
+
+    def _arranged(self, outputs: Mapping[str, Tensor]) -> list[Tensor]:
+        if len(self._heads) != len(outputs):
+            return [z.unsqueeze(-1) if z.ndim == 1 else z for z in outputs.values()]
+        return [head.arranged(z) for head, z in zip(self._heads, outputs.values(), strict=True)]
 
     def _divergences(self, targets: list[Tensor]) -> list[str]:
-        given = self._divergence
-        if given is not None:
-            names = [given] * len(targets) if isinstance(given, str) else list(given)
-            if len(names) != len(targets):
-                raise ValueError(f"SMART: divergence= names {len(names)}, but there are {len(targets)} outputs")
-            return names
-        settings = getattr(self.model, "config", None)
-        problem = getattr(settings, "problem_type", None)
-        if problem is None and getattr(settings, "num_labels", None) == 1:
-            problem = "regression"  # as Hugging Face decides
-        names = [_PROBLEM_TYPES.get(problem or "", "symmetric_kl")] * len(targets)
-        for name, z in zip(names, targets, strict=True):
-            if name == "symmetric_kl" and z.shape[-1] == 1:
-                raise ValueError(
-                    f"SMART: an output of shape {tuple(z.shape)} has one value an example, of which symmetric_kl is "
-                    "always 0. Say divergence='squared_error' (regression) or 'bernoulli_symmetric_kl' (one logit)."
-                )
-            classes = getattr(settings, "num_labels", None)
-            if name == "symmetric_kl" and z.ndim > 3 and z.shape[1] == classes != z.shape[-1]:
-                raise ValueError(
-                    f"SMART: an output of shape {tuple(z.shape)} seems to have its {z.shape[1]} classes on axis 1, and "
-                    "they must be on the last. Say outputs=lambda output: output.logits.movedim(1, -1)"
-                )
-        return names
+        if len(self._heads) == len(targets):
+            return [head.divergence for head in self._heads]
+        evidence = Evidence(getattr(self.model, "config", None), None, [], [], False)
+        outputs = {f"output {i}": z for i, z in enumerate(targets)}
+        return [head.divergence for head in find_heads(outputs, evidence, self._divergence, self._class_axis)]
 
     def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The model's arguments by name, however they were given."""
         return dict(zip(self._parameter_names, args, strict=False)) | kwargs
 
-    def _masks(self, calls: list[Call], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor | None]:
-        """One mask for each call of the site; where there is no site, those that there are."""
+    def _masks(
+        self, calls: list[Call], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[list[Tensor | None], str]:
+        """One mask for each call of the site, or, if there is no site, those that there are; and what they are."""
         count = max(len(calls), 1)
         given: Any
         if callable(self._mask):
@@ -562,70 +791,141 @@ class SMART:
             masks: list[Tensor | None] = [given] * count if given is None or isinstance(given, Tensor) else list(given)
             if calls and len(masks) != count:
                 raise ValueError(f"SMART: mask= gave {len(masks)} masks, but the site ran {count} times")
-            return masks
-        name = self._mask or "attention_mask"
-        given = self._arguments(args, kwargs).get(name)
-        if given is None and self._mask is not None:
-            raise ValueError(f"SMART: mask={name!r}, but the model was called without that argument")
+            return masks, "mask="
+        if self._mask is not None:
+            name, given = self._mask, self._arguments(args, kwargs).get(self._mask)
+            if given is None:
+                raise ValueError(f"SMART: mask={name!r}, but the model was called without that argument")
+        else:
+            name, given = find_mask(self._arguments(args, kwargs), [call.x.shape for call in calls])
         if given is None:
-            return [call.padding for call in calls]
+            return [call.padding for call in calls], "the embedding's padding_idx"
         for call in calls:
             if call.x.ndim < 3 or given.shape != call.x.shape[:-1]:
                 raise ValueError(
                     f"SMART: {name} has the shape {tuple(given.shape)}, but the site gives {tuple(call.x.shape)}. "
                     "Give mask=, a function of the model's arguments: (n, tokens), one for each call of the site."
                 )
-        return [given] * count
+        return [given] * count, name
 
     def _positions(
         self,
         z: Tensor,
         masks: list[Tensor | None],
+        mask_name: str,
         label_mask: Tensor | None,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        arguments: dict[str, Any],
     ) -> Tensor | None:
         """Which positions of an output count: those of the site, or of a decoder where there is one, with a label."""
         if "decoder_input_ids" in self._parameter_names:
-            given = self._arguments(args, kwargs)
-            mask, labels = given.get("decoder_attention_mask"), given.get("labels")
+            mask, labels = arguments.get("decoder_attention_mask"), arguments.get("labels")
             masks = [labels != -100 if mask is None and labels is not None else mask]
-        real, labelled = output_mask(z, masks), output_mask(z, label_mask)
+        virtual = _virtual_tokens(self.model)
+        real, labelled = positions(z, masks, virtual), positions(z, [label_mask], virtual)
+        if label_mask is not None and labelled is None and z.ndim > 2:
+            raise ValueError(
+                f"SMART: label_mask has the shape {tuple(label_mask.shape)}, and the outputs' positions are "
+                f"{tuple(z.shape[:-1])}. Give a label_mask of that shape"
+            )
+        fits = label_mask is None and real is None and z.ndim == 3
+        lost = [tuple(mask.shape) for mask in masks if mask is not None and mask.ndim == 2] if fits else []
+        if lost and mask_name == "attention_mask":
+            raise ValueError(
+                f"SMART: {mask_name} has the shape {lost[0]}, and the outputs' positions are {tuple(z.shape[:-1])}. "
+                "Say which of them count: smart(..., label_mask=<true at those, of that shape>)"
+            )
         if real is None or labelled is None:
             return labelled if real is None else real
         return (real > 0) & labelled
 
-    def _record(
+    def _chosen_now(
         self,
         calls: list[Call],
         masks: list[Tensor | None],
-        stages: dict[str, list[Tensor]],
-        divergences: list[str],
-        positions: list[Tensor | None],
-        sample_weight: Tensor | None,
-        penalty: Tensor,
-    ) -> None:
+        mask_name: str,
+        targets: list[Tensor],
+        found: list[Tensor | None],
+    ) -> dict[str, Choice]:
+        """What `describe` says of a step: shapes, the mask and the positions."""
+        x = ", ".join(str(tuple(call.x.shape)) for call in calls)
+        masked = [mask for mask in masks if mask is not None]
+        shapes = ", ".join(str(tuple(z.shape)) for z in targets)
+        counted = [m is not None for m in found]
+        several = any(z.ndim > 2 for z in targets)
+        where = "those of the mask and the labels" if any(counted) else "all" if several else "one an example"
+        return {
+            "x": Choice(x or "none", f"{len(calls)} call(s) of the site" if calls else "lambda_s is 0"),
+            "mask": Choice(
+                mask_name if masked else "none", str(tuple(masked[0].shape)) if masked else "nothing is padded"
+            ),
+            "positions": Choice(where, f"the outputs are compared as {shapes}"),
+        }
+
+    def _check_loss(self, outputs: Mapping[str, Tensor]) -> None:
+        """Look, in the first backward, whether the loss is one of classes, if l_s = symmetric_kl was but a guess."""
+
+        def check(z: Tensor, head: Head) -> None:
+            value = z.detach()
+
+            def on_gradient(gradient: Tensor) -> None:
+                handle.remove()
+                message = zero_sum_error(gradient, value, head)
+                if message:
+                    self._warn("loss", message)
+
+            handle = z.register_hook(on_gradient)  # type: ignore[no-untyped-call]
+
+        for z, head in zip(outputs.values(), self._heads, strict=True):
+            if head.is_guess and z.requires_grad:
+                check(z, head)
+
+    def _check_written(self, lost: list[str]) -> None:
+        if lost:
+            self._warn(
+                "written",
+                f"SMART: the model wrote into {lost[0]} for the first time, and the other passes of this step cannot "
+                "have what was there before. From the next step on they have.",
+            )
+
+    def _check_repeated(self, difference: str, state: State, passes: Callable[[], Any]) -> None:
+        """Raise where the pass repeated at delta = 0 was another one: R_s and D_Breg would compare two models."""
+        if not difference:
+            return
+        with torch.no_grad():
+            where = first_differing_module(self.model, passes)
+        changed = [name for name in state.kept.changed if not name.endswith(".config.problem_type")]
+        hints = [f"the first module whose output differs is {where}"] if where else []
+        hints += [f"the forward changes {', '.join(changed[:5])}"] if changed else []
+        raise RuntimeError(
+            f"SMART: the model does not repeat itself: with the same batch, weights and dropout, {difference}; "
+            + ("; ".join(hints) or "nothing that SMART sees was changed")
+            + ". R_s and D_Breg would compare two models. Keep what changes in a buffer or a plain attribute, "
+            "pass it as an argument, or draw random numbers from torch's, NumPy's or Python's global stream"
+        )
+
+    def _record(self, step: _Step, sample_weight: Tensor | None) -> None:
         assert self._recorder is not None
+        stages = step.stages
         tensors = flat(
             {
-                "x": [call.x for call in calls],
+                "x": [call.x for call in step.calls],
                 "delta": stages.get("ascent", []),
-                "mask": masks if calls else [],
+                "mask": step.masks if step.calls else [],
                 "outputs": stages["clean"],
                 "perturbed": stages.get("perturbed", []),
                 "teacher": stages.get("teacher", []),
-                "positions": positions,
-                "sample_weight": [sample_weight] * len(positions),
+                "positions": step.positions,
+                "sample_weight": [sample_weight] * len(step.positions),
             }
         )
-        reported = self._found() | {"penalty": float(penalty.detach()), "step": self.step}
+        reported = self._found() | {"penalty": float(step.penalty.detach()), "step": self.step}
         if self.config.mu > 0:
             reported["distance"] = _distance(self._parameters(), self.teacher)
         self._recorder.add(
             {name: _array(tensor) for name, tensor in tensors.items()},
             reported,
             {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in tensors.items()},
-            [{"divergence": name, "weight": 1.0, "by_weights": False} for name in divergences],
+            [{"divergence": name, "weight": 1.0, "by_weights": False} for name in self._divergences(stages["clean"])],
         )
         if self._recorder.full:
             self._recorder.write()
@@ -645,27 +945,35 @@ class SMART:
                 f"the precision of {report.dtype}, and R_s measures nothing there. Use a larger epsilon, or where that "
                 "is half precision, precision='float32'.",
             )
-        if self.config.non_finite == "skip" or math.isfinite(report.values["penalty"]):
+        if self.config.non_finite == "skip" or report.is_finite:
             return
         first = next(
             (name for name, tensors in stages.items() if not all(bool(z.isfinite().all()) for z in tensors)),
             "divergence",
         )
-        values = ", ".join(f"{name} = {report.values[name]:g}" for name in ("R_s", "D_Breg") if name in report.values)
+        values = ", ".join(
+            f"{name} = {report.values[name]:g}" for name in ("R_s", "D_Breg", "max_delta") if name in report.values
+        )
         raise FloatingPointError(
             f"SMART: the penalty of step {report.step} is not finite ({values}); the first values that are not "
             f"finite are in the {first} pass. Look at the learning rate and the loss before it, or let such steps go "
             "without a penalty: SMARTConfig(non_finite='skip')."
         )
 
-    def _check_updates(self) -> None:
+    def _check_updates(self, theta: Mapping[str, nn.Parameter]) -> None:
+        """Warn once if the weights move and no step is counted. Batches that are accumulated do not move them."""
         self._calls_since_update += 1
-        if self._calls_since_update == 200 and (self.config.mu > 0 or self.config.smoothness_steps > 1):
+        weight = next((parameter for parameter in reversed(list(theta.values())) if parameter.requires_grad), None)
+        counted = self.config.mu > 0 or self.config.smoothness_steps > 1
+        then = self._weight_then
+        if self._calls_since_update >= 200 and counted and weight is not None and not (then and then.holds(weight)):
             self._warn(
                 "updates",
                 "SMART: 200 batches without smart.update(), so no step was counted, and theta~ has not moved. Call it "
                 "after optimizer.step(), or smart.attach(optimizer) once.",
             )
+        if then is None and weight is not None:
+            self._weight_then = _Stamp(weight)
 
     def _check_recompiling(self, before: int) -> None:
         # once, and once more for each axis that turns out to have several lengths, is as it should be
@@ -684,8 +992,8 @@ class SMART:
             warnings.warn(message, SMARTWarning, stacklevel=4)
 
     def _parameters(self) -> dict[str, nn.Parameter]:
-        self._sharded = _fully_sharded(self.model)
-        _reshard(self._sharded)
+        self._sharded = fully_sharded(self.model)
+        reshard(self._sharded)
         found = dict(self.model.named_parameters())
         gone = sorted(self.teacher.keys() - found.keys())
         if gone:
@@ -693,7 +1001,7 @@ class SMART:
                 f"SMART: the model no longer has {gone[:3]}, of which theta~ was made ({len(gone)} parameters in all). "
                 "Make SMART after adapters are added, merged or deleted: SMART(get_peft_model(model, ...), config)"
             )
-        whole = [name for name, average in self.teacher.items() if _is_sharded(found[name]) != _is_sharded(average)]
+        whole = [name for name, average in self.teacher.items() if is_sharded(found[name]) != is_sharded(average)]
         if whole:
             raise RuntimeError(
                 f"SMART: {whole[:3]} were sharded after theta~ was made of them. Make SMART after fully_shard(model)"
@@ -701,338 +1009,63 @@ class SMART:
         return found
 
     def _follow_new_parameters(self, theta: Mapping[str, nn.Parameter]) -> None:
-        """theta~ of a parameter starts when it is first trainable, at its value then, and stays on its device."""
+        """Start theta~ of a parameter at its value when it is first trainable, and keep it on its device.
+
+        Until the first training step theta~ follows weights that are loaded or replaced: it starts at theta_0.
+        """
         for name, parameter in theta.items():
-            if parameter.requires_grad and name not in self.teacher:
-                wide = torch.promote_types(parameter.dtype, torch.float32)
+            average = self.teacher.get(name)
+            if average is None and not parameter.requires_grad:
+                continue
+            wide = torch.promote_types(parameter.dtype, torch.float32)
+            stamp = None if self._stamps is None else self._stamps.get(name)
+            moved = stamp is not None and not stamp.holds(parameter)
+            if average is None or moved:
                 self.teacher[name] = parameter.detach().to(wide, copy=True)
-            elif name in self.teacher:  # where the model has moved since
-                self.teacher[name] = self.teacher[name].to(parameter.device)
-
-
-class _Afterwards:
-    """A zero to be added to the loss, whose backward is that of a term which is not computed before then.
-
-    Of the nodes that are ready autograd takes the one made last. Made before the clean pass, this one waits until the
-    clean pass's graph is spent, so that there is never more than one. It has an edge to the smallest weight alone,
-    whose clean gradient waits for it; those of the others go to their .grad, and there is one set of gradients.
-    """
-
-    def __init__(self, weights: Sequence[Tensor]) -> None:
-        if any(weight._backward_hooks or weight._post_accumulate_grad_hooks for weight in weights):
-            raise RuntimeError(
-                "SMART: with lean=True the gradient of a weight comes in two parts, one after the other, and its hooks "
-                "would see each of them alone. Take the hooks off, or say lean=False"
-            )
-        self._terms: list[Callable[[], Tensor]] = []
-        smallest = min(weights, key=torch.Tensor.numel)
-        self.zero: Tensor = _PutOff.apply(self._terms, smallest)  # type: ignore[no-untyped-call]
-
-    def backward_of(self, term: Callable[[], Tensor]) -> None:
-        self._terms.append(term)
-
-
-class _PutOff(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, terms: list[Callable[[], Tensor]], weight: Tensor) -> Tensor:
-        ctx.terms = terms
-        return weight.new_zeros((), dtype=torch.promote_types(weight.dtype, torch.float32))
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:
-        if not ctx.terms:
-            raise RuntimeError("SMART: backward() a second time over one step with lean=True, whose graph is spent")
-        with torch.enable_grad():
-            while ctx.terms:  # and nothing of the step is kept any longer
-                term = ctx.terms.pop()()
-                term.backward(gradient.to(term))
-        return None, None
-
-
-def _check_backward(gradient: Tensor) -> None:
-    if not torch.autograd._is_checkpoint_valid():  # type: ignore[no-untyped-call]
-        raise RuntimeError(
-            "SMART: lean=True adds to the .grad of the weights, so it needs loss.backward(). With torch.autograd.grad "
-            "or backward(inputs=...) use lean=False"
-        )
-
-
-class _Report:
-    """What a step found, on its way to main memory: the host does not wait for a GPU before somebody asks."""
-
-    def __init__(
-        self, step: int, values: Mapping[str, Tensor], stages: Mapping[str, list[Tensor]], dtype: torch.dtype | None
-    ) -> None:
-        self.step, self.dtype, self.judged = step, dtype, False
-        self.stages = {name: [z.detach() for z in tensors] for name, tensors in stages.items()}
-        self._names = list(values)
-        penalty = values["penalty"].detach()
-        found = torch.stack([value.detach().to(penalty) for value in values.values()])
-        self._found = found.to("cpu", non_blocking=found.is_cuda)
-        self._sent = torch.cuda.current_stream(found.device).record_event() if found.is_cuda else None
-
-    @property
-    def is_here(self) -> bool:
-        return self._sent is None
-
-    @property
-    def values(self) -> dict[str, float]:
-        if self._sent is not None:
-            self._sent.synchronize()
-            self._sent = None
-        return dict(zip(self._names, self._found.tolist(), strict=True))
-
-
-class _Float32:
-    """The passes of a model in float32, whatever it computes in itself, while the block lasts.
-
-    Autocast is off, and half-precision weights and buffers have float32 copies: of the weights, on the graph of theta.
-    """
-
-    def __init__(self, model: nn.Module, called: nn.Module) -> None:
-        self._model = model
-        self._copies = {weight: weight.to(torch.float32) for weight in model.parameters() if weight.dtype in _HALF}
-        if not self._copies:
-            return
-        unsupported = {
-            "torch.compile": _is_compiled(called),
-            "checkpointed layers, which run again with the weights as they are": any(
-                getattr(module, "gradient_checkpointing", False) for module in model.modules()
-            ),
-            "fully_shard, which puts its own in their place": bool(_fully_sharded(model)),
-            "nn.LSTM, nn.GRU and nn.RNN": any(isinstance(module, nn.RNNBase) for module in model.modules()),
-        }
-        for what, found in unsupported.items():
-            if found:
-                raise ValueError(
-                    f"SMART: the model has {next(iter(self._copies)).dtype} weights, and with {what}, the float32 "
-                    "copies of them that the passes of SMART need are not possible. Train float32 weights under "
-                    "torch.autocast, or say SMART(..., precision='model') with a radius that this precision can hold."
+                if self._stamps is not None:
+                    self._stamps[name] = _Stamp(parameter)
+            elif local(average).shape != local(parameter).shape:
+                raise RuntimeError(
+                    f"SMART: {name} has the shape {tuple(parameter.shape)}, and theta~ was made of "
+                    f"{tuple(average.shape)}: it was resized during training. Make a new SMART(model, config) after it"
                 )
-
-    @contextmanager
-    def __call__(self, theta: Mapping[str, Tensor]) -> Iterator[None]:
-        """One pass, with the values of theta where it has them."""
-        given = {weight: theta[name] for name, weight in self._model.named_parameters() if name in theta}
-        own: list[tuple[dict[str, Any], str, Any]] = []
-        forward = vars(self._model).get("forward")
-        with torch.autocast(_device(self._model).type, enabled=False):
-            try:
-                if "_original_forward" in vars(self._model):  # accelerate has put autocast around the other
-                    vars(self._model)["forward"] = self._model._original_forward
-                for module in self._model.modules():
-                    groups: list[dict[str, Any]] = [module._parameters, module._buffers]
-                    for tensors in groups:
-                        own += [(tensors, name, tensor) for name, tensor in tensors.items() if _is_half(tensor)]
-                for tensors, name, tensor in own:
-                    copied = given.get(tensor, self._copies.get(tensor))
-                    copied = tensor.to(torch.float32) if copied is None else copied
-                    tensors[name] = copied if tensor.requires_grad else copied.detach()
-                yield
-            finally:
-                for tensors, name, tensor in own:
-                    tensors[name] = tensor
-                if forward is not None:
-                    vars(self._model)["forward"] = forward
+            else:  # the model may have moved, or have become wider
+                self.teacher[name] = average.to(parameter.device, torch.promote_types(average.dtype, wide))
 
 
-class _State:
-    """What a forward in training mode changes, as it was before the clean pass, to be replayed in the others.
+class _Stamp:
+    """Tells whether a parameter was replaced or written into since."""
 
-    The global random streams (torch's, NumPy's and Python's): the same dropout masks in all passes. The buffers:
-    BatchNorm's statistics move once a step. The other passes get copies of them, which their graphs may keep. Autocast:
-    theirs is the clean pass's, wherever they run.
-    """
+    def __init__(self, parameter: nn.Parameter) -> None:
+        self._parameter = weakref.ref(parameter)
+        self._mark = self._marked(parameter)
 
-    def __init__(self, model: nn.Module, theta: Mapping[str, Tensor]) -> None:
-        kind = _device(model).type
-        self._autocast = kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
-        devices = {parameter.device for parameter in theta.values()} - {torch.device("cpu")}
-        self._devices = {device: torch.get_device_module(device).get_rng_state(device) for device in devices}
-        self._streams = (torch.get_rng_state(), np.random.get_state(), random.getstate())  # noqa: NPY002
-        self._buffers = [
-            (module._buffers, {name: buffer.clone() for name, buffer in module._buffers.items() if buffer is not None})
-            for module in model.modules()
-            if module._buffers
-        ]
+    @staticmethod
+    def _marked(parameter: nn.Parameter) -> tuple[Any, ...]:
+        own = local(parameter)
+        return 0 if own.is_inference() else parameter._version, own.shape, own.device, own.data_ptr()
 
-    @contextmanager
-    def replayed(self) -> Iterator[None]:
-        kind = next((device.type for device in self._devices), "cuda")
-        streams = (np.random.get_state(), random.getstate())  # noqa: NPY002
-        own = [(buffers, dict(buffers)) for buffers, _ in self._buffers]  # the clean pass may have put others in
-        with torch.random.fork_rng(list(self._devices), device_type=kind), torch.autocast(*self._autocast):
-            try:
-                torch.set_rng_state(self._streams[0])
-                np.random.set_state(self._streams[1])  # noqa: NPY002
-                random.setstate(self._streams[2])
-                for device, state in self._devices.items():
-                    torch.get_device_module(device).set_rng_state(state, device)
-                for buffers, before in self._buffers:
-                    buffers.update({name: buffer.clone() for name, buffer in before.items()})
-                yield
-            finally:
-                for buffers, values in own:
-                    buffers.clear()
-                    buffers.update(values)
-                np.random.set_state(streams[0])  # noqa: NPY002
-                random.setstate(streams[1])
+    def holds(self, parameter: nn.Parameter) -> bool:
+        """Whether this is that parameter, as it was, if on another device."""
+        then, now = self._mark, self._marked(parameter)
+        in_place = now[2] != then[2] or now[3] == then[3]  # a model that moves to another device keeps its values
+        return self._parameter() is parameter and now[:2] == then[:2] and in_place
 
 
-@torch.no_grad()
-def _observed(calls: list[Call], deltas: list[Tensor]) -> tuple[dict[str, Tensor], torch.dtype | None]:
-    """max|delta|, and the fraction of the entries with delta != 0 in which x + delta == x, also in the dtype in which
-    the next layer has x, where that is another; and the dtype."""
-    if not deltas:
-        return {}, None
-    moved = torch.stack([(delta != 0).sum() for delta in deltas]).sum().clamp(min=1)
-
-    def lost(dtypes: list[torch.dtype]) -> Tensor:
-        same = []
-        for call, delta, dtype in zip(calls, deltas, dtypes, strict=True):
-            x = call.x.to(dtype)
-            same.append(((delta != 0) & (shift(x, delta) == x)).sum())
-        return torch.stack(same).sum() / moved
-
-    own, next_layer = [call.x.dtype for call in calls], [call.dtype for call in calls]
-    observed = {"vanished": lost(own), "max_delta": torch.stack([delta.abs().max() for delta in deltas]).max()}
-    if own != next_layer:
-        observed["vanished in the next layer"] = lost(next_layer)
-    return observed, next_layer[0]
-
-
-@contextmanager
-def _frozen_weights(parameters: Iterable[nn.Parameter], sharded: list[Any]) -> Iterator[None]:
-    """No graph is built for the weights, nor are the activations kept that it would need."""
-    weights = [parameter for parameter in parameters if parameter.requires_grad]
-    _reshard(sharded)  # whole weights that are kept have the flag that their shards had when they were gathered
-    try:
-        for weight in weights:
-            weight.requires_grad_(False)
-        yield
-    finally:
-        _reshard(sharded)
-        for weight in weights:
-            weight.requires_grad_(True)
-
-
-def _reshard(sharded: list[Any]) -> None:
-    """The parameters of the sharded modules are the shards, and the next pass gathers them anew.
-
-    fully_shard's root (others too, with reshard_after_forward=False) keeps whole weights from a forward to its
-    backward, which would see nothing of a change in the shards.
-    """
-    for module in sharded:
-        module.reshard()
-
-
-def _fully_sharded(model: nn.Module) -> list[Any]:
-    fsdp = sys.modules.get("torch.distributed.fsdp")  # not to be imported for this alone
-    return [] if fsdp is None else [module for module in model.modules() if isinstance(module, fsdp.FSDPModule)]
-
-
-def _is_sharded(tensor: Tensor) -> bool:
-    return hasattr(tensor, "to_local")
-
-
-def _check_sharding(model: nn.Module, config: SMARTConfig, precision: Precision) -> None:
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    if fsdp is not None and any(isinstance(module, fsdp.FullyShardedDataParallel) for module in model.modules()):
-        raise ValueError(
-            "SMART: FullyShardedDataParallel (FSDP1) is not supported: its flat weights have neither names nor values "
-            "between two passes. Shard with torch.distributed.fsdp.fully_shard(model), FSDP2"
-        )
-    sharded = _fully_sharded(model)
-    if not sharded and any(map(_is_sharded, model.parameters())):
-        raise ValueError("SMART: of models with DTensor weights only those of fully_shard(model) are supported")
-    for module in sharded:
-        policy = module._get_fsdp_state()._mp_policy
-        half = next((dtype for dtype in (policy.param_dtype, policy.output_dtype) if dtype in _HALF), None)
-        if half is not None and precision == "float32":
-            raise ValueError(
-                f"SMART: fully_shard's mixed precision policy has {half}, in which all passes run, and R_s at a small "
-                "radius is far below its rounding. Leave param_dtype and output_dtype out of it and use "
-                "torch.autocast, beside which the passes of SMART run in float32; or say SMART(..., "
-                "precision='model') with a radius that this precision can hold"
-            )
-    if sharded and config.non_finite != "raise":
-        raise ValueError(
-            "SMART: non_finite='skip' cannot work with fully_shard: a process that skips its penalty gathers less in "
-            "the backward pass than the others, which then wait for ever. Use non_finite='raise'"
-        )
+def _virtual_tokens(model: Any) -> int:
+    """How many tokens PEFT's prompt tuning puts in front of a batch."""
+    settings = getattr(model, "peft_config", None)
+    active = settings.get(getattr(model, "active_adapter", None)) if isinstance(settings, dict) else None
+    in_front = str(getattr(active, "peft_type", "")).rpartition(".")[2] in (
+        "PROMPT_TUNING",
+        "P_TUNING",
+        "MULTITASK_PROMPT_TUNING",
+    )
+    return int(getattr(active, "num_virtual_tokens", 0) or 0) if in_front else 0
 
 
 def _is_distributed() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-def _in_half(model: nn.Module, theta: Mapping[str, Tensor]) -> bool:
-    """Whether anything in the model computes in half precision, as far as can be seen from outside."""
-    autocast = torch.is_autocast_enabled(_device(model).type) or "_original_forward" in vars(model)
-    return autocast or any(map(_is_half, theta.values()))
-
-
-def _is_half(tensor: Any) -> bool:
-    return isinstance(tensor, Tensor) and tensor.dtype in _HALF
-
-
-def _of_no_graph(value: Any) -> Any:
-    if isinstance(value, Tensor) and value.grad_fn is not None:
-        raise ValueError(
-            "SMART: with lean=True the model's arguments must not come from a graph, which the perturbed pass would go "
-            f"through once more when it is spent: one of shape {tuple(value.shape)} does. Make SMART of the whole "
-            "model, or say lean=False"
-        )
-    return value
-
-
-def _widened(value: Any) -> Any:
-    return value.to(torch.float32) if _is_half(value) else value
-
-
-def _chosen(output: Any, outputs: Outputs | None) -> list[Any]:
-    if callable(outputs):
-        found = outputs(output)
-        return [found] if isinstance(found, Tensor) else list(found)
-    if isinstance(output, Tensor):
-        if outputs is not None:
-            raise ValueError(f"SMART: the model returns one tensor; outputs={outputs!r} chooses nothing in it")
-        return [output]
-    if isinstance(output, Mapping):
-        fields = dict(output)
-    elif isinstance(output, Sequence):
-        names = getattr(output, "_fields", ())  # of a named tuple, whose places count too
-        fields = dict(enumerate(output)) if isinstance(outputs, int) or not names else output._asdict()  # type: ignore[attr-defined]
-    else:
-        fields = vars(output) if hasattr(output, "__dict__") else {}
-    if outputs is not None:
-        keys = [outputs] if isinstance(outputs, (str, int)) else list(outputs)
-        missing = [key for key in keys if key not in fields]
-        if missing:
-            raise ValueError(f"SMART: the model's output has no {missing[0]!r}; it has {list(fields)}")
-        return [fields[key] for key in keys]
-    for names in (["logits"], ["start_logits", "end_logits"]):
-        if all(isinstance(fields.get(name), Tensor) for name in names):
-            return [fields[name] for name in names]
-    found = [z for z in fields.values() if isinstance(z, Tensor) and z.is_floating_point() and z.ndim > 0]
-    if len(found) == 1:
-        return found
-    raise ValueError(
-        f"SMART: cannot tell which of the model's outputs {list(fields)} ({type(output).__name__}) to compare: say "
-        "outputs='logits', outputs=1, a list of them, or a function from the model's output to the tensor"
-    )
-
-
-def _copied(value: Any, convert: Callable[[Any], Any] | None = None) -> Any:
-    """New containers around the same tensors, or around what `convert` makes of them."""
-    if type(value) in (list, tuple):
-        return type(value)(_copied(item, convert) for item in value)
-    if isinstance(value, MutableMapping):
-        new = copy.copy(value)
-        for key in list(new):
-            new[key] = _copied(new[key], convert)
-        return new
-    return value if convert is None else convert(value)
 
 
 def _array(tensor: Tensor) -> Any:
@@ -1052,15 +1085,6 @@ def _total(terms: Any) -> Tensor:
     return torch.stack(list(terms)).sum()
 
 
-def _device(model: nn.Module) -> torch.device:
-    return next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
-
-
-def _is_compiled(model: nn.Module) -> bool:
-    """Whether torch.compile or .compile() was called on it or on a module inside."""
-    return any(hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in model.modules())
-
-
 def _frames_compiled() -> int:
     """How often torch.compile has compiled something in this process."""
     dynamo = sys.modules.get("torch._dynamo.utils")  # not to be imported for this alone
@@ -1068,4 +1092,4 @@ def _frames_compiled() -> int:
 
 
 def _zero(model: nn.Module) -> Tensor:
-    return torch.zeros((), device=_device(model))
+    return torch.zeros((), device=device_of(model))

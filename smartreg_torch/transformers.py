@@ -23,7 +23,9 @@ except ImportError as error:
     ) from error
 
 from smartreg.config import SMARTConfig, SMARTWarning
-from smartreg_torch.smart import SMART, _Report, _State
+from smartreg_torch.replay import State
+from smartreg_torch.report import Report
+from smartreg_torch.smart import SMART
 
 __all__ = ["SMARTMixin", "SMARTTrainer"]
 
@@ -267,7 +269,7 @@ class _Window:
 
     def __init__(self, sums: dict[str, float] | None = None) -> None:
         self._sums = dict.fromkeys(self._NAMES, 0.0) if sums is None else sums
-        self._reports: list[tuple[_Report, float]] = []  # to be read together: nobody waits for a GPU in a step
+        self._reports: list[tuple[Report, float]] = []  # to be read together: nobody waits for a GPU in a step
 
     def add(self, smart: SMART, share: float) -> None:
         """What SMART found in a batch that is this share of its optimiser step."""
@@ -318,7 +320,7 @@ def _check_scaling(
     if times == 1:
         return
     model: Any = trainer.model
-    state, losses = _State(model, dict(model.named_parameters())), []
+    state, losses = State(model, dict(model.named_parameters())), []
     for items in (num_items, 2 * num_items):
         with torch.no_grad(), state.replayed():
             losses.append(float(compute_loss(model, dict(inputs), num_items_in_batch=items)))

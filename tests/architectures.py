@@ -311,7 +311,6 @@ ARCHITECTURES = {
     "SegFormer, segmentation": Architecture(
         maker("Segformer", "ForSemanticSegmentation", **SEGFORMER),
         lambda: {"pixel_values": torch.randn(N, 3, 16, 16), "labels": torch.randint(3, (N, 16, 16))},
-        "outputs=lambda output: output.logits.movedim(1, -1)",
     ),
     "CLIP": Architecture(
         clip,

@@ -418,9 +418,9 @@ Each of these ends with the message below it.
 
 {refused}
 
-What SMART cannot see, in a model of one's own: time on the first axis of the site and of the outputs, and classes on
-another axis than the last, such as (n, C, tokens). For the second, say
-`outputs=lambda output: output.movedim(1, -1)`. What the Trainer refuses is in [trainer.md](trainer.md).
+What SMART cannot see, in a model of one's own: time on the first axis of the site and of the outputs. Classes on axis
+1, (n, C, tokens), are found by the shape of x, the mask, the labels or the config; if these say nothing, SMART asks for
+`class_axis=`. What the Trainer refuses is in [trainer.md](trainer.md).
 """
 
 

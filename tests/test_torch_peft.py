@@ -176,8 +176,8 @@ def test_adapters_after_smart_are_refused():
     moved = bert()
     smart = SMART(moved, CONFIG.replace(mu=0))
     adapted(moved, ADAPTERS["the embedding in modules_to_save"])
-    with pytest.raises(ValueError, match=r"was not run by the model's forward.*after adapters are added"):
-        smart(**text())
+    smart(**text())  # the hook follows the embedding into PEFT's wrapper
+    assert smart.metrics["R_s"] > 0
 
 
 def test_merging_after_smart_is_refused():

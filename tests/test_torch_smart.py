@@ -2,6 +2,7 @@
 
 import copy
 import io
+import itertools
 import random
 import warnings
 from typing import NamedTuple
@@ -89,10 +90,12 @@ def make_batches(count):
 def test_a_step_takes_no_more_passes_than_the_table_says(ids, config, passes):
     model = Model()
     smart = SMART(model, config)
-    count = []
-    model.register_forward_hook(lambda *_: count.append(1))
+    passed = itertools.count()  # a list would be put back after each pass
+    model.register_forward_hook(lambda *_: (next(passed), None)[1])
+    smart(ids)  # the first step has one more, to see that the passes are alike
+    before = next(passed)
     smart(ids)
-    assert len(count) == passes
+    assert next(passed) - before - 1 == passes
 
 
 def test_eval_mode_and_no_grad_are_the_models_own_call(ids):
@@ -298,12 +301,11 @@ def test_all_random_streams_are_replayed(ids):
 
 
 def test_a_pass_that_breaks_off_leaves_the_random_streams_as_the_clean_pass_did(ids):
-    class Fails(Model):
-        calls = 0
+    calls = iter([False, False, True])
 
+    class Fails(Model):
         def forward(self, ids):
-            self.calls += 1
-            if self.calls == 2:
+            if next(calls):
                 raise ZeroDivisionError
             return super().forward(ids) * (1 + random.random()) * (1 + np.random.rand())
 
@@ -318,7 +320,6 @@ def test_a_pass_that_breaks_off_leaves_the_random_streams_as_the_clean_pass_did(
 
     model = Fails()
     expected = after(lambda: model(ids))
-    model.calls = 0
     assert after(broken) == expected
 
 
@@ -387,10 +388,13 @@ def test_autocast_does_not_give_the_teacher_the_students_weights(ids):
 
 def test_the_ascent_builds_no_graph_for_the_weights(ids):
     model = Model()
-    seen = []
-    model.register_forward_hook(lambda *_: seen.append(model.head.weight.requires_grad))
-    SMART(model, R_S.replace(ascent_steps=2))(ids)
-    assert seen == [True, False, False, True]
+    seen, smart = io.StringIO(), SMART(model, R_S.replace(ascent_steps=2))
+    smart(ids)
+    model.register_forward_hook(
+        lambda *_: seen.write("weights " if model.head.weight.requires_grad else "frozen ") and None
+    )
+    smart(ids)
+    assert seen.getvalue() == "weights frozen frozen weights "
 
 
 def test_the_paper_start_and_the_seed_make_a_run_reproducible():
@@ -466,7 +470,7 @@ def test_hugging_faces_problem_type_chooses_the_divergence(problem, labels, star
 
 def test_regression_on_plain_tensors(ids):
     model = Model(lambda z: z.squeeze(-1), outputs=1)
-    with pytest.raises(ValueError, match=r"output of shape \(6, 1\) has one value an example.*squared_error"):
+    with pytest.raises(ValueError, match=r"output of shape \(6,\) has one value an example.*squared_error"):
         SMART(model, R_S)(ids)
     smart = SMART(model, R_S, divergence="squared_error")
     _, penalty = smart(ids)
@@ -500,7 +504,7 @@ def test_outputs_with_a_position_axis_leave_padding_out():
         (lambda z: {"a": z}, {"outputs": "logits"}, ValueError, r"output has no 'logits'; it has \['a'\]"),
         (lambda z: z, {"outputs": "logits"}, ValueError, r"returns one tensor; outputs='logits' chooses nothing"),
         (lambda z: z.argmax(-1), {}, TypeError, r"floating-point tensors \(n, ..., C\), got torch.int64"),
-        (lambda z: {"loss": z.mean()}, {"outputs": "loss"}, TypeError, r"got torch.float32 of shape \(\)"),
+        (lambda z: {"loss": z.mean()}, {"outputs": "loss"}, TypeError, r"one number, most likely its loss.*outputs=1"),
         (lambda z: z[:4], {}, ValueError, r"first axis must be the batch: the site gave 6 rows and the outputs have 4"),
         (lambda z: z, {"divergence": "kl"}, ValueError, r"divergence must be one of symmetric_kl, .* got 'kl'"),
         (
@@ -651,19 +655,19 @@ class Odd(nn.Module):
 
     def __init__(self, kind):
         super().__init__()
-        self.kind, self.calls = kind, 0
+        self.kind, self.passed = kind, itertools.count()
         self.embedding, self.unused, self.head = nn.Embedding(11, 4), nn.Embedding(11, 4), nn.Linear(4, 3)
         self.lookup = nn.Identity()
 
     def forward(self, ids):
-        self.calls += 1
-        if self.kind == "shape" and self.calls > 1:
+        later = next(self.passed) > 0
+        if self.kind == "shape" and later:
             ids = ids[:, :2]
         x = self.embedding(ids)
-        if self.kind == "more" and self.calls > 1:
+        if self.kind == "more" and later:
             x = x + self.embedding(ids)
         if self.kind == "fewer":
-            x = x + self.embedding(ids) if self.calls == 1 else x
+            x = x + x if later else self.embedding(ids)
         self.lookup((ids, x) if self.kind == "tuple" else ids)
         return self.head(x.mean(1))
 
@@ -779,7 +783,7 @@ def test_hugging_face_gradient_checkpointing():
     model.activation_checkpointing_enable()
     smart = SMART(model, BOTH)
     output, penalty = smart(**text())
-    (output.logits.sum() + penalty).backward()
+    (output.logits.logsumexp(-1).sum() - output.logits[:, 0].sum() + penalty).backward()
     assert smart.metrics["R_s"] > 0
 
 
@@ -794,29 +798,27 @@ def assert_untouched(model):
     assert all(m.track_running_stats for m in model.modules() if isinstance(m, nn.BatchNorm1d))
 
 
-@pytest.mark.parametrize("failing", [1, 2, 3, 4])
+@pytest.mark.parametrize("failing", [1, 2, 3, 4, 5])
 def test_a_model_that_raises_in_any_pass_leaves_nothing_behind(ids, failing):
-    class Fails(Model):
-        calls = 0
+    passed = itertools.count(1)
 
+    class Fails(Model):
         def forward(self, ids):
-            self.calls += 1
             z = super().forward(ids)
-            if self.calls == failing:
+            if next(passed) == failing:
                 raise ZeroDivisionError("the user's own error")
             return z
 
     model = Fails()
     smart = SMART(model, BOTH)
     twin = copy.deepcopy(model)
-    twin.calls = 99
     weights = [parameter.data_ptr() for parameter in model.parameters()]
     torch.manual_seed(1)
     with pytest.raises(ZeroDivisionError, match="the user's own error"):
         smart(ids)
     after = torch.get_rng_state()
     torch.manual_seed(1)
-    twin(ids)
+    twin(ids)  # a later pass, which does not fail
     assert torch.equal(after, torch.get_rng_state())
     assert [parameter.data_ptr() for parameter in model.parameters()] == weights
     assert all(torch.equal(a, b) for a, b in zip(model.buffers(), twin.buffers(), strict=True))
@@ -865,11 +867,13 @@ def test_vanishing_perturbations_warn_once(ids):
 def test_forgetting_update_warns(ids):
     model = nn.Sequential(nn.Embedding(11, 2), nn.Flatten(), nn.Linear(10, 2))
     smart = SMART(model, papers(lambda_s=0, total_steps=9))
-    for _ in range(199):
+    for _ in range(256):  # batches that are accumulated: the weights stay
         smart(ids)
     smart.update()
     for _ in range(199):
         smart(ids)
+        with torch.no_grad():
+            model[2].bias.add_(0.1)
     with pytest.warns(SMARTWarning, match=r"200 batches without smart.update\(\)"):
         smart(ids)
 

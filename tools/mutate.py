@@ -376,7 +376,7 @@ TORCH = [
         ),
         (
             "the student's weights in the teacher's pass",
-            "torch.no_grad(), self._averaged(theta, copied)",
+            "torch.no_grad(), self._averaged(theta, copied, teacher)",
             "torch.no_grad()",
             TEACHER,
         ),
@@ -511,8 +511,8 @@ TORCH = [
         ),
         (
             "attention_mask is not read",
-            'self._mask or "attention_mask"',
-            'self._mask or "no_mask"',
+            'arguments.get("attention_mask")',
+            'arguments.get("no_mask")',
             SMART + "arguments_may_be_positional",
         ),
         (
@@ -535,13 +535,13 @@ TORCH = [
         ),
         (
             "the noise generator is not restored",
-            'self._generator.set_state(state["generator"].cpu())',
+            'generator.set_state(state["generator"].cpu())',
             "pass",
             SMART + "a_resumed_run_equals_the_unbroken_one_bit_for_bit[gaussian]",
         ),
         (
             "what fully_shard gathered of theta~ stays",
-            "_reshard(self._sharded)  # what was gathered inside was of theta~",
+            "reshard(self._sharded)  # what was gathered inside was of theta~",
             "pass",
             "test_torch_distributed.py::test_fully_shard",
         ),
@@ -553,7 +553,7 @@ TORCH = [
         ),
         (
             "theta~ is not restored",
-            'local(average).copy_(local(state["teacher"][name]))',
+            "local(average).copy_(local(saved[name]))",
             "pass",
             SMART + "a_resumed_run_equals_the_unbroken_one_bit_for_bit[gaussian]",
         ),
@@ -577,8 +577,8 @@ TORCH = [
         ),
         (
             "padding and tokens swapped",
-            "padding = args[0] != index",
-            "padding = args[0] == index",
+            "padding = ids != index",
+            "padding = ids == index",
             SMART + "mask_may_be_a_function_or_a_name_or_padding_idx",
         ),
         (

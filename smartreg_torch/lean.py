@@ -1,0 +1,68 @@
+"""R_s with one graph at a time: the backward of the perturbed pass is put off until the clean graph is freed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Afterwards:
+    """A scalar 0 for the loss. Its backward computes the deferred term and back-propagates it.
+
+    Of the nodes that are ready autograd takes the one made last. This one is made before the clean pass, so it waits
+    until the clean graph is freed: there is never more than one graph. It has an edge to the smallest weight alone,
+    whose clean gradient waits for it. Those of the others go to their .grad, so there is one set of gradients.
+    """
+
+    def __init__(self, weights: Sequence[Tensor]) -> None:
+        if any(weight._backward_hooks or weight._post_accumulate_grad_hooks for weight in weights):
+            raise RuntimeError(
+                "SMART: with lean=True the gradient of a weight comes in two parts, one after the other, and its hooks "
+                "would see each of them alone. Take the hooks off, or say lean=False"
+            )
+        self._terms: list[Callable[[], Tensor]] = []
+        smallest = min(weights, key=torch.Tensor.numel)
+        self.zero: Tensor = _PutOff.apply(self._terms, smallest)  # type: ignore[no-untyped-call]
+
+    def backward_of(self, term: Callable[[], Tensor]) -> None:
+        """Defer this term."""
+        self._terms.append(term)
+
+
+class _PutOff(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, terms: list[Callable[[], Tensor]], weight: Tensor) -> Tensor:
+        ctx.terms = terms
+        return weight.new_zeros((), dtype=torch.promote_types(weight.dtype, torch.float32))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:
+        if not ctx.terms:
+            raise RuntimeError("SMART: backward() a second time over one step with lean=True, whose graph is spent")
+        with torch.enable_grad():
+            while ctx.terms:  # and nothing of the step is kept any longer
+                term = ctx.terms.pop()()
+                term.backward(gradient.to(term))
+        return None, None
+
+
+def check_backward(gradient: Tensor) -> None:
+    """Raise RuntimeError if this is another backward than loss.backward()."""
+    if not torch.autograd._is_checkpoint_valid():  # type: ignore[no-untyped-call]
+        raise RuntimeError(
+            "SMART: lean=True adds to the .grad of the weights, so it needs loss.backward(). With torch.autograd.grad "
+            "or backward(inputs=...) use lean=False"
+        )
+
+
+def check_no_graph(value: Tensor) -> None:
+    """Raise ValueError if the tensor comes from a graph."""
+    if value.grad_fn is not None:
+        raise ValueError(
+            "SMART: with lean=True the model's arguments must not come from a graph, which the perturbed pass would go "
+            f"through once more when it is spent: one of shape {tuple(value.shape)} does. Make SMART of the whole "
+            "model, or say lean=False"
+        )

@@ -1,0 +1,379 @@
+"""Which of a model's outputs are compared, by which l_s, where their classes are, and which positions count."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from smartreg_torch.perturbation import output_mask
+
+Outputs = str | int | Sequence[str | int] | Callable[[Any], Tensor | Sequence[Tensor]]
+
+# What Hugging Face calls the loss that goes with the outputs, and the l_s that goes with that.
+_PROBLEM_TYPES = {
+    "single_label_classification": "symmetric_kl",
+    "multi_label_classification": "bernoulli_symmetric_kl",
+    "regression": "squared_error",
+}
+_SPANS = ("start_logits", "end_logits")  # a softmax over the positions
+# Masks by other names than attention_mask: what is true there is for the user to say.
+_MASKS = ("padding_mask", "pad_mask", "mask", "input_mask", "token_mask")
+
+
+class Head(NamedTuple):
+    """How one output is compared.
+
+    Attributes:
+        name: what the model calls it.
+        divergence: the name of l_s.
+        axis: where its classes, labels or values are; None where each entry is one output of its own.
+        why_divergence, why_axis: what said so.
+    """
+
+    name: str
+    divergence: str
+    axis: int | None
+    why_divergence: str
+    why_axis: str
+
+    @property
+    def is_guess(self) -> bool:
+        """Whether nothing said what l_s is."""
+        return self.why_divergence == DEFAULT
+
+    def arranged(self, z: Tensor) -> Tensor:
+        """The output as (n, ..., C)."""
+        if self.axis is None:
+            return z.unsqueeze(-1)
+        return z if self.axis in (-1, z.ndim - 1) else z.movedim(self.axis, -1)
+
+
+DEFAULT = "the default"
+
+
+class Evidence(NamedTuple):
+    """What says how the outputs are to be read.
+
+    Attributes:
+        config: the model's own, or None.
+        labels: the argument of that name, where the model was given one.
+        masks: of the positions of x, (n, tokens).
+        xs: shapes of the site's outputs.
+        at_input: whether the site is the model's own argument, an image or a signal, say.
+    """
+
+    config: Any
+    labels: Any
+    masks: Sequence[Tensor | None]
+    xs: Sequence[torch.Size]
+    at_input: bool
+
+    def positions(self) -> list[tuple[str, tuple[int, ...]]]:
+        """The shapes that an output's positions may have, and what says so."""
+        found = []
+        if isinstance(self.labels, Tensor) and not self.labels.is_floating_point() and self.labels.ndim > 1:
+            found.append(("the labels' shape", tuple(self.labels.shape[1:])))
+        found += [("the mask's shape", tuple(mask.shape[1:])) for mask in self.masks if mask is not None]
+        for x in self.xs:
+            if len(x) > 2:
+                found.append(("the shape of x", tuple(x[1:-1])))
+            if len(x) > 3 or (len(x) == 3 and self.at_input):  # the channels may be on axis 1
+                found.append(("the shape of x", tuple(x[2:])))
+        return found
+
+    def counts(self) -> list[tuple[str, int]]:
+        """The numbers of classes that the model's config has."""
+        names = ("num_labels", "vocab_size")
+        text = getattr(self.config, "text_config", None)  # of a vision-language model
+        found = [(f"config.{name}", getattr(self.config, name, None)) for name in names]
+        found.append(("config.text_config.vocab_size", getattr(text, "vocab_size", None)))
+        return [(name, count) for name, count in found if isinstance(count, int) and count > 1]
+
+
+def chosen(output: Any, outputs: Outputs | None) -> dict[str, Any]:
+    """The outputs that are compared, by name, as the model gives them.
+
+    Raises:
+        ValueError: `outputs` names none of them, or it is not clear which is meant.
+
+    Example:
+        >>> list(chosen({"logits": torch.zeros(1, 2), "hidden": torch.zeros(1, 9)}, None))
+        ['logits']
+    """
+    if callable(outputs):
+        found = outputs(output)
+        return {"outputs=": found} if isinstance(found, Tensor) else _numbered("outputs=", found)
+    if isinstance(output, Tensor):
+        if outputs is not None:
+            raise ValueError(f"SMART: the model returns one tensor; outputs={outputs!r} chooses nothing in it")
+        return {"the model's output": output}
+    fields: dict[Any, Any]
+    if isinstance(output, Mapping):
+        fields = dict(output)
+    elif isinstance(output, Sequence):
+        names = getattr(output, "_fields", ())  # of a named tuple, whose places count too
+        fields = dict(enumerate(output)) if isinstance(outputs, int) or not names else output._asdict()  # type: ignore[attr-defined]
+    else:
+        fields = vars(output) if hasattr(output, "__dict__") else {}
+    if outputs is not None:
+        keys = [outputs] if isinstance(outputs, (str, int)) else list(outputs)
+        missing = [key for key in keys if key not in fields]
+        if missing:
+            raise ValueError(f"SMART: the model's output has no {missing[0]!r}; it has {list(fields)}")
+        return {str(key): fields[key] for key in keys}
+    for wanted in (("logits",), _SPANS):
+        if all(isinstance(fields.get(name), Tensor) for name in wanted):
+            return {name: fields[name] for name in wanted}
+    if "logits" in fields and fields["logits"] is None:
+        raise ValueError(
+            "SMART: the model's output has logits=None: a fused loss computes none while training. Switch it off "
+            "(use_liger_kernel=False in Hugging Face and TRL), since SMART compares the logits"
+        )
+    several = {key: z for key, z in fields.items() if isinstance(z, Tensor) and z.is_floating_point() and z.ndim > 0}
+    if len(several) == 1:
+        return {str(key): z for key, z in several.items()}
+    raise ValueError(
+        f"SMART: cannot tell which of the model's outputs {list(fields)} ({type(output).__name__}) to compare: say "
+        "outputs='logits', outputs=1, a list of them, or a function from the model's output to the tensor"
+    )
+
+
+def _numbered(name: str, found: Sequence[Any]) -> dict[str, Any]:
+    return {f"{name}[{i}]": z for i, z in enumerate(found)}
+
+
+def check_output(z: Any, n: int | None) -> None:
+    """Raise TypeError or ValueError where an output is no float tensor (n, ..., C)."""
+    if isinstance(z, Tensor) and z.is_floating_point() and z.ndim == 0:
+        raise TypeError(
+            "SMART: the model's output is one number, most likely its loss. SMART compares what the loss compares: let "
+            "forward return the logits too, (loss, logits), and say outputs=1; or make SMART of the model inside"
+        )
+    if not (isinstance(z, Tensor) and z.is_floating_point()):
+        got = f"{z.dtype} of shape {tuple(z.shape)}" if isinstance(z, Tensor) else type(z).__name__
+        raise TypeError(f"SMART: outputs must be floating-point tensors (n, ..., C), got {got}; see outputs=")
+    if n is not None and len(z) != n:
+        raise ValueError(
+            f"SMART: the first axis must be the batch: the site gave {n} rows and the outputs have {len(z)}. "
+            "Models that work time-major, or fold several choices into the batch, are not supported"
+        )
+    if len(z) == 0:
+        raise ValueError(f"SMART: the batch is empty: the outputs have the shape {tuple(z.shape)}")
+
+
+def find_heads(
+    outputs: Mapping[str, Tensor],
+    evidence: Evidence,
+    divergence: str | Sequence[str] | None = None,
+    class_axis: int | None = None,
+    before: Sequence[Head] = (),
+) -> list[Head]:
+    """How each output is compared: what the user said, else the model's config, labels and shapes.
+
+    Args:
+        outputs: by name, as the model gives them.
+        divergence, class_axis: what the user said, if anything.
+        before: the heads of the step before; what was clear then stays where this batch's shapes fit several readings.
+
+    Raises:
+        ValueError: nothing says where the classes are or what l_s is; the message says what to give.
+
+    Example:
+        >>> nothing = Evidence(None, None, [], [torch.Size([2, 7, 4])], False)
+        >>> find_heads({"logits": torch.zeros(2, 3, 7)}, nothing)[0].axis
+        1
+    """
+    if divergence is None or isinstance(divergence, str):
+        said: list[str | None] = [divergence] * len(outputs)
+    else:
+        said = list(divergence)
+        if len(said) != len(outputs):
+            raise ValueError(f"SMART: divergence= names {len(said)}, but there are {len(outputs)} outputs")
+    heads = []
+    for i, ((name, z), asked) in enumerate(zip(outputs.items(), said, strict=True)):
+        l_s, why = (asked, "divergence=") if asked is not None else _divergence(name, z, evidence)
+        axis, why_axis = (class_axis, "class_axis=") if class_axis is not None else (None, "")
+        if class_axis is not None and not -z.ndim <= class_axis < z.ndim:
+            raise ValueError(f"SMART: class_axis={class_axis}, but an output has the shape {tuple(z.shape)}")
+        if class_axis is None:
+            axis, why_axis = _axis(name, z, l_s, why, evidence, before[i] if len(before) == len(outputs) else None)
+        head = Head(name, l_s, axis, why, why_axis)
+        if l_s == "symmetric_kl" and head.arranged(z).shape[-1] == 1:
+            raise ValueError(
+                f"SMART: an output of shape {tuple(z.shape)} has one value an example, of which symmetric_kl is "
+                "always 0. Say divergence='squared_error' (regression) or 'bernoulli_symmetric_kl' (one logit)."
+            )
+        heads.append(head)
+    return heads
+
+
+def _divergence(name: str, z: Tensor, evidence: Evidence) -> tuple[str, str]:
+    config, labels = evidence.config, evidence.labels
+    problem = getattr(config, "problem_type", None)
+    if problem in _PROBLEM_TYPES:
+        return _PROBLEM_TYPES[problem], f"config.problem_type is {problem!r}"
+    if getattr(config, "num_labels", None) == 1:
+        return "squared_error", "config.num_labels is 1"
+    if name == "predicted_depth":
+        return "squared_error", "its name"
+    whole = isinstance(labels, Tensor) and not labels.is_floating_point()
+    if whole and name not in _SPANS and z.ndim == 2 and labels.shape == z.shape:
+        return "bernoulli_symmetric_kl", "the labels, one for each output"
+    return "symmetric_kl", DEFAULT
+
+
+def _axis(
+    name: str, z: Tensor, l_s: str, why_l_s: str, evidence: Evidence, before: Head | None
+) -> tuple[int | None, str]:
+    if z.ndim == 1:
+        return None, "one value an example"
+    if name in _SPANS:
+        return -1, "its name: a softmax over the positions"
+    shape = tuple(z.shape)
+    each = [why for why, positions in evidence.positions() if shape[1:] == positions]
+    counted = [why for why, count in evidence.counts() if shape[-1] == count]
+    if name == "predicted_depth":
+        return None, "its name"
+    if z.ndim == 2:
+        masked = "the mask's shape" in each
+        known = bool(evidence.counts()) and not counted  # and the config counts other classes than there are outputs
+        if l_s == "symmetric_kl" and why_l_s == DEFAULT and masked and known:
+            raise ValueError(
+                f"SMART: an output of shape {shape} has one value a position, by the mask. Say what it is, a logit, a "
+                "value, or a softmax over positions: divergence='bernoulli_symmetric_kl', 'squared_error' or "
+                "'symmetric_kl'"
+            )
+        if l_s == "symmetric_kl" or counted or not each or (evidence.at_input and not masked):
+            return -1, counted[0] if counted else "the only axis"
+        return None, f"one value a position, by {each[0]}"
+
+    readings: dict[int | None, tuple[int, ...]] = {-1: shape[1:-1], 1: shape[2:]}
+    if l_s != "symmetric_kl":
+        readings[None] = shape[1:]
+    firsts = [why for why, count in evidence.counts() if shape[1] == count]
+    if bool(counted) != bool(firsts):
+        return (-1, counted[0]) if counted else (1, firsts[0])
+    for why, positions in evidence.positions():
+        fitting = [axis for axis, found in readings.items() if found == positions]
+        if len(fitting) == 1:
+            return fitting[0], why
+    if before is not None:
+        return before.axis, before.why_axis
+    if l_s == "squared_error":
+        return -1, "the last axis: nothing says otherwise"
+    if hasattr(evidence.config, "model_type") and z.ndim == 3:
+        return -1, "Hugging Face's convention"
+    raise ValueError(
+        f"SMART: an output has the shape {shape}. Are its classes on the last axis, or on axis 1, as "
+        "nn.CrossEntropyLoss has them? Say class_axis=-1 or class_axis=1"
+    )
+
+
+def check_probabilities(z: Tensor, head: Head) -> None:
+    """Raise ValueError where an output (n, ..., C) holds probabilities and l_s takes logits. Reads the values."""
+    if head.divergence == "squared_error":
+        return
+    z = z.detach()
+    inside = bool(((z >= 0) & (z <= 1)).all())
+    if not inside:
+        return
+    if head.divergence == "symmetric_kl" and bool(((z.sum(-1) - 1).abs() < 1e-2).all()):
+        what, mend = (
+            "are probabilities: they sum to 1",
+            "the logits instead, or compare their logarithms: outputs=torch.log",
+        )
+    elif z.numel() >= 32:  # so many logits are never all between 0 and 1
+        what, mend = "are probabilities: all are between 0 and 1", "the logits instead, or say outputs=torch.logit"
+    else:
+        return
+    raise ValueError(
+        f"SMART: the outputs ({head.name}) {what}, and {head.divergence} takes logits. Let forward return {mend} (a "
+        "function of the model's output)"
+    )
+
+
+def find_mask(arguments: Mapping[str, Any], xs: Sequence[torch.Size]) -> tuple[str, Tensor | None]:
+    """Which positions are real, by the model's own arguments, and the argument that says so; None where none does.
+
+    `attention_mask` is true at real positions, or, if it is to be added to scores, 0 there and negative elsewhere.
+    PyTorch's `*key_padding_mask` is true at padding.
+
+    Raises:
+        ValueError: a mask of another name, of which nothing says what is true there.
+    """
+    given = arguments.get("attention_mask")
+    if isinstance(given, Tensor):
+        return "attention_mask", _real(given)
+    for name, value in arguments.items():
+        if not isinstance(value, Tensor):
+            continue
+        if name.endswith("key_padding_mask"):
+            return f"{name}, true at padding", value == 0
+        if name in _MASKS and any(len(x) > 2 and value.shape == x[:-1] for x in xs):
+            raise ValueError(
+                f"SMART: the model was given {name!r}, (n, tokens). Is it true at padding, or at real tokens? Say "
+                f"mask={name!r} if it is true at real tokens, else mask=, a function of the model's arguments that "
+                "gives the tensor which is"
+            )
+    return "none", None
+
+
+def _real(mask: Tensor) -> Tensor:
+    if mask.ndim == 4 and mask.shape[1] == mask.shape[2] == 1:  # for the scores, (n, heads, tokens, tokens)
+        mask = mask[:, 0, 0]
+    if not mask.is_floating_point():
+        return mask
+    additive = (mask <= 0).all()
+    return torch.where(additive, mask == 0, mask != 0)
+
+
+def check_real(mask: Tensor, name: str) -> None:
+    """Raise ValueError where a mask seems to be true at padding. Reads the values."""
+    if mask.ndim != 2:
+        return
+    real = mask != 0
+    if bool((~real.any(1)).any()) and not bool(real.all(1).any()):
+        raise ValueError(
+            f"SMART: {name} leaves a row without a real token, and none without padding: it seems to be true at "
+            f"padding. Give it the other way round, or say mask=lambda *args, **kwargs: ~kwargs[{name!r}]"
+        )
+
+
+def positions(z: Tensor, masks: Sequence[Tensor | None], virtual: int = 0) -> Tensor | None:
+    """The mask that has the positions of an output (n, ..., C), or None. `virtual` more of them may be in front."""
+    found = output_mask(z, masks)
+    if found is None and virtual and z.ndim == 3:
+        for mask in masks:
+            if mask is not None and mask.ndim == 2 and mask.shape[1] + virtual == z.shape[1]:
+                return torch.nn.functional.pad(mask != 0, (virtual, 0), value=False)
+    return found
+
+
+def zero_sum_error(gradient: Tensor, z: Tensor, head: Head) -> str:
+    """Say why the loss's gradient at an output is not that of a softmax over its classes; "" where it may be.
+
+    sum_c dL/dz_c = 0 for every loss of softmax(z), since it does not change when all z_c move alike.
+    """
+    gradient = head.arranged(gradient.detach())
+    if not bool(gradient.isfinite().all()):
+        return ""
+    wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+    left = wide.sum(-1).flatten()  # of the task's loss alone: the penalty's gradient sums to 0
+    total, apart = float(wide.abs().sum()), float(left.abs().sum())
+    if wide.ndim == 2 and wide.shape[0] == wide.shape[1]:  # a contrastive loss of rows and columns
+        apart = min(apart, float(left.sum().abs()))
+    if len(left) < 3 or apart <= total * (0.01 if gradient.dtype.itemsize > 2 else 0.1):
+        return ""
+    # z.sum() and z.square().sum() stand for a loss in many a first try
+    for alike in (torch.ones_like(left), head.arranged(z).to(wide).sum(-1).flatten()):
+        if bool(torch.cosine_similarity(left, alike, 0).abs() > 0.99):
+            return ""
+    return (
+        f"SMART: the loss's gradient at the outputs ({head.name}) does not sum to 0 over axis {head.axis}, so they are "
+        "no logits of classes there, and symmetric_kl is not their divergence. Say divergence='bernoulli_symmetric_kl' "
+        "(several labels, BCE) or 'squared_error' (values), or where the classes are, class_axis=; if this is as you "
+        "want it, divergence='symmetric_kl'"
+    )

@@ -1,0 +1,625 @@
+"""Every pass over a batch is the same one: what a forward changes is put back, or SMART says that it cannot be."""
+
+import collections
+import copy
+import dataclasses
+import functools
+import itertools
+import random
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from paper_settings import papers
+from torch import nn
+
+from smartreg_torch import SMART, SMARTConfig, SMARTWarning
+
+BOTH = SMARTConfig(lambda_s=1.0, beta_early=0.9, beta_late=0.9)
+GLOBAL: list[torch.Tensor] = []
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def ids():
+    return torch.randint(20, (6, 5))
+
+
+class Plain(nn.Module):
+    """Mean of embeddings and a head; what the subclasses add is of no account for R_s."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.head = nn.Embedding(20, 8), nn.Linear(8, 3)
+
+    def features(self, ids):
+        return self.embedding(ids).tanh().mean(1)
+
+    def forward(self, ids):
+        return self.head(self.features(ids))
+
+
+def expected(ids, scale=1.0):
+    """R_s and the penalty's gradient of the model that keeps nothing, its logits times `scale`."""
+
+    class Scaled(Plain):
+        def forward(self, ids):
+            return super().forward(ids) * scale
+
+    return found(Scaled(), ids)
+
+
+def found(model, *inputs, steps=1, **settings):
+    smart = SMART(model, BOTH, **settings)
+    for _ in range(steps):
+        _, penalty = smart(*inputs)
+    assert smart.metrics["D_Breg"] == pytest.approx(0, abs=1e-13)
+    weights = [model.get_parameter(name) for name in ("embedding.weight", "head.weight")]
+    return smart.metrics["R_s"], torch.autograd.grad(penalty, weights, retain_graph=True)
+
+
+def same(a, b):
+    return a[0] == b[0] and all(torch.equal(x, y) for x, y in zip(a[1], b[1], strict=True))
+
+
+# what a module keeps
+
+
+class Counter(Plain):
+    calls = 0
+
+    def forward(self, ids):
+        self.calls += 1
+        return super().forward(ids) * self.calls
+
+
+class ClassCounter(Plain):
+    calls = 0
+
+    def forward(self, ids):
+        type(self).calls += 1
+        return super().forward(ids) * type(self).calls
+
+
+class InAList(Plain):
+    def __init__(self):
+        super().__init__()
+        self.kept = []
+
+    def forward(self, ids):
+        self.kept.append(ids)
+        return super().forward(ids) * len(self.kept)
+
+
+class InADict(Plain):
+    def __init__(self):
+        super().__init__()
+        self.kept = collections.Counter()
+
+    def forward(self, ids):
+        self.kept["calls"] += 1
+        return super().forward(ids) * self.kept["calls"]
+
+
+class InAnObject(Plain):
+    def __init__(self):
+        super().__init__()
+        self.kept = dataclasses.make_dataclass("Kept", [("calls", int), ("ids", collections.deque)], slots=True)(
+            0, collections.deque(maxlen=3)
+        )
+
+    def forward(self, ids):
+        self.kept.calls += 1
+        self.kept.ids.append(ids)
+        return super().forward(ids) * self.kept.calls * len(self.kept.ids)
+
+
+class InPlace(Plain):
+    """A tensor that is no buffer, written into."""
+
+    def __init__(self):
+        super().__init__()
+        self.kept = torch.zeros(())
+
+    def forward(self, ids):
+        self.kept += 1
+        return super().forward(ids) * self.kept
+
+
+class InATuple(Plain):
+    def __init__(self):
+        super().__init__()
+        self.kept = (torch.zeros(()), np.zeros(()))
+
+    def forward(self, ids):
+        self.kept[0].add_(1)
+        self.kept[1][()] += 1
+        return super().forward(ids) * self.kept[0] * float(self.kept[1])
+
+
+class InADefault(Plain):
+    def forward(self, ids, calls=[]):  # noqa: B006
+        calls.append(1)
+        return super().forward(ids) * len(calls)
+
+
+class Hidden(Plain):
+    """A module that model.modules() does not see, with statistics of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.hidden = [nn.BatchNorm1d(8)]
+
+    def forward(self, ids):
+        x = self.features(ids)
+        self.hidden[0](x)
+        return self.head(x) * self.hidden[0].num_batches_tracked
+
+
+@pytest.mark.parametrize(
+    "make", [Counter, ClassCounter, InAList, InADict, InAnObject, InPlace, InATuple, InADefault, Hidden]
+)
+def test_what_a_module_keeps_is_the_same_in_every_pass(ids, make):
+    model, plain = make(), make()
+    if make is not ClassCounter and make is not InADefault:  # which share what they keep
+        logits = plain(ids)
+        assert torch.equal(SMART(model, BOTH)(ids)[0], logits)
+        model = make()
+    assert same(found(model, ids), expected(ids))
+    assert SMART(model, BOTH)(ids)[0].shape == (6, 3)  # and the second batch is the second
+
+
+def test_a_counter_counts_the_batches(ids):
+    for make in (Counter, InPlace):
+        model = make()
+        smart = SMART(model, BOTH)
+        for _ in range(3):
+            smart(ids)
+        assert model.calls == 3 if make is Counter else model.kept == 3
+
+
+def test_a_hidden_state_is_carried_once_a_batch(ids):
+    class Stateful(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.embedding, self.rnn, self.head = nn.Embedding(20, 8), nn.GRU(8, 8, batch_first=True), nn.Linear(8, 3)
+            self.hidden = None
+
+        def forward(self, ids):
+            h, hidden = self.rnn(self.embedding(ids), self.hidden)
+            self.hidden = hidden.detach()
+            return self.head(h[:, -1])
+
+    model, plain = Stateful(), Stateful()
+    smart = SMART(model, BOTH)
+    for _ in range(3):
+        assert torch.equal(smart(ids)[0], plain(ids))
+        assert torch.equal(model.hidden, plain.hidden)
+        assert smart.metrics["D_Breg"] == pytest.approx(0, abs=1e-13)
+
+
+GENERATORS = {
+    "torch": (lambda: torch.Generator().manual_seed(0), lambda g: float(torch.rand((), generator=g))),
+    "NumPy": (lambda: np.random.default_rng(0), lambda g: g.random()),
+    "NumPy's old": (lambda: np.random.RandomState(0), lambda g: g.rand()),
+    "Python": (lambda: random.Random(0), lambda g: g.random()),
+}
+
+
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("kind", GENERATORS)
+def test_a_generator_of_ones_own_is_replayed(ids, kind, given):
+    make, draw = GENERATORS[kind]
+
+    class Draws(Plain):
+        generator = None if given else make()
+
+        def __init__(self):
+            super().__init__()
+            self.generator = make()
+
+        def forward(self, ids, generator=None):
+            return super().forward(ids) * draw(generator or self.generator)
+
+    model, twin = Draws(), make()
+    arguments = (ids, make()) if given else (ids,)
+    assert same(found(model, *arguments), expected(ids, draw(twin)))
+    assert draw(arguments[1] if given else model.generator) == draw(twin)  # it has moved once
+
+
+# what the forward is given
+
+
+class Batch:
+    def __init__(self, ids, x):
+        self.ids, self.x = ids, x
+
+
+def normalised(x):
+    return x.sub_(5).div_(3)
+
+
+def give_tensor(model, ids, x):
+    return model.both(ids, normalised(x))
+
+
+def give_dict(model, ids, batch):
+    batch["x"] = normalised(batch["x"])
+    batch["seen"] = True
+    return model.both(ids, batch.pop("x"))
+
+
+def give_list(model, ids, x):
+    x.append(normalised(x.pop()))
+    return model.both(ids, x[0])
+
+
+def give_object(model, ids, batch):
+    batch.x = normalised(batch.x)
+    batch.done = True
+    return model.both(ids, batch.x)
+
+
+def give_array(model, ids, x):
+    x -= 5
+    x /= 3
+    return model.both(ids, torch.from_numpy(x.copy()))
+
+
+WAYS = {
+    "a tensor": (give_tensor, lambda x: x),
+    "a dict": (give_dict, lambda x: {"x": x}),
+    "a list": (give_list, lambda x: [x]),
+    "an object": (give_object, lambda x: Batch(None, x)),
+    "an array": (give_array, lambda x: x.numpy()),
+}
+
+
+@pytest.mark.parametrize("lean", [False, True])
+@pytest.mark.parametrize("way", WAYS)
+def test_an_input_that_is_written_into(ids, way, lean):
+    forward, wrap = WAYS[way]
+
+    class Tabular(Plain):
+        def __init__(self, forward):
+            super().__init__()
+            self.way, self.columns = forward, nn.Linear(4, 8)
+
+        def both(self, ids, x):
+            return self.head(self.features(ids) + self.columns(x))
+
+        def forward(self, ids, x):
+            return self.way(self, ids, x)
+
+    x = 5 + 3 * torch.randn(6, 4)
+    pure = Tabular(lambda model, ids, x: model.both(ids, (x - 5) / 3))
+    model = Tabular(forward)
+    model.load_state_dict(pure.state_dict())
+    wanted = found(pure, ids, x.clone())
+    given, plain = wrap(x.clone()), wrap(x.clone())
+    got = SMART(model, BOTH.replace(mu=0), lean=lean) if lean else None
+    if got is None:
+        assert same(found(model, ids, given), wanted)
+    else:
+        got(ids, given)[1].backward()
+        for gradient, name in zip(wanted[1], ("embedding.weight", "head.weight"), strict=True):
+            assert torch.allclose(model.get_parameter(name).grad, gradient, rtol=1e-4, atol=1e-9)
+    forward(model, ids, plain)  # what the user holds afterwards is what plain training leaves
+    seen = [
+        value if isinstance(value, (dict, list)) else vars(value) if way == "an object" else [value]
+        for value in (given, plain)
+    ]
+    for a, b in zip(*(value.values() if isinstance(value, dict) else value for value in seen), strict=True):
+        assert a is b or np.array_equal(a, b)
+
+
+def test_an_input_that_needs_a_gradient_gets_that_of_every_pass(ids):
+    """A prompt that is learned outside of the model, and written into."""
+
+    class Added(Plain):
+        def forward(self, ids, prompt, inplace):
+            prompt = prompt.mul_(2) if inplace else prompt * 2
+            return self.head(self.features(ids) * prompt)
+
+    gradients = []
+    for inplace in (False, True):
+        prompt = torch.linspace(0.5, 1, 8, requires_grad=True)
+        _, penalty = SMART(Added(), BOTH.replace(mu=0))(ids, prompt * 1, inplace)
+        penalty.backward()
+        gradients.append(prompt.grad)
+    assert torch.equal(*gradients)
+    assert gradients[0].abs().max() > 0
+
+
+@pytest.mark.parametrize("precision", ["float32", "model"])
+def test_a_cache_of_keys_and_values(precision):
+    """past_key_values: R_s and D_Breg as with a fresh copy of the prefix in each pass, and the user's own as plain."""
+    config = transformers.Qwen2Config(
+        vocab_size=31, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    model = transformers.Qwen2ForCausalLM(config).train()
+    ids = torch.randint(31, (3, 9))
+
+    class Fresh(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inside = model
+
+        def forward(self, input_ids, past):
+            return self.inside(input_ids=input_ids, past_key_values=copy.deepcopy(past), use_cache=True)
+
+    def prefix():
+        with torch.no_grad():
+            return model(ids[:, :4], use_cache=True).past_key_values
+
+    with SMART(Fresh(), BOTH, precision=precision) as smart:
+        smart(ids[:, 4:], prefix())
+        wanted = smart.metrics
+    cache = prefix()
+    with SMART(model, BOTH, precision=precision) as smart:
+        smart(input_ids=ids[:, 4:], past_key_values=cache, use_cache=True)
+    assert smart.metrics == wanted
+    assert wanted["R_s"] > 0
+    assert cache.get_seq_length() == 9
+
+
+# what is left when the user looks
+
+
+def reads_attribute(model):
+    return model.aux
+
+
+def reads_hook(model):
+    return model.features_seen["h"]
+
+
+@pytest.mark.parametrize("read", [reads_attribute, reads_hook])
+@pytest.mark.parametrize(
+    ("settings", "lean"), [({}, False), ({"lambda_s": 0}, False), ({}, True), ({"smoothness_steps": 2}, False)]
+)
+def test_a_side_result_is_the_clean_passs(ids, read, settings, lean):
+    """A balance loss in an attribute, and features that a hook kept, with the gradient of the clean pass alone."""
+
+    class Balanced(Plain):
+        def forward(self, ids):
+            x = self.features(ids)
+            self.aux = x.softmax(-1).mean(0).square().sum()
+            return self.head(x)
+
+    def hooked():
+        model = Balanced()
+        seen = {}
+        object.__setattr__(model, "features_seen", seen)
+        model.head.register_forward_hook(lambda _module, args, _output: seen.update(h=args[0].square().sum()))
+        return model
+
+    plain, model = hooked(), hooked()
+    smart = SMART(model, BOTH.replace(**settings), lean=lean)
+    for _ in range(3):
+        plain(ids)
+        _, penalty = smart(ids)
+        assert torch.equal(read(model), read(plain))
+        gradients = [torch.autograd.grad(read(m), m.embedding.weight, retain_graph=True)[0] for m in (model, plain)]
+        assert torch.equal(*gradients)
+        if penalty.requires_grad:
+            penalty.backward()
+        assert torch.equal(read(model), read(plain))
+        smart.update()
+
+
+def test_what_a_hook_keeps_elsewhere(ids):
+    """By a global name, in the object that it is a method of, in a partial."""
+
+    class Extractor:
+        def __init__(self):
+            self.features = []
+
+        def hook(self, module, args, output):
+            self.features.append(output)
+
+    def by_partial(kept, module, args, output):
+        kept.append(output)
+
+    model, extractor, kept = Plain(), Extractor(), []
+    GLOBAL.clear()
+    model.head.register_forward_hook(lambda module, args, output: GLOBAL.append(output))
+    model.head.register_forward_hook(extractor.hook)
+    model.head.register_forward_hook(functools.partial(by_partial, kept))
+    logits, _ = SMART(model, BOTH)(ids)
+    for found in (GLOBAL, extractor.features, kept):
+        assert len(found) == 1
+        assert found[0] is logits
+
+
+# what cannot be repeated
+
+
+class Unseen(Plain):
+    """Another output in every call, by something that SMART cannot see."""
+
+    def __init__(self):
+        super().__init__()
+        self.passed = itertools.count(1)
+        self.odd = nn.Identity()
+        self.odd.register_forward_hook(lambda _module, _args, output: output * next(self.passed))
+
+    def forward(self, ids):
+        return self.head(self.odd(self.features(ids)))
+
+
+@pytest.mark.parametrize("config", [BOTH, papers(mu=0), papers(lambda_s=0, total_steps=9)])
+def test_a_model_that_does_not_repeat_itself_is_named(ids, config):
+    model = Unseen()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(RuntimeError, match=r"does not repeat itself.*output 0 differs by.*odd \(Identity\)"):
+        SMART(model, config)(ids)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
+
+
+def test_the_check_is_paid_once(ids):
+    model, passed = Plain(), itertools.count()
+    model.register_forward_hook(lambda *_: (next(passed), None)[1])
+    smart = SMART(model, BOTH)
+    counts = []
+    for _ in range(3):
+        before = next(passed)
+        smart(ids)
+        counts.append(next(passed) - before - 1)
+    assert counts == [4, 3, 3]
+
+
+def test_rounding_and_masked_positions_are_no_difference(ids):
+    class Rounds(Plain):
+        def __init__(self, size):
+            super().__init__()
+            self.sizes = itertools.chain([0.0], itertools.repeat(size))
+
+        def forward(self, ids):
+            z = super().forward(ids)
+            return z * (1 + next(self.sizes))
+
+    SMART(Rounds(1e-6), BOTH)(ids)
+    with pytest.raises(RuntimeError, match="does not repeat itself"):
+        SMART(Rounds(1e-3), BOTH)(ids)
+
+    class Tagger(Plain):
+        def __init__(self):
+            super().__init__()
+            self.passed = itertools.count()
+
+        def forward(self, ids, attention_mask):
+            z = self.head(self.embedding(ids))
+            return torch.where(attention_mask[..., None] == 1, z, float(next(self.passed)))
+
+    mask = torch.ones_like(ids)
+    mask[1:, 3:] = 0
+    SMART(Tagger(), BOTH)(ids, mask)
+
+
+def test_a_value_that_is_too_large_to_copy_every_step_is_noticed_when_it_changes(ids):
+    class Bank(Plain):
+        def __init__(self):
+            super().__init__()
+            self.bank, self.passed = torch.zeros(2**19), 0
+
+        def forward(self, ids):
+            self.passed += 1
+            if self.passed > 1:
+                self.bank[0] += 1
+            return super().forward(ids) + self.bank[0]
+
+    smart = SMART(Bank(), BOTH)
+    smart(ids)
+    with pytest.warns(SMARTWarning, match=r"wrote into Bank.bank for the first time"):
+        smart(ids)
+    smart(ids)
+    assert smart.metrics["D_Breg"] == pytest.approx(0, abs=1e-13)
+
+
+# layers with a backward of their own
+
+
+class Reversible(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, layer):
+        ctx.layer, ctx.x = layer, x.detach()
+        with torch.no_grad():
+            return layer(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        with torch.enable_grad():
+            x = ctx.x.requires_grad_()
+            torch.autograd.backward(ctx.layer(x), gradient)
+        gradient, x.grad = x.grad, None
+        return gradient, None
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Sequential(nn.Linear(8, 8), nn.Tanh())
+
+    def forward(self, x):
+        return Reversible.apply(x, self.layer)
+
+
+@pytest.mark.parametrize("config", [SMARTConfig(mu=0), papers(mu=0), SMARTConfig(mu=0, ascent_steps=2)])
+def test_no_gradient_is_touched_by_a_layer_that_fills_grad_itself(ids, config):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(20, 8), Block(), nn.Flatten(), nn.Linear(40, 3))
+    y = torch.randint(3, (6,))
+    nn.functional.cross_entropy(model(ids), y).backward()
+    task = [parameter.grad.clone() for parameter in model.parameters()]
+    kept = [parameter.grad for parameter in model.parameters()]
+    smart = SMART(model, config)
+    logits, _ = smart(ids)
+    assert all(parameter.grad is own for parameter, own in zip(model.parameters(), kept, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(kept, task, strict=True))
+    model.zero_grad()
+    nn.functional.cross_entropy(logits, y).backward()
+    assert all(torch.equal(parameter.grad, own) for parameter, own in zip(model.parameters(), task, strict=True))
+
+
+def test_hooks_that_would_see_a_gradient_of_the_ascent_are_named(ids):
+    model = nn.Sequential(nn.Embedding(20, 8), Block(), nn.Flatten(), nn.Linear(40, 3))
+    model[1].layer[0].weight.register_post_accumulate_grad_hook(lambda _: None)
+    with pytest.raises(RuntimeError, match=r"fills the .grad of its weights.*Take the hooks off"):
+        SMART(model, SMARTConfig(mu=0))(ids)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+# weights that a forward writes into
+
+
+@pytest.mark.parametrize("kind", ["max_norm", "clamped"])
+def test_theta_tilde_is_not_written_into(ids, kind):
+    """D_Breg is of f(x; theta~), which normalises a copy of theta~ as f does; theta~ itself stays the average."""
+
+    class Clamped(Plain):
+        def forward(self, ids):
+            self.head.weight.data.clamp_(-0.2, 0.2)
+            return super().forward(ids)
+
+    model = Plain() if kind == "max_norm" else Clamped()
+    if kind == "max_norm":
+        model.embedding = nn.Embedding(20, 8, max_norm=1.0)
+    smart = SMART(model, BOTH)
+    with torch.no_grad():
+        for average in smart.teacher.values():
+            average.mul_(3)
+    before = {name: average.clone() for name, average in smart.teacher.items()}
+    twin = copy.deepcopy(model)
+    smart(ids)
+    smart(ids)
+    with smart.swap_teacher():
+        model.eval()(ids)
+    assert all(torch.equal(average, before[name]) for name, average in smart.teacher.items())
+    twin.load_state_dict(before)
+    p, q = model(ids).detach().double().log_softmax(-1), twin(ids).detach().double().log_softmax(-1)
+    by_hand = ((p.exp() - q.exp()) * (p - q)).sum(-1).mean()
+    assert smart.metrics["D_Breg"] == pytest.approx(by_hand.item(), rel=1e-4)
+
+
+def test_lean_runs_its_last_pass_in_the_mode_of_the_clean_one():
+    gradients = []
+    for switch in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 16), nn.Dropout(0.5), nn.Linear(16, 3))
+        penalty = SMART(model, SMARTConfig(mu=0, epsilon=0.5), lean=True)(torch.randn(6, 4))[1]
+        if switch:
+            model.eval()
+        penalty.backward()
+        assert model[1].training is not switch
+        gradients.append(model[0].weight.grad)
+    assert torch.equal(*gradients)
