@@ -61,8 +61,8 @@ class Evidence(NamedTuple):
         config: the model's own, or None.
         labels: the argument of that name, where the model was given one.
         masks: of the positions of x, (n, tokens).
-        xs: shapes of the site's outputs.
-        at_input: whether the site is the model's own argument, an image or a signal, say.
+        xs: shapes of x, (n, ..., d); if there is no site, of what the model was given.
+        at_input: whether x is the model's own argument, an image or a signal, say, with its channels on any axis.
     """
 
     config: Any

@@ -429,13 +429,9 @@ class SMART:
         with state.kept.as_before() as (args, kwargs):  # a mask= reads what the model was given
             arguments = self._arguments(args, kwargs)
             masks, mask_name = self._masks(calls, args, kwargs)
-        evidence = Evidence(
-            getattr(self.model, "config", None),
-            arguments.get("labels"),
-            masks,
-            [call.x.shape for call in calls],
-            site is not None and site.name.startswith("input"),
-        )
+        xs = [call.x.shape for call in calls] if calls else _shapes(arguments)
+        at_input = site is None or site.name.startswith("input")
+        evidence = Evidence(getattr(self.model, "config", None), arguments.get("labels"), masks, xs, at_input)
         self._heads = find_heads(raw, evidence, self._divergence, self._class_axis, self._heads)
         targets = self._arranged(raw)
         divergences = self._divergences(targets)
@@ -446,7 +442,6 @@ class SMART:
             self._choices = self._chosen_now(calls, masks, mask_name, targets, positions)
             for z, head in zip(targets, self._heads, strict=True):
                 check_probabilities(z, head)
-            self._check_loss(raw if in_float32 is None else chosen(output, self._outputs))
             for mask in masks if self._mask is None else []:
                 if mask is not None:
                     check_real(mask, mask_name)
@@ -461,6 +456,9 @@ class SMART:
             with torch.no_grad(), nullcontext() if site is None else site.replaced(points, graph=False):
                 repeated = passes()
             self._check_repeated(differing(targets, repeated, positions), state, passes)
+            self._check_loss(
+                raw if in_float32 is None else chosen(output, self._outputs)
+            )  # after the ascent's backward
             self._checked.add(first)
         if config.mu > 0:  # here, while there is one graph: what this pass frees the next can have
             teacher = self.teacher
@@ -1062,6 +1060,12 @@ def _virtual_tokens(model: Any) -> int:
         "MULTITASK_PROMPT_TUNING",
     )
     return int(getattr(active, "num_virtual_tokens", 0) or 0) if in_front else 0
+
+
+def _shapes(arguments: Mapping[str, Any]) -> list[torch.Size]:
+    """What x may look like, by what the model was given: ids as embeddings of width 1."""
+    tensors = [value for value in arguments.values() if isinstance(value, Tensor)]
+    return [value.shape if value.is_floating_point() else torch.Size([*value.shape, 1]) for value in tensors]
 
 
 def _is_distributed() -> bool:
