@@ -555,16 +555,22 @@ class SMART:
         if self._optimizer_hooks:
             raise RuntimeError("SMART: attach() was called before; one optimiser moves theta~")
 
+        own = weakref.ref(self)  # an optimiser that goes on does not keep a SMART that nobody calls any more
+
+        def judge(*_: Any) -> None:
+            smart = own()
+            if smart is not None:
+                smart._judge()
+
         def update(optimizer: torch.optim.Optimizer, *_: Any) -> None:
             # GradScaler does not call an optimiser whose gradients overflow, but a fused one, which then does nothing
-            overflow = getattr(optimizer, "found_inf", None)
-            if overflow is None or not bool(overflow):
-                self._update()
+            overflow, smart = getattr(optimizer, "found_inf", None), own()
+            if smart is not None and (overflow is None or not bool(overflow)):
+                smart._update()
 
-        self._optimizer_hooks = [
-            optimizer.register_step_pre_hook(lambda *_: self._judge()),
-            optimizer.register_step_post_hook(update),
-        ]
+        self._optimizer_hooks = [optimizer.register_step_pre_hook(judge), optimizer.register_step_post_hook(update)]
+        for hook in self._optimizer_hooks:
+            weakref.finalize(self, hook.remove)
         return self
 
     @property
