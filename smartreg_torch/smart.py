@@ -166,6 +166,11 @@ class SMART:
             raise ValueError(f"SMART: precision must be 'float32' or 'model', got {precision!r}")
         if not isinstance(lean, bool):
             raise TypeError(f"SMART: lean must be True or False, got {lean!r}")
+        if any(map(nn.parameter.is_lazy, model.parameters())):
+            raise ValueError(
+                "SMART: the model has parameters that are made by its first forward (nn.LazyLinear and the like), and "
+                "theta~ starts from their values. Call the model on a batch before SMART and the optimiser are made"
+            )
         if any(isinstance(module, nn.DataParallel) for module in model.modules()):
             raise ValueError(
                 "SMART: nn.DataParallel runs replicas in threads, whose calls of the site cannot be told apart. Use "
@@ -206,6 +211,7 @@ class SMART:
         self._calls_compiled = 0
         self._warned: set[str] = set()
         self._known = Known()
+        self._initial: set[str] = set()  # in the first step: the weights of which theta~ is a copy
         self._checked: set[Any] = set()  # the arguments with which a pass was seen to repeat
         self._copies_teacher = True  # until its pass was seen to leave theta~ alone
         self._heads: list[Head] = []
@@ -280,6 +286,8 @@ class SMART:
         lambda_s = config.smoothness_weight(self.step)
         if config.mu > 0:
             self._follow_new_parameters(theta)
+            if self._stamps is not None:
+                self._initial = {name for name, average in self.teacher.items() if _equal(average, theta[name])}
         self._stamps = None
         step = self._step(self._wrapped, theta, (args, kwargs), lambda_s, sample_weight, label_mask)
         if not step.terms:
@@ -417,6 +425,10 @@ class SMART:
                 calls = clean.enter_context(site.recording(differentiable))
             output = clean_call(*args, **kwargs)
         self._check_written(state.settle(self._call))
+        for name in self._initial:  # a layer may initialise itself by its first batch: that is theta_0
+            if not _equal(self.teacher[name], theta[name]):
+                local(self.teacher[name]).copy_(local(theta[name]))
+        self._initial = set()
         if in_float32 is None:
             raw = chosen(output, self._outputs)
         else:  # the clean pass once more: the rounding of the model's own is far above R_s
@@ -1054,6 +1066,10 @@ class _Stamp:
         then, now = self._mark, self._marked(parameter)
         in_place = now[2] != then[2] or now[3] == then[3]  # a model that moves to another device keeps its values
         return self._parameter() is parameter and now[:2] == then[:2] and in_place
+
+
+def _equal(average: Tensor, parameter: Tensor) -> bool:
+    return torch.equal(local(average), local(parameter).to(local(average)))
 
 
 def _virtual_tokens(model: Any) -> int:

@@ -201,6 +201,43 @@ def test_theta_tilde_starts_at_the_weights_of_the_first_step(how):
     assert smart.metrics["D_Breg"] > 1e-6
 
 
+@pytest.mark.parametrize("flag", ["attribute", "buffer"])
+def test_a_layer_that_initialises_itself_by_its_first_batch(flag):
+    """ActNorm: once, by the clean pass, and theta~ starts from there."""
+
+    class ActNorm(Model):
+        def __init__(self):
+            super().__init__()
+            self.shift, self.done = nn.Parameter(torch.zeros(6)), False
+            self.register_buffer("filled", torch.tensor(False))
+
+        def forward(self, ids):
+            x = self.embedding(ids).mean(1)
+            if not (self.done if flag == "attribute" else self.filled):
+                self.shift.data.copy_(-x.detach().mean(0))
+                self.done = True
+                self.filled.fill_(True)
+            return self.head((x + self.shift).tanh())
+
+    model = ActNorm()
+    smart = SMART(model, CONFIG)
+    smart(ids_of(0))
+    shift = -model.embedding(ids_of(0)).mean(1).mean(0)
+    assert torch.equal(model.shift, shift)
+    assert torch.equal(smart.teacher["shift"], shift)
+    assert smart.metrics["D_Breg"] == pytest.approx(0, abs=1e-12)
+    smart(ids_of(1))
+    assert torch.equal(model.shift, shift)
+
+
+def test_lazy_parameters_are_named():
+    model = nn.Sequential(nn.Embedding(20, 6), nn.Flatten(), nn.LazyLinear(3))
+    with pytest.raises(ValueError, match=r"nn.LazyLinear and the like.*Call the model on a batch"):
+        SMART(model, CONFIG)
+    model(ids_of(0))
+    SMART(model, CONFIG)(ids_of(0))
+
+
 def test_a_state_that_is_loaded_is_not_overwritten_by_loaded_weights():
     model = fresh(0)
     smart = SMART(model, CONFIG)
