@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import enum
 import functools
+import operator
 import random
 import types
 import warnings
@@ -38,6 +39,7 @@ class Known:
         self.changing: set[Any] = set()  # large values that were written into
         self.left_alone: set[Any] = set()  # attributes that lead to too much
         self.names: dict[Any, tuple[str, ...]] = {}  # by code object and class, which names may change
+        self.moving: set[int] = set()  # ids of containers that a pass was seen to change
         self.first = True
 
 
@@ -56,17 +58,23 @@ class State:
         theta: its parameters. Their devices are those whose random streams are replayed.
         given: the model's arguments, (args, kwargs).
         known: what earlier steps have shown.
+        modules: those of the model, if they are at hand.
     """
 
     def __init__(
-        self, model: nn.Module, theta: Mapping[str, Tensor], given: Given = ((), {}), known: Known | None = None
+        self,
+        model: nn.Module,
+        theta: Mapping[str, Tensor],
+        given: Given = ((), {}),
+        known: Known | None = None,
+        modules: list[nn.Module] | None = None,
     ) -> None:
         kind = device_of(model).type
         self._autocast = kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
         devices = {parameter.device for parameter in theta.values()} - {torch.device("cpu")}
         self._devices = {device: torch.get_device_module(device).get_rng_state(device) for device in devices}
         self._streams = (torch.get_rng_state(), np.random.get_state(), random.getstate())  # noqa: NPY002
-        self._modules = list(model.modules())
+        self._modules = list(model.modules()) if modules is None else modules
         self._modes = [module.training for module in self._modules]
         self._buffers: list[tuple[dict[str, Tensor | None], dict[str, Tensor]]] = [
             (module._buffers, {name: buffer.clone() for name, buffer in module._buffers.items() if buffer is not None})
@@ -180,6 +188,7 @@ class Kept:
         self._seen = {id(module) for module in modules}
         self._modules = modules
         self._room = _MANY
+        self._active: list[_Slot] | None = None  # None before the clean pass: all of them
         args, kwargs = given
         for name, value in (*((f"argument {i + 1}", value) for i, value in enumerate(args)), *kwargs.items()):
             self._root(value, name, None)
@@ -192,8 +201,11 @@ class Kept:
             self._keep_module(module)
             for hook in hooks:
                 self._keep_function(hook, "a hook")
-            self._keep_function(type(module).forward, type(module).__name__)
-            self._keep_names(type(module), type(module), vars(type(module)))
+            kind = _kind(module)
+            if id(kind) not in self._seen:
+                self._seen.add(id(kind))
+                self._keep_function(kind.forward, kind.__name__)
+                self._keep_names(kind, kind, vars(kind))
 
     # Before the clean pass: what there is
 
@@ -325,6 +337,10 @@ class Kept:
             the names of those of which there is no copy, so that the other passes cannot have the old value.
         """
         lost = []
+        if not (everything or self._known.first):
+            # a sweep over all containers once a step; the passes that follow touch those that this one has changed
+            moving = self._known.moving
+            self._active = [slot for slot in self._slots if id(slot.owner) in moving or slot.changed()]
         self._known.first = False
         for value in self._tensors.values():
             if value.settle(everything):
@@ -374,9 +390,11 @@ class Kept:
             convert: is applied to the arguments' tensors.
             given_only: what modules keep stays as it is.
         """
-        slots, generators = self._slots, self._generators
+        slots, generators = self._slots if self._active is None else self._active, self._generators
         if given_only:
             slots, generators = slots[: self._given[0]], generators[: self._given[1]]
+        if convert is not None or any(value.written for value in self._tensors.values()):
+            slots = self._slots
         now = [slot.get() for slot in slots]
         states = [generator.get() for _, generator in generators]
         memo: dict[int, Any] = {}
@@ -418,6 +436,7 @@ class Kept:
                 slot.stands = None
                 if not _same(slot.get(), own):
                     slot.put(slot.owner, own)
+                    self._known.moving.add(id(slot.owner))
             for (_, generator), state in zip(generators, states, strict=True):
                 generator.put(state)
             for key in memo:
@@ -536,12 +555,8 @@ def _same(now: Any, then: Any) -> bool:
     if len(now) != len(then):
         return False
     if isinstance(now, dict):
-        return all(map(_is, now.values(), then.values())) and list(now) == list(then)
-    return all(map(_is, now, then))
-
-
-def _is(a: Any, b: Any) -> bool:
-    return a is b
+        return all(map(operator.is_, now.values(), then.values())) and list(now) == list(then)
+    return all(map(operator.is_, now, then))
 
 
 def _set_entries(owner: dict[str, Any], values: dict[str, Any]) -> None:

@@ -339,11 +339,12 @@ class SMART:
         if self.config.mu > 0:
             self._follow_new_parameters(theta)
         generator, lean, heads = self._generator, self._lean, self._heads
+        whole = [] if self._sharded else theta.values()
         outside = State(self.model, theta, (args, kwargs))
         outside.kept.settle(everything=True)
         try:
             self._generator, self._lean = None, False
-            with torch.enable_grad(), outside.replayed() as given, untouched_gradients(theta.values()):
+            with torch.enable_grad(), outside.replayed() as given, untouched_gradients(whole):
                 self.model.eval()
                 step = self._step(self._call, theta, given, self.config.lambda_s, sample_weight, label_mask)
             return {name: float(term.detach()) for name, term in step.terms.items()}
@@ -395,7 +396,7 @@ class SMART:
         config = self.config
         if self._site is not None:
             self._site.follow()
-        state = State(self.model, theta, given, self._known)
+        state = State(self.model, theta, given, self._known, self._modules)
         lean = self._lean and lambda_s > 0
         if lean:
             for tensor in state.kept.given_tensors:
@@ -461,7 +462,8 @@ class SMART:
         terms: dict[str, Tensor] = {}
         stages = {"clean": targets}
         if site is not None:
-            with untouched_gradients(theta.values()):
+            # fully_shard reduces what it has accumulated in whichever backward comes next
+            with untouched_gradients([] if self._sharded else theta.values()):
                 stages["ascent"] = self._ascend(passes, site, theta, calls, targets, masks, divergences, positions)
         if is_first:
             points = [call.own.detach() for call in calls]
@@ -1010,7 +1012,15 @@ class SMART:
     def _parameters(self) -> dict[str, nn.Parameter]:
         self._sharded = fully_sharded(self.model)
         reshard(self._sharded)
-        found = dict(self.model.named_parameters())
+        self._modules: list[nn.Module] = []  # of the same walk
+        found: dict[str, nn.Parameter] = {}
+        known: set[nn.Parameter] = set()
+        for prefix, module in self.model.named_modules():
+            self._modules.append(module)
+            for name, parameter in module._parameters.items():
+                if parameter is not None and parameter not in known:
+                    known.add(parameter)
+                    found[f"{prefix}.{name}" if prefix else name] = parameter
         gone = sorted(self.teacher.keys() - found.keys())
         if gone:
             raise RuntimeError(
