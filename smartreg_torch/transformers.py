@@ -14,12 +14,17 @@ import torch
 from torch import Tensor, nn
 
 try:
+    import transformers
+    from packaging.version import Version
+
+    if Version(transformers.__version__).release < (5, 18):
+        raise ImportError(f"transformers {transformers.__version__} is installed")
     from transformers import Trainer, TrainerCallback
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     from transformers.trainer_pt_utils import find_batch_size
 except ImportError as error:
     raise ImportError(
-        "smartreg_torch.transformers needs transformers 5.18 or later: pip install 'smartreg[hf]'"
+        f"smartreg_torch.transformers needs transformers 5.18 or later ({error}): pip install 'smartreg[hf]'"
     ) from error
 
 from smartreg.config import SMARTConfig, SMARTWarning

@@ -734,11 +734,27 @@ def test_bfloat16_autocast_runs(tmp_path):
     assert logged(trainer)[-1]["R_s"] > 0
 
 
+def import_anew():
+    spec = importlib.util.spec_from_file_location("anew", ROOT / "smartreg_torch" / "transformers.py")
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+
+
 def test_without_transformers_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    spec = importlib.util.spec_from_file_location("without", ROOT / "smartreg_torch" / "transformers.py")
     with pytest.raises(ImportError, match=r"pip install 'smartreg\[hf\]'"):
-        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+        import_anew()
+
+
+@pytest.mark.parametrize("version", ["4.57.1", "5.0.0", "5.17.9"])
+def test_an_old_transformers_is_refused_at_import(monkeypatch, version):
+    installed = sys.modules["transformers"]  # which lazy loading may have put in another's place
+    monkeypatch.setattr(installed, "__version__", version)
+    expected = rf"needs transformers 5\.18 or later \(transformers {version} is installed\): pip install 'smartreg"
+    with pytest.raises(ImportError, match=expected):
+        import_anew()
+    for new in ("5.18.0", "5.18.0.dev0", "6.0.0"):
+        monkeypatch.setattr(installed, "__version__", new)
+        import_anew()
 
 
 def test_bad_input_is_named(tmp_path, monkeypatch):
