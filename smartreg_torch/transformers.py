@@ -20,7 +20,6 @@ try:
     if Version(transformers.__version__).release < (5, 18):
         raise ImportError(f"transformers {transformers.__version__} is installed")
     from transformers import Trainer, TrainerCallback
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     from transformers.trainer_pt_utils import find_batch_size
 except ImportError as error:
     raise ImportError(
@@ -28,7 +27,7 @@ except ImportError as error:
     ) from error
 
 from smartreg.config import SMARTConfig, SMARTWarning
-from smartreg_torch.replay import State
+from smartreg_torch.probe import Probe, cloned, first_call, label_mask, undone
 from smartreg_torch.report import Report
 from smartreg_torch.smart import SMART
 
@@ -70,6 +69,7 @@ class SMARTMixin(_Base):
         self._smart_window: _Window | None = None  # the metrics since the last log; None outside of train()
         self._smart_rows = 0  # of all batches of this optimiser step
         self._smart_ran = self._smart_checked = False
+        self._smart_probe = Probe()
         super().__init__(*args, **kwargs)
         self.add_callback(_Steps(self))
 
@@ -141,12 +141,12 @@ class SMARTMixin(_Base):
         divided = _divided(self, num_items_in_batch)
         if not self._smart_checked:
             self._smart_checked = True
-            _check_labels(self, inputs)
             if num_items_in_batch is not None and not divided:
                 _check_scaling(self, super().compute_loss, inputs, num_items_in_batch)
         # Of the penalties of one optimiser step the mean over its examples counts, as in one large batch.
         share = _rows(inputs) / (self._smart_rows or _rows(inputs))
-        with _first_call(model, partial(smart, label_mask=_label_mask(self.model, inputs))) as penalties:
+        labelled = self._smart_probe.label_mask(self, smart, super().compute_loss, inputs, num_items_in_batch)
+        with first_call(model, partial(smart, label_mask=labelled)) as penalties:
             found: Any = super().compute_loss(model, inputs, **settings)
         if not penalties:
             raise RuntimeError(f"{type(self).__name__}: compute_loss did not call the model, so SMART saw no outputs")
@@ -167,7 +167,8 @@ class SMARTMixin(_Base):
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
         if self.smart is not None and self._smart_window is not None:
-            state = {"smart": self.smart.state_dict(), "window": self._smart_window.sums()}
+            state: dict[str, Any] = {"smart": self.smart.state_dict(), "window": self._smart_window.sums()}
+            state["probe"] = self._smart_probe.state_dict()
             torch.save(state, _state_file(self, output_dir))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
@@ -184,6 +185,8 @@ class SMARTMixin(_Base):
         state = torch.load(file, map_location="cpu", weights_only=True)
         self.smart.load_state_dict(state["smart"])
         self._smart_window = _Window(state["window"])
+        if "probe" in state:
+            self._smart_probe.load_state_dict(state["probe"], self.smart)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict=state_dict)
@@ -199,7 +202,7 @@ class SMARTMixin(_Base):
         """A SMART for this train(): the model is on its device, wrapped, and has the weights that it starts with."""
         if self.smart is not None:
             self.smart.remove()
-        self.smart, self._smart_checked = None, False
+        self.smart, self._smart_checked, self._smart_probe = None, False, Probe()
         config, args = self.smart_config, self.args
         if config.lambda_s == config.mu == 0:
             return
@@ -325,10 +328,10 @@ def _check_scaling(
     if times == 1:
         return
     model: Any = trainer.model
-    state, losses = State(model, dict(model.named_parameters())), []
+    losses = []
     for items in (num_items, 2 * num_items):
-        with torch.no_grad(), state.replayed():
-            losses.append(float(compute_loss(model, dict(inputs), num_items_in_batch=items)))
+        with torch.no_grad(), undone(trainer, model):
+            losses.append(float(compute_loss(model, cloned(inputs), num_items_in_batch=items)))
     if losses[0] == losses[1] != 0:
         how = "set model.accepts_loss_kwargs = False before making the trainer"
         if trainer.compute_loss_func is not None:
@@ -343,27 +346,7 @@ def _check_scaling(
         )
 
 
-def _check_labels(trainer: Trainer, inputs: dict[str, Any]) -> None:
-    """The model infers its problem_type from labels that it sees; compute_loss_func keeps them from it."""
-    settings, labels = getattr(trainer.model, "config", None), inputs.get("labels")
-    several = getattr(settings, "num_labels", 1) > 1 and getattr(settings, "problem_type", None) is None
-    if trainer.compute_loss_func is not None and several and isinstance(labels, Tensor) and labels.is_floating_point():
-        raise ValueError(
-            f"{type(trainer).__name__}: with compute_loss_func the model does not see the labels, and floating-point "
-            "ones do not tell SMART what the outputs are. Set model.config.problem_type to "
-            "'multi_label_classification', 'regression', or 'single_label_classification' (labels that are "
-            "probabilities of the classes)."
-        )
-
-
-def _label_mask(model: Any, inputs: dict[str, Any]) -> Tensor | None:
-    """Which positions have a label; a causal language model's output i has label i + 1."""
-    labels = inputs.get("labels")
-    if not isinstance(labels, Tensor) or labels.ndim < 2:
-        return None
-    if type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
-        labels = nn.functional.pad(labels[..., 1:], (0, 1), value=-100)
-    return labels != -100
+_label_mask = label_mask
 
 
 def _state_file(trainer: Trainer, folder: str) -> Path:
@@ -375,28 +358,3 @@ def _state_file(trainer: Trainer, folder: str) -> Path:
 def _rows(batch: Any) -> int:
     """The examples in a batch; 1, so that every batch counts the same, where it holds no tensor."""
     return find_batch_size(batch) or 1  # type: ignore[no-untyped-call]
-
-
-@contextmanager
-def _first_call(model: nn.Module, smart: Callable[..., tuple[Any, Tensor]]) -> Iterator[list[Tensor]]:
-    """The first call of the model inside the block is SMART's; the penalty is put in the list."""
-    penalties: list[Tensor] = []
-    own = vars(model).get("forward")  # accelerate's, for mixed precision
-
-    def restore() -> None:
-        if own is None:
-            vars(model).pop("forward", None)
-        else:
-            vars(model)["forward"] = own
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        restore()
-        output, penalty = smart(*args, **kwargs)
-        penalties.append(penalty)
-        return output
-
-    vars(model)["forward"] = forward
-    try:
-        yield penalties
-    finally:
-        restore()

@@ -824,6 +824,7 @@ WAYS = {
     "accumulated": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
     "find_unused_parameters": {"ddp_find_unused_parameters": True},
     "label smoothing": {"label_smoothing_factor": 0.1},
+    "labels that the loss shifts": {"shifted_labels": True, "accepts": True},
     "a loss that ignores num_items_in_batch": {"accepts": True},
 }
 PROCESS = """
@@ -847,10 +848,17 @@ torch.distributed.destroy_process_group()
 """
 
 
-def in_double(folder, accepts=False, **settings):
-    model = bert(dropout=0.0)
+class Shifting(transformers.GPT2LMHeadModel):
+    pass
+
+
+def in_double(folder, accepts=False, shifted_labels=False, **settings):
+    model, rows = bert(dropout=0.0), None
+    if shifted_labels:
+        model, rows = gpt2(), make_rows(16, causal_labels)
+        model.__class__ = Shifting
     model.accepts_loss_kwargs = accepts
-    return make(folder, model.double(), noise=waves, **settings)
+    return make(folder, model.double(), rows, noise=waves, **settings)
 
 
 def test_two_processes_are_one_with_the_whole_batch(tmp_path):
@@ -872,7 +880,7 @@ def test_two_processes_are_one_with_the_whole_batch(tmp_path):
     assert [process.returncode for process in processes] == [0, 0], errors
     assert all("and 2 process(es) it is 2 times what one large batch gives" in error for error in errors)
     for name, way in [*WAYS.items()][:-1]:
-        settings = {key: value for key, value in way.items() if "label" in key}
+        settings = {key: value for key, value in way.items() if "label" in key or key == "accepts"}
         whole = in_double(tmp_path / "whole", per_device_train_batch_size=8, **settings)
         whole.train()
         first, second = (torch.load(tmp_path / f"{name}_{rank}.pt", weights_only=True) for rank in range(2))

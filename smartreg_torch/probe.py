@@ -1,0 +1,403 @@
+"""The task loss of a Trainer, asked once: which outputs it counts, and which l_s goes with it.
+
+transformers computes a loss in many places: in the model, in the label smoother, in `compute_loss_func`, in an
+override. Whether labels are shifted, re-aligned or popped on the way shows in one place alone, the gradient.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from accelerate.utils import convert_to_fp32, gather_object  # type: ignore[import-untyped]
+from torch import Tensor, nn
+from transformers import Trainer
+from transformers.models.auto import modeling_auto
+
+from smartreg.config import SMARTWarning
+from smartreg.report import Description
+from smartreg_torch.labels import IGNORED, Positions, find_divergence, find_positions
+from smartreg_torch.outputs import chosen
+from smartreg_torch.replay import Kept, Known, State
+from smartreg_torch.smart import SMART
+
+ComputeLoss = Callable[..., Any]
+_SHIFTING = {  # classes of which most predict the next token
+    name
+    for mapping in ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM")
+    for name in getattr(modeling_auto, f"MODEL_FOR_{mapping}_MAPPING_NAMES", {}).values()
+}
+_SAYS = {
+    "symmetric_kl": "d loss / d outputs sums to 0 over the classes, as of any softmax loss",
+    "bernoulli_symmetric_kl": "d loss / d outputs goes with sigma(outputs) - labels, as of binary cross-entropy",
+    "squared_error": "d loss / d outputs goes with outputs - labels, as of a squared error",
+}
+_SCALE = 2.0**10  # else what a mean over many tokens leaves is rounded to 0 in float16
+
+
+class _Answer(NamedTuple):
+    """What the gradient of one batch says.
+
+    `state` is "nothing" if there was no gradient; "all" if each output counts and has a label, so that the next batch
+    may say more; "told"; or "each" if the labels do not lie beside the outputs, and only each batch's gradient can say.
+    """
+
+    state: str
+    positions: Positions | None = None
+    divergence: str | None = None
+    left_out: int = 0
+    unsaid: bool = False  # labels in the shape of the outputs, and no l_s fits the gradient
+    axis: int | None = None  # the classes', over which the gradient of a softmax loss sums to 0
+
+
+class Probe:
+    """Which positions the loss of one `train()` counts; the first batch with labels is computed once more for it."""
+
+    def __init__(self) -> None:
+        self._state = "nothing"
+        self._positions: Positions | None = None
+        self._divergence: str | None = None
+        self._axis: int | None = None
+        self._blind = False
+
+    def label_mask(
+        self, trainer: Trainer, smart: SMART, compute_loss: ComputeLoss, inputs: Mapping[str, Any], num_items: Any
+    ) -> Tensor | None:
+        """True at the outputs that the task loss counts; None if it counts one an example, or all.
+
+        Raises:
+            ValueError: nothing says what l_s is.
+        """
+        labels = _labels(trainer, inputs)
+        if labels is None or not (_several(labels) or labels.is_floating_point() or _classes(smart.model) == 1):
+            return None
+        counted = None
+        if self._asks(trainer, labels, smart):
+            counted = self._ask(trainer, smart, compute_loss, inputs, num_items, labels)
+        marks = _marks(labels)
+        if self._state == "each" or not _several(marks):
+            return counted
+        if self._positions is not None:
+            return self._positions.mask(marks)
+        return label_mask(smart.model, {"labels": marks}) if self._state == "nothing" else None
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the loss has said so far: a resumed run need not ask again, of another batch."""
+        positions = None if self._positions is None else tuple(self._positions)
+        return {"state": self._state, "positions": positions, "divergence": self._divergence, "axis": self._axis}
+
+    def load_state_dict(self, state: Mapping[str, Any], smart: SMART) -> None:
+        """Go on where `state_dict` left off."""
+        self._state = state["state"]
+        self._positions = None if state["positions"] is None else Positions(*state["positions"])
+        self._tell(smart, state["divergence"], state["axis"])
+
+    def explain(self, description: Description) -> Description:
+        """The description, with what the gradient said as the reason."""
+        why: dict[str, str] = {}
+        if self._divergence is not None:
+            why["l_s"] = _SAYS[self._divergence]
+        if self._axis is not None:
+            why["class axis"] = "d loss / d outputs sums to 0 over it"
+        if self._positions is not None and not self._blind:
+            offset, _, ignored = self._positions
+            place = f"at i has its output at i{offset:+d}" if offset else "has its output at its own place"
+            why["positions"] = f"d loss / d outputs: a label {place}"
+            why["positions"] += f", but for the label {ignored[0]}, which does not count" if ignored else ""
+        if self._state == "each":
+            why["positions"] = "d loss / d outputs, in one more forward pass a step: no shift explains the labels"
+        for name in description.keys() & why.keys():
+            description[name] = description[name]._replace(why=why[name])
+        return description
+
+    def _asks(self, trainer: Trainer, labels: Tensor, smart: SMART) -> bool:
+        if self._state == "told":
+            return False
+        if self._state == "each":
+            return smart._mask is None
+        asks = self._state == "nothing" or bool((_marks(labels) == IGNORED).any())
+        # compute_loss may wait for the other processes, so all of them ask or none
+        return any(gather_object([asks])) if trainer.args.world_size > 1 else asks
+
+    def _ask(
+        self,
+        trainer: Trainer,
+        smart: SMART,
+        compute_loss: ComputeLoss,
+        inputs: Mapping[str, Any],
+        num_items: Any,
+        labels: Tensor,
+    ) -> Tensor | None:
+        first = _offset(smart.model)
+        answer, counted = _Answer("nothing"), None
+        found = _outputs_and_gradients(trainer, smart, compute_loss, inputs, num_items)
+        if found is None:
+            return None
+        outputs, gradients = found
+        if all(gradient is None for gradient in gradients):
+            self._blind, answer = True, _Answer("told")
+            if any(z.ndim > 2 for z in outputs) and _several(_marks(labels)):
+                answer = _Answer("told", Positions(first))
+                warnings.warn(
+                    f"{type(trainer).__name__}: the task loss does not depend on the outputs that SMART compares, so "
+                    "it does not show which positions it counts. Taken are those whose "
+                    f"{'next' if first else 'own'} token has a label. If that is wrong, override create_smart and "
+                    "give outputs=, the tensor that the loss is computed from, or mask=.",
+                    SMARTWarning,
+                    stacklevel=5,
+                )
+        else:
+            several = len(outputs) > 1
+            for z, gradient in zip(outputs, gradients, strict=True):
+                if gradient is not None and (not several or z.ndim > 2):
+                    answer, counted = _judge(z, gradient, labels, inputs, first, _classes(smart.model))
+                    break
+            if several:
+                answer = answer._replace(divergence=None, unsaid=False)
+        self._take(trainer, smart, answer)
+        return counted if self._state == "each" else None
+
+    def _take(self, trainer: Trainer, smart: SMART, answer: _Answer) -> None:
+        answers = gather_object([answer]) if trainer.args.world_size > 1 else [answer]
+        for state in ("each", "told", "all", "nothing"):  # the same in all processes
+            of_state = [one for one in answers if one.state == state]
+            if of_state:
+                self._state, self._positions = state, of_state[0].positions
+                break
+        if self._state == "each" and smart._mask is not None:
+            self._state = "told"
+        divergence = next((one.divergence for one in answers if one.divergence), None)
+        self._tell(smart, divergence, next((one.axis for one in answers if one.axis is not None), None))
+        problem = getattr(getattr(smart.model, "config", None), "problem_type", None)
+        if smart._divergence is None and problem is None and any(one.unsaid for one in answers):
+            raise ValueError(
+                f"{type(trainer).__name__}: the labels have the shape of the outputs, and neither they nor the "
+                "gradient of the task loss tell SMART what the outputs are. Set model.config.problem_type to "
+                "'multi_label_classification', 'regression', or 'single_label_classification' (labels that are "
+                "probabilities of the classes), or override create_smart and give divergence=."
+            )
+        left_out = sum(one.left_out for one in answers if one.state == "told")
+        if left_out:
+            warnings.warn(
+                f"{type(trainer).__name__}: the task loss leaves out {left_out} positions of the first batch that have "
+                "a label and are no padding, and SMART counts them. Give them the label -100, or override "
+                "create_smart and say which positions count, mask=.",
+                SMARTWarning,
+                stacklevel=6,
+            )
+
+    def _tell(self, smart: SMART, divergence: str | None, axis: int | None) -> None:
+        if smart._divergence is None:  # nobody said it
+            smart._divergence = self._divergence = divergence
+        if axis is not None and getattr(smart, "_class_axis", None) is None:
+            self._axis = axis
+            setattr(smart, "_class_axis", axis)  # noqa: B010
+
+
+def label_mask(model: Any, inputs: Mapping[str, Any]) -> Tensor | None:
+    """Which positions have a label, by the class of the model: what is taken until the loss was asked."""
+    labels = inputs.get("labels")
+    if not isinstance(labels, Tensor) or labels.ndim < 2:
+        return None
+    return Positions(_offset(model)).mask(labels)
+
+
+@contextmanager
+def undone(trainer: Trainer, model: nn.Module) -> Iterator[None]:
+    """Whatever runs in the block is repeated by the step itself: random streams, buffers, what the Trainer keeps.
+
+    Lists of metrics and counters in attributes of the Trainer are as before afterwards, and nothing is logged.
+    """
+    state, before = State(model, dict(model.named_parameters())), dict(vars(trainer))
+    state.kept = Kept([], ((), {}), Known())  # what a first forward sets up in modules stays
+    kept = {name: _mapped(value) for name, value in before.items() if "dataset" not in name}
+    vars(trainer).update(kept, log=lambda *_, **__: None)
+    try:
+        with state.replayed(), torch.compiler.set_stance("force_eager") if _compiles() else nullcontext():
+            yield
+    finally:
+        vars(trainer).clear()
+        vars(trainer).update(before)
+
+
+def cloned(inputs: Mapping[str, Any]) -> Any:
+    """The inputs, to be popped from and written into."""
+    return _mapped(inputs, lambda value: value.clone() if isinstance(value, Tensor) else value)
+
+
+@contextmanager
+def first_call(model: nn.Module, instead: Callable[..., tuple[Any, Any]]) -> Iterator[list[Any]]:
+    """The first call with gradients of the model inside the block is `instead`'s; the list gets what it adds.
+
+    A call under no_grad before it is a reference's, as in preference optimisation.
+    """
+    kept: list[Any] = []
+    own = vars(model).get("forward")  # accelerate's, for mixed precision
+    plain = model.forward
+
+    def restore() -> None:
+        if own is None:
+            vars(model).pop("forward", None)
+        else:
+            vars(model)["forward"] = own
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return plain(*args, **kwargs)
+        restore()
+        output, beside = instead(*args, **kwargs)
+        kept.append(beside)
+        return output
+
+    vars(model)["forward"] = forward
+    try:
+        yield kept
+    finally:
+        restore()
+
+
+def _outputs_and_gradients(
+    trainer: Trainer, smart: SMART, compute_loss: ComputeLoss, inputs: Mapping[str, Any], num_items: Any
+) -> tuple[list[Tensor], list[Tensor | None]] | None:
+    """The compared outputs and d loss / d outputs; None if compute_loss does not call the model."""
+    model = smart.model
+    forward = vars(model).get("_original_forward", model.forward)
+
+    def call(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        with trainer.accelerator.autocast():
+            output = forward(*args, **kwargs)
+        # accelerate's own forward gives copies in float32, on which a loss inside the model does not depend
+        return convert_to_fp32(output), output
+
+    with undone(trainer, model), first_call(model, call) as seen:
+        loss = compute_loss(model, cloned(inputs), num_items_in_batch=num_items)
+    if not seen:
+        return None
+    output = seen[0]
+    if smart._outputs is None and hasattr(output, "logits") and output.logits is None:
+        raise ValueError(
+            f"{type(trainer).__name__}: the model gives no logits while it trains, so SMART has nothing to compare: "
+            "its loss is fused with its last layer. Switch that off: use_liger_kernel=False in TrainingArguments (or "
+            "liger_kernel_config={'fused_linear_cross_entropy': False}), loss_type='nll' in TRL's SFTConfig, "
+            "UNSLOTH_RETURN_LOGITS=1 in the environment with Unsloth."
+        )
+    compared = list(chosen(output, smart._outputs).values())
+    tensors = {id(tensor): tensor for tensor in _tensors(output) if tensor.requires_grad}
+    if all(id(z) in tensors for z in compared):
+        tensors = {id(z): tensors[id(z)] for z in compared}
+    if not (isinstance(loss, Tensor) and loss.requires_grad and tensors):
+        return compared, [None] * len(compared)
+    scale = torch.full_like(loss, _SCALE)
+    found = torch.autograd.grad(loss, list(tensors.values()), scale, allow_unused=True)
+    by_id = dict(zip(tensors, found, strict=True))
+    if all(id(z) in by_id for z in compared):
+        gradients: list[Tensor | None] = [by_id[id(z)] for z in compared]
+    elif any(gradient is not None for key, gradient in by_id.items() if tensors[key] is not loss):
+        # outputs= takes parts or moves axes: the same of the gradient
+        given = _mapped(output, lambda value: value if id(value) not in by_id else _or_zeros(by_id[id(value)], value))
+        gradients = list(chosen(given, smart._outputs).values())
+    else:
+        gradients = list[Tensor | None]([None] * len(compared))
+    return [z.detach() for z in compared], gradients
+
+
+def _judge(
+    z: Tensor, gradient: Tensor, labels: Tensor, inputs: Mapping[str, Any], first: int, classes: int | None
+) -> tuple[_Answer, Tensor | None]:
+    if not bool((gradient != 0).any()):
+        return _Answer("nothing"), None
+    tokens = inputs.get("attention_mask", inputs.get("input_ids"))
+    real = tokens if isinstance(tokens, Tensor) and "attention_mask" in inputs else None
+    if z.ndim == 1 or (z.ndim == 2 and _a_token_each(z, gradient, labels, tokens, real, classes)):
+        z, gradient = z.unsqueeze(-1), gradient.unsqueeze(-1)
+    axes = (-1, 1) if z.ndim > 2 else ()
+    axis = next((k for k in axes if find_divergence(z.movedim(k, -1), gradient.movedim(k, -1), None)), None)
+    if axis == 1:
+        z, gradient = z.movedim(1, -1), gradient.movedim(1, -1)
+    counted = (gradient != 0).any(-1)
+    values = labels.reshape(z.shape) if labels.numel() == z.numel() else None
+    divergence = find_divergence(z, gradient, values)
+    unsaid = divergence is None and values is not None and classes != 1
+    answer = _Answer("told", None, divergence, unsaid=unsaid, axis=axis)
+    marks = _marks(labels)
+    if counted.ndim < 2 or marks.ndim != counted.ndim or (counted.ndim > 2 and marks.shape != counted.shape):
+        return answer, None
+    if marks.shape == counted.shape and bool((counted & (marks != IGNORED)).all()):
+        return answer._replace(state="all"), counted
+    fits = real is not None and real.shape == counted.shape
+    found = find_positions(z, gradient, marks, first, real if fits else None)
+    if found is None:
+        return answer._replace(state="each"), counted
+    return answer._replace(positions=found[0], left_out=found[1]), counted
+
+
+def _a_token_each(
+    z: Tensor, gradient: Tensor, labels: Tensor, tokens: Any, real: Tensor | None, classes: int | None
+) -> bool:
+    """Whether outputs (n, T) are one a token, not T labels of an example."""
+    if not (isinstance(tokens, Tensor) and tokens.shape == z.shape == labels.shape):
+        return False
+    if real is not None and not bool(real.all()):
+        return not bool(gradient[real == 0].any())
+    return classes != z.shape[-1]
+
+
+def _labels(trainer: Trainer, inputs: Mapping[str, Any]) -> Tensor | None:
+    names = ("labels", *(trainer.label_names or ()))
+    return next((inputs[name] for name in names if isinstance(inputs.get(name), Tensor)), None)
+
+
+def _marks(labels: Tensor) -> Tensor:
+    """One label a position: of several values at each, -100 where all of them are."""
+    if labels.is_floating_point() and labels.ndim > 2:
+        return (labels == IGNORED).all(-1).long() * IGNORED
+    return labels
+
+
+def _several(labels: Tensor) -> bool:
+    return labels.ndim > 1
+
+
+def _classes(model: nn.Module) -> int | None:
+    return getattr(getattr(model, "config", None), "num_labels", None)
+
+
+def _offset(model: Any) -> int:
+    """-1 if a model of this class most likely has the next token's label at each position, else 0."""
+    base = getattr(model, "get_base_model", None)  # PEFT's
+    model = base() if callable(base) else model
+    encodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    return -1 if not encodes and any(kind.__name__ in _SHIFTING for kind in type(model).__mro__) else 0
+
+
+def _mapped(value: Any, convert: Callable[[Any], Any] = lambda value: value) -> Any:
+    """New containers around what `convert` makes of the values."""
+    if type(value) in (list, tuple):
+        return type(value)(_mapped(item, convert) for item in value)
+    if isinstance(value, MutableMapping):
+        new = copy.copy(value)
+        for key in list(new):
+            new[key] = _mapped(new[key], convert)
+        return new
+    return convert(value)
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, (Mapping, list, tuple)):
+        for value in output.values() if isinstance(output, Mapping) else output:
+            yield from _tensors(value)
+
+
+def _or_zeros(gradient: Tensor | None, like: Tensor) -> Tensor:
+    return torch.zeros_like(like) if gradient is None else gradient
+
+
+def _compiles() -> bool:
+    return "torch._dynamo" in sys.modules  # not to be imported for this alone
