@@ -70,6 +70,8 @@ class SMARTMixin(_Base):
         self._smart_rows = 0  # of all batches of this optimiser step
         self._smart_ran = self._smart_checked = False
         self._smart_probe = Probe()
+        self._smart_evaluations: list[tuple[bool, dict[str, float]]] = []  # since the last best: of theta~?, metrics
+        self._smart_best_averaged = False  # whether the best metric is theta~'s
         super().__init__(*args, **kwargs)
         self.add_callback(_Steps(self))
 
@@ -164,12 +166,56 @@ class SMARTMixin(_Base):
             self._smart_window = _Window()
         super().log(logs, *args, **kwargs)
 
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's, and remembers of which weights the metrics are."""
+        output = super().evaluation_loop(*args, **kwargs)
+        if self.smart is not None and self._smart_window is not None:
+            self._smart_evaluations.append((_has_averages(self.smart), dict(output.metrics or {})))
+        return output
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        is_best = super()._determine_best_metric(metrics, trial)
+        if is_best:
+            name = f"eval_{str(self.args.metric_for_best_model).removeprefix('eval_')}"
+            self._smart_best_averaged = _of_averages(self._smart_evaluations, name, metrics[name])
+        self._smart_evaluations = []
+        return is_best
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        if self.args.save_only_model and self._smart_best_averaged:  # theta~ is the model then
+            self._save_smart(Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}"))
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        if self.smart is None or not self._smart_best_averaged:
+            return
+        file = _state_file(self, str(self.state.best_model_checkpoint))
+        if not file.exists():
+            warnings.warn(
+                f"{type(self).__name__}: the best metric, {self.state.best_metric:g}, was measured with theta~, but "
+                f"{file} does not exist. The weights that were loaded are theta, of which it is not the metric.",
+                SMARTWarning,
+                stacklevel=4,
+            )
+            return
+        teacher = torch.load(file, map_location="cpu", weights_only=True)["smart"]["teacher"]
+        with torch.no_grad():
+            for name, weight in self.smart.model.named_parameters():
+                if name in teacher:
+                    weight.copy_(teacher[name])
+        for name, average in self.smart.teacher.items():  # an evaluation in swap_teacher gives that metric again
+            average.copy_(teacher[name])
+
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
+        self._save_smart(output_dir)
+
+    def _save_smart(self, folder: str | Path) -> None:
         if self.smart is not None and self._smart_window is not None:
             state: dict[str, Any] = {"smart": self.smart.state_dict(), "window": self._smart_window.sums()}
-            state["probe"] = self._smart_probe.state_dict()
-            torch.save(state, _state_file(self, output_dir))
+            state |= {"averaged": self._smart_best_averaged, "probe": self._smart_probe.state_dict()}
+            torch.save(state, _state_file(self, folder))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)
@@ -183,8 +229,15 @@ class SMARTMixin(_Base):
                 "from_pretrained and train anew from them, or resume it as it was made."
             )
         state = torch.load(file, map_location="cpu", weights_only=True)
+        if self.smart.teacher and not state["smart"]["teacher"]:
+            raise ValueError(
+                f"{type(self).__name__}: {checkpoint} was made with mu = 0, so it has no theta~, and mu = "
+                f"{self.smart.config.mu:g} now. Resume it with mu=0, or load its weights with from_pretrained and "
+                "train anew from them."
+            )
         self.smart.load_state_dict(state["smart"])
         self._smart_window = _Window(state["window"])
+        self._smart_best_averaged = state.get("averaged", False)
         if "probe" in state:
             self._smart_probe.load_state_dict(state["probe"], self.smart)
 
@@ -203,6 +256,7 @@ class SMARTMixin(_Base):
         if self.smart is not None:
             self.smart.remove()
         self.smart, self._smart_checked, self._smart_probe = None, False, Probe()
+        self._smart_evaluations, self._smart_best_averaged = [], False
         config, args = self.smart_config, self.args
         if config.lambda_s == config.mu == 0:
             return
@@ -349,7 +403,22 @@ def _check_scaling(
 _label_mask = label_mask
 
 
-def _state_file(trainer: Trainer, folder: str) -> Path:
+@torch.no_grad()
+def _has_averages(smart: SMART) -> bool:
+    """Whether the model has theta~ now, whoever put it there."""
+    theta = dict(smart.model.named_parameters())
+    pairs = [(theta[name], average) for name, average in smart.teacher.items()]
+    return bool(pairs) and all(torch.equal(weight, average.to(weight)) for weight, average in pairs)
+
+
+def _of_averages(evaluations: list[tuple[bool, dict[str, float]]], name: str, value: float) -> bool:
+    """Whether theta~ was evaluated when this metric was found: by its name, or only its value if it was renamed."""
+    found = [averaged for averaged, metrics in evaluations if metrics.get(name) == value]
+    found = found or [averaged for averaged, metrics in evaluations if value in metrics.values()]
+    return all(found or [averaged for averaged, _ in evaluations] or [False])
+
+
+def _state_file(trainer: Trainer, folder: str | Path) -> Path:
     """Beside rng_state.pth, and like it one a process: the noise differs."""
     several = trainer.args.world_size > 1
     return Path(folder, f"smart_state_{trainer.args.process_index}.pt" if several else "smart_state.pt")

@@ -452,6 +452,25 @@ def test_a_checkpoint_without_a_teacher_is_refused(tmp_path):
         make(tmp_path, **SAVING).train(resume_from_checkpoint=True)
 
 
+def test_resuming_with_mu_0(tmp_path):
+    smart = CONFIG.replace(mu=0)
+    unbroken = make(tmp_path / "run", smart=smart, **SAVING)
+    unbroken.train()
+    resumed = make(tmp_path / "again", bert(seed=5), smart=smart, **SAVING)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
+    assert_same_run(unbroken, resumed)
+    with pytest.raises(ValueError, match=r"checkpoint-4 was made with mu = 0, so it has no theta~, and mu = 1 now"):
+        make(tmp_path / "again", **SAVING).train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
+
+
+def test_a_checkpoint_with_a_teacher_resumed_with_mu_0(tmp_path):
+    make(tmp_path, **SAVING).train()
+    resumed = make(tmp_path, bert(seed=5), smart=CONFIG.replace(mu=0), **SAVING)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert resumed.smart.teacher == {}
+    assert resumed.smart.step == 7
+
+
 def test_the_settings_are_saved_with_the_model(tmp_path):
     trainer = make(tmp_path / "run", **SAVING)
     trainer.train()
@@ -643,6 +662,106 @@ def test_the_averaged_weights_can_be_evaluated(tmp_path):
         assert_same({name: p.detach() for name, p in trainer.model.named_parameters()}, expected)
     assert_same(before, weights(trainer))
     assert averaged != trainer.evaluate()["eval_loss"]
+
+
+# the best model
+
+BEST = {
+    "max_steps": 6,
+    "eval_dataset": make_rows(8),
+    "eval_strategy": "steps",
+    "eval_steps": 2,
+    "save_strategy": "steps",
+    "save_steps": 2,
+    "load_best_model_at_end": True,
+    "learning_rate": 0.05,
+}
+
+
+class Averaged(SMARTTrainer):
+    def evaluate(self, *args, **kwargs):
+        with self.swap_teacher():
+            return super().evaluate(*args, **kwargs)
+
+
+class Both(SMARTTrainer):
+    """theta~'s under another name, beside theta's."""
+
+    def evaluate(self, *args, **kwargs):
+        found = super().evaluate(*args, **kwargs)
+        with self.smart.swap_teacher():
+            return found | super().evaluate(*args, metric_key_prefix="eval_averaged")
+
+
+class Renamed(SMARTTrainer):
+    def evaluate(self, *args, **kwargs):
+        with self.swap_teacher():
+            averaged = super().evaluate(*args, metric_key_prefix="averaged")
+        return super().evaluate(*args, metric_key_prefix="theta") | {"eval_loss": averaged["averaged_loss"]}
+
+
+def loss_of(trainer):
+    """Of the weights that are in the model."""
+    return Trainer.evaluate(trainer)["eval_loss"]
+
+
+@pytest.mark.parametrize(
+    ("base", "metric", "averaged"),
+    [
+        (SMARTTrainer, "loss", False),
+        (Averaged, "loss", True),
+        (Both, "loss", False),
+        (Both, "averaged_loss", True),
+        (Both, "eval_averaged_loss", True),
+        (Renamed, "loss", True),
+    ],
+)
+def test_the_best_model_is_the_one_that_was_measured(tmp_path, base, metric, averaged):
+    trainer = make(tmp_path, base=base, metric_for_best_model=metric, greater_is_better=True, **BEST)
+    trainer.train()
+    assert trainer.state.best_metric is not None
+    assert loss_of(trainer) == pytest.approx(trainer.state.best_metric, rel=1e-6)
+    state = torch.load(Path(trainer.state.best_model_checkpoint, "smart_state.pt"), weights_only=True)
+    assert state["averaged"] is averaged
+    theta = bert()
+    theta.load_state_dict(type(theta).from_pretrained(trainer.state.best_model_checkpoint).state_dict())
+    is_theta = all(torch.equal(p, theta.get_parameter(name)) for name, p in trainer.model.named_parameters())
+    assert is_theta is not averaged
+    trainer.save_model(tmp_path / "final")
+    saved = type(theta).from_pretrained(tmp_path / "final").state_dict()
+    assert_same(saved, weights(trainer))
+    if base is Averaged:
+        assert trainer.evaluate()["eval_loss"] == pytest.approx(trainer.state.best_metric, rel=1e-6)
+
+
+def test_the_best_model_after_a_resume(tmp_path):
+    first = make(tmp_path, base=Averaged, greater_is_better=True, **BEST)
+    first.train()
+    best = int(first.state.best_model_checkpoint.rsplit("-", 1)[1])
+    resumed = make(tmp_path, bert(seed=5), base=Averaged, greater_is_better=True, **BEST)
+    resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{best}"))
+    assert resumed.state.best_metric == first.state.best_metric
+    assert_same(weights(first), weights(resumed))
+
+
+def test_the_best_model_with_save_only_model(tmp_path):
+    trainer = make(tmp_path, base=Averaged, save_only_model=True, **BEST)
+    trainer.train()
+    assert loss_of(trainer) == pytest.approx(trainer.state.best_metric, rel=1e-6)
+    plain = make(tmp_path / "plain", save_only_model=True, **BEST)
+    plain.train()
+    assert not list(tmp_path.glob("plain/*/smart_state.pt"))
+
+
+def test_a_best_model_without_its_teacher_is_named(tmp_path):
+    class Deleting(TrainerCallback):
+        def on_save(self, args, state, control, **_):
+            for file in tmp_path.glob("*/smart_state.pt"):
+                file.unlink()
+
+    trainer = make(tmp_path, base=Averaged, callbacks=[Deleting()], **BEST)
+    with pytest.warns(SMARTWarning, match=r"was measured with theta~, but .*smart_state.pt does not exist"):
+        trainer.train()
 
 
 def test_the_model_is_left_as_it_was(tmp_path):
