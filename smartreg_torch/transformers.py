@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import warnings
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 try:
     import transformers
     from packaging.version import Version
+    from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
     if Version(transformers.__version__).release < (5, 18):
         raise ImportError(f"transformers {transformers.__version__} is installed")
@@ -27,6 +29,7 @@ except ImportError as error:
     ) from error
 
 from smartreg.config import SMARTConfig, SMARTWarning
+from smartreg.report import Description
 from smartreg_torch.probe import Probe, cloned, first_call, label_mask, undone
 from smartreg_torch.report import Report
 from smartreg_torch.smart import SMART
@@ -70,6 +73,7 @@ class SMARTMixin(_Base):
         self._smart_rows = 0  # of all batches of this optimiser step
         self._smart_ran = self._smart_checked = False
         self._smart_probe = Probe()
+        self._smart_description: Description | None = None  # of the last train()
         self._smart_evaluations: list[tuple[bool, dict[str, float]]] = []  # since the last best: of theta~?, metrics
         self._smart_best_averaged = False  # whether the best metric is theta~'s
         super().__init__(*args, **kwargs)
@@ -173,6 +177,13 @@ class SMARTMixin(_Base):
             self._smart_evaluations.append((_has_averages(self.smart), dict(output.metrics or {})))
         return output
 
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """As Trainer's, with what SMART perturbed and compared."""
+        super().create_model_card(*args, **kwargs)
+        if self._smart_description is not None and self.is_world_process_zero():
+            with Path(str(self.args.output_dir), "README.md").open("a", encoding="utf-8") as card:
+                card.write(f"\n## SMART\n\n{self._smart_description.markdown()}\n")
+
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         is_best = super()._determine_best_metric(metrics, trial)
         if is_best:
@@ -256,7 +267,7 @@ class SMARTMixin(_Base):
         if self.smart is not None:
             self.smart.remove()
         self.smart, self._smart_checked, self._smart_probe = None, False, Probe()
-        self._smart_evaluations, self._smart_best_averaged = [], False
+        self._smart_description, self._smart_evaluations, self._smart_best_averaged = None, [], False
         config, args = self.smart_config, self.args
         if config.lambda_s == config.mu == 0:
             return
@@ -273,6 +284,20 @@ class SMARTMixin(_Base):
         if config.total_steps is None:
             config = config.replace(total_steps=max(self.state.max_steps, 1))
         self.smart, self._smart_window = self.create_smart(self.model_wrapped, config), _Window()
+
+    def _describe_smart(self) -> None:
+        """Say once, after the first step, what is perturbed and compared: on the screen and in TensorBoard."""
+        if self._smart_description is not None or self.smart is None or not hasattr(self.smart, "describe"):
+            return
+        description = self._smart_description = self._smart_probe.explain(self.smart.describe())
+        if not self.is_world_process_zero():
+            return
+        if transformers.logging.get_verbosity() <= logging.WARNING:
+            tqdm.write(str(description))  # to where the logs go, past the progress bar
+        for callback in self.callback_handler.callbacks:
+            writer = getattr(callback, "tb_writer", None)
+            if writer is not None:
+                writer.add_text("SMART", description.markdown(), self.state.global_step)
 
 
 class SMARTTrainer(SMARTMixin, Trainer):
@@ -318,6 +343,9 @@ class _Steps(TrainerCallback):
         # optimizer_step_was_skipped misses that with a fused optimiser, which is called and then does nothing.
         if self._trainer.smart is not None and self._loss_scale() >= self._scale:
             self._trainer.smart.update()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self._trainer._describe_smart()
 
     def _loss_scale(self) -> float:
         scaler = self._trainer.accelerator.scaler

@@ -16,6 +16,7 @@ from paper_settings import papers
 from torch import nn
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainerCallback, TrainingArguments
 
+from smartreg.report import Choice, Description
 from smartreg_torch import SMART, SMARTConfig, SMARTWarning
 from smartreg_torch.transformers import SMARTMixin, SMARTTrainer
 
@@ -762,6 +763,64 @@ def test_a_best_model_without_its_teacher_is_named(tmp_path):
     trainer = make(tmp_path, base=Averaged, callbacks=[Deleting()], **BEST)
     with pytest.warns(SMARTWarning, match=r"was measured with theta~, but .*smart_state.pt does not exist"):
         trainer.train()
+
+
+# what was chosen
+
+
+DESCRIPTION = {"site": ("bert", "found"), "l_s": ("symmetric_kl", "the default"), "positions": ("all", "the default")}
+
+
+def described(monkeypatch):
+    description = Description({name: Choice(*choice) for name, choice in DESCRIPTION.items()})
+    monkeypatch.setattr(SMART, "describe", lambda self: Description(description), raising=False)
+
+
+class Writer(TrainerCallback):
+    """As TensorBoard's callback."""
+
+    def __init__(self):
+        self.tb_writer, self.texts = self, []
+
+    def add_text(self, *text):
+        self.texts.append(text)
+
+
+def test_what_was_chosen_is_shown_once(tmp_path, monkeypatch, capsys):
+    described(monkeypatch)
+    writer = Writer()
+    model = bert("TokenClassification", num_labels=3)
+    trainer = make(tmp_path, model, make_rows(8, every_token), max_steps=3, callbacks=[writer])
+    trainer.train()
+    shown = capsys.readouterr().out
+    assert shown.count("site       bert          found") == 1
+    assert shown.index("site ") < shown.index("'loss'")
+    own_place = "d loss / d outputs: a label has its output at its own place"
+    assert f"positions  all           {own_place}" in shown
+    sums = "d loss / d outputs sums to 0 over the classes, as of any softmax loss"
+    assert writer.texts == [("SMART", writer.texts[0][1], 1)]
+    assert f"| l_s | `symmetric_kl` | {sums} |" in writer.texts[0][1]
+    for _ in range(2):
+        trainer.create_model_card(model_name="mine")
+        card = (tmp_path / "README.md").read_text()
+        assert card.count("## SMART") == 1
+        assert writer.texts[0][1] in card
+
+
+def test_what_was_chosen_is_not_shown_to_those_who_want_silence(tmp_path, monkeypatch, capsys):
+    described(monkeypatch)
+    trainer = make(tmp_path)
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        trainer.train()
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+    assert "site" not in capsys.readouterr().out
+    off = make(tmp_path, smart=OFF)
+    off.train()
+    off.create_model_card()
+    assert "## SMART" not in (tmp_path / "README.md").read_text()
 
 
 def test_the_model_is_left_as_it_was(tmp_path):
