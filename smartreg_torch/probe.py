@@ -77,7 +77,7 @@ class Probe:
         if labels is None or not (_several(labels) or labels.is_floating_point() or _classes(smart.model) == 1):
             return None
         counted = None
-        if self._asks(trainer, labels, smart):
+        if self._asks(trainer, labels):
             counted = self._ask(trainer, smart, compute_loss, inputs, num_items, labels)
         marks = _marks(labels)
         if self._state == "each" or not _several(marks):
@@ -115,11 +115,11 @@ class Probe:
             description[name] = description[name]._replace(why=why[name])
         return description
 
-    def _asks(self, trainer: Trainer, labels: Tensor, smart: SMART) -> bool:
+    def _asks(self, trainer: Trainer, labels: Tensor) -> bool:
         if self._state == "told":
             return False
         if self._state == "each":
-            return smart._mask is None
+            return True
         asks = self._state == "nothing" or bool((_marks(labels) == IGNORED).any())
         # compute_loss may wait for the other processes, so all of them ask or none
         return any(gather_object([asks])) if trainer.args.world_size > 1 else asks
@@ -169,8 +169,6 @@ class Probe:
             if of_state:
                 self._state, self._positions = state, of_state[0].positions
                 break
-        if self._state == "each" and smart._mask is not None:
-            self._state = "told"
         divergence = next((one.divergence for one in answers if one.divergence), None)
         self._tell(smart, divergence, next((one.axis for one in answers if one.axis is not None), None))
         problem = getattr(getattr(smart.model, "config", None), "problem_type", None)
@@ -238,13 +236,14 @@ def first_call(model: nn.Module, instead: Callable[..., tuple[Any, Any]]) -> Ite
     """
     kept: list[Any] = []
     own = vars(model).get("forward")  # accelerate's, for mixed precision
-    plain = model.forward
+    plain, compiled = model.forward, model._compiled_call_impl
 
     def restore() -> None:
         if own is None:
             vars(model).pop("forward", None)
         else:
             vars(model)["forward"] = own
+        model._compiled_call_impl = compiled
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
@@ -255,6 +254,7 @@ def first_call(model: nn.Module, instead: Callable[..., tuple[Any, Any]]) -> Ite
         return output
 
     vars(model)["forward"] = forward
+    model._compiled_call_impl = None  # model.compile()'s, which would compile `instead` too
     try:
         yield kept
     finally:

@@ -145,6 +145,20 @@ def test_the_shift_is_the_losss(tmp_path, name):
     assert logged(trainer)[0]["R_s"] > 0
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # of a graph break
+@pytest.mark.parametrize("settings", [{}, {"torch_compile": True, "torch_compile_backend": "eager"}], ids=["own", "HF"])
+def test_a_compiled_model(tmp_path, settings):
+    rows, model = make_rows(4, causal_labels), subclass()
+    if not settings:
+        model.compile(backend="eager")
+    trainer = watched(tmp_path, model, rows, max_steps=1, **settings)
+    plain = watched(tmp_path, subclass(), rows, max_steps=1)
+    torch.compiler.reset()
+    assert torch.equal(trainer.smart.masks[0], next_token(torch.stack([row["labels"] for row in rows])))
+    assert logged(trainer)[0]["R_s"] == pytest.approx(logged(plain)[0]["R_s"], rel=1e-4)
+    assert (model._compiled_call_impl is None) == bool(settings)
+
+
 def test_by_hand_behind_PEFT(tmp_path):
     """One answer token: D_Breg is the divergence at the position before it."""
     only_last = lambda ids, mask: ids.where(torch.arange(len(ids)) == 2, -100)  # noqa: E731
@@ -259,8 +273,7 @@ def test_labels_of_ctc_that_are_as_long_as_the_frames(tmp_path):
         labels = torch.full((8,), -100)
         labels[: 2 + i % 2] = torch.tensor([1, 2, 3])[: 2 + i % 2]
         rows.append({"input_values": torch.randn(8, 3), "lengths": 8 - i, "labels": labels})
-    settings = {"site": "layer", "mask": None}
-    trainer = watched(tmp_path, Speech(), rows, smart_settings=settings, remove_unused_columns=False)
+    trainer = watched(tmp_path, Speech(), rows, smart_settings={"site": "layer"}, remove_unused_columns=False)
     frames = torch.arange(8) < torch.tensor([8, 7, 6, 5])[:, None]
     assert len(trainer.smart.masks) == 2
     for mask in trainer.smart.masks:
