@@ -8,6 +8,7 @@ import torch
 import transformers
 from test_torch_transformers import (
     CONFIG,
+    TOKENS,
     VOCABULARY,
     arguments,
     bert,
@@ -575,6 +576,37 @@ def test_what_the_loss_said_is_the_reason(state, expected):
     assert ("sigma" in description["l_s"].why) == (state[2] == BERNOULLI)
     if state[2] is not None:
         assert smart._divergence == state[2]
+
+
+class Tagger(nn.Module):
+    """Classes on axis 1, as nn.CrossEntropyLoss takes them; as many tokens as classes."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(VOCABULARY, 8), nn.Linear(8, TOKENS)
+
+    def forward(self, input_ids, attention_mask=None):
+        return {"logits": self.head(self.embed(input_ids).cumsum(1).tanh()).transpose(1, 2)}
+
+
+class Tagging(Trainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels = inputs.pop("labels")
+        output = model(**inputs)
+        loss = cross_entropy(output["logits"], labels)
+        return (loss, output) if return_outputs else loss
+
+
+def test_the_axis_of_the_classes_is_the_losss(tmp_path):
+    torch.manual_seed(0)
+    model, rows = Tagger(), make_rows(6, every_token)
+    twin = copy.deepcopy(model).train()
+    trainer = watched(tmp_path, model, rows, Tagging, remove_unused_columns=False)
+    batch = transformers.default_data_collator(rows)
+    labels = batch.pop("labels")
+    with SMART(twin, CONFIG.replace(total_steps=2), noise=waves, class_axis=1) as smart:
+        smart(**batch, label_mask=labels != -100)
+    assert logged(trainer)[0]["R_s"] == pytest.approx(smart.metrics["R_s"], rel=1e-5)
 
 
 def test_labels_that_nothing_explains_are_asked_for(tmp_path):

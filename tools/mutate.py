@@ -71,6 +71,10 @@ BEST = PURE + "margin_start_is_the_best_linear_move[*-example-inf]"
 BEST_L1 = PURE + "margin_start_is_the_best_linear_move[*-example-1]"
 RELEASED = PURE + "released_update[*]"
 SLOPES = "test_training.py::test_gradients_against_finite_differences[True-symmetric_kl]"
+POSITIONS = "test_torch_trainer_positions.py::test_"
+FOUND = POSITIONS + "find_positions"
+ASKING = POSITIONS + "asking_leaves_nothing_behind"
+BEST = "test_torch_transformers.py::test_the_best_model_is_the_one_that_was_measured"
 MOVES = "test_training.py::test_theta_tilde_moves_every_S_steps_with_the_scheduled_beta"
 
 NUMPY = [
@@ -598,6 +602,70 @@ TORCH = [
             "return x.clone()",
             "return x",
             SMART + "a_model_that_changes_its_embeddings_in_place",
+        ),
+    ),
+    *_of(
+        "torch",
+        "smartreg_torch/labels.py",
+        ("the next token's label is not looked for", "(first, 0, -1, more, more - 1)", "(first, 0, more)", FOUND),
+        ("an ignore_index counts", "ignored, left = (value,), left & ~left", "left = left & ~left", FOUND),
+        ("labels shifted the wrong way", "self.more - self.offset", "self.more + self.offset", FOUND),
+        ("cross-entropy's sign", "z.sigmoid() - y", "z.sigmoid() + y", POSITIONS + "find_divergence"),
+        ("squared error's sign", '"squared_error": z - y', '"squared_error": z + y', POSITIONS + "find_divergence"),
+        (
+            "fractions are bits",
+            "if fitting and bool(((y == 0) | (y == 1)).all())",
+            "if True",
+            POSITIONS + "labels_that_nothing_explains_are_asked_for",
+        ),
+    ),
+    *_of(
+        "torch",
+        "smartreg_torch/probe.py",
+        ("a reference's call is SMART's", "if not torch.is_grad_enabled():", "if False:", ASKING),
+        ("asking logs", "vars(trainer).update(kept, log=lambda *_, **__: None)", "vars(trainer).update(kept)", ASKING),
+        ("asking takes the labels away", "compute_loss(model, cloned(inputs)", "compute_loss(model, inputs", ASKING),
+        ("asking moves the buffers", "with state.replayed(), ", "with ", ASKING),
+        (
+            "the gradient of accelerate's copies",
+            "return convert_to_fp32(output), output",
+            "return (convert_to_fp32(output),) * 2",
+            POSITIONS + "the_shift_is_the_losss[bfloat16]",
+        ),
+        (
+            "a resumed run asks again",
+            'self._state = state["state"]',
+            "pass",
+            POSITIONS + "a_resumed_run_does_not_ask_another_batch",
+        ),
+        (
+            "what no shift explains counts everywhere",
+            'if self._state == "each" or not',
+            "if not",
+            POSITIONS + "labels_of_ctc_that_are_as_long_as_the_frames",
+        ),
+        (
+            "classes on the last axis, whatever the loss says",
+            'setattr(smart, "_class_axis", axis)',
+            "pass",
+            POSITIONS + "the_axis_of_the_classes_is_the_losss",
+        ),
+    ),
+    *_of(
+        "torch",
+        "smartreg_torch/transformers.py",
+        ("theta is loaded where theta~ was measured", "weight.copy_(teacher[name])", "pass", BEST),
+        (
+            "the metric is theta's, whoever was measured",
+            "_of_averages(self._smart_evaluations, name, metrics[name])",
+            "False",
+            BEST,
+        ),
+        (
+            "an old transformers goes through",
+            "release < (5, 18)",
+            "release < (4, 18)",
+            "test_torch_transformers.py::test_an_old_transformers_is_refused_at_import",
         ),
     ),
 ]
