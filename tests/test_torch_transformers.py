@@ -376,6 +376,15 @@ def test_a_loss_that_ignores_the_number_of_items_is_named(tmp_path):
         make(tmp_path, gradient_accumulation_steps=4, max_steps=1, compute_loss_func=ignoring).train()
 
 
+def test_many_batches_in_a_step_are_no_forgotten_update(tmp_path):
+    model = bert(num_hidden_layers=1)
+    model.accepts_loss_kwargs = False
+    settings = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 256}
+    trainer = make(tmp_path, model, make_rows(256), smart=CONFIG.replace(lambda_s=0), max_steps=1, **settings)
+    trainer.train()  # where a warning is an error
+    assert trainer.smart.step == 1
+
+
 # checkpoints
 
 
