@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import json
 import math
 import warnings
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 Norm = Literal["inf", "2", "1"]
 Granularity = Literal["example", "token"]
@@ -17,6 +18,7 @@ Start = Literal["gaussian", "margin"]
 Scale = Literal["absolute", "rms"]
 Projection = Literal["ball", "rescale"]
 NonFinite = Literal["raise", "skip"]
+T = TypeVar("T")
 
 
 class SMARTWarning(UserWarning):
@@ -45,6 +47,36 @@ _REALS: dict[str, tuple[float, float, bool]] = {
 _INTEGERS = {"ascent_steps": 0, "smoothness_steps": 1, "proximal_steps": 1, "total_steps": 1}
 
 
+class _Followed(int):
+    """A number that was not given but follows from another setting.
+
+    dataclasses.replace hands it to the copy, which sees by the type that it is to follow anew.
+    """
+
+
+def _check_names(cls: Any, settings: dict[str, Any], error: type[Exception]) -> None:
+    known = [field.name for field in dataclasses.fields(cls)]
+    for name in settings:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; it knows {', '.join(known)}"
+            raise error(f"SMARTConfig: no setting is called {name!r}{hint}")
+
+
+def _suggesting(cls: type[T]) -> type[T]:
+    """Let the constructor of a dataclass suggest a setting for a name that it does not know."""
+    init: Any = cls.__init__
+
+    @functools.wraps(init)
+    def checked(self: Any, *args: Any, **settings: Any) -> None:
+        _check_names(self, settings, TypeError)
+        init(self, *args, **settings)
+
+    cls.__init__ = checked  # type: ignore[method-assign]
+    return cls
+
+
+@_suggesting
 @dataclass(frozen=True, kw_only=True)
 class SMARTConfig:
     """Settings of F(theta) = L + lambda_s R_s + mu D_Breg, frozen and validated.
@@ -61,8 +93,8 @@ class SMARTConfig:
         sigma: standard deviation of the Gaussian start nu_i.
         eta: length of one ascent step. epsilon, sigma and eta are in the embeddings' own units
             (`scale="absolute"`) or in multiples of the root mean square of x_i (`scale="rms"`).
-        ascent_steps: T_x; 0 keeps the start alone (R3F with the Gaussian start). By default 0 after the margin start
-            and 1 after the Gaussian one.
+        ascent_steps: T_x; 0 keeps the start alone (R3F with the Gaussian start). Where it is not given, it goes with
+            the start, also in a copy with another start: 0 after the margin start, 1 after the Gaussian one.
         norm: p of the ball and of g / ||g||: "inf", "2" or "1".
         granularity: what a norm runs over: "example" (all axes but the batch) or "token" (the last axis).
         start: "margin" (towards the nearest decision boundary) or "gaussian" (the paper's nu_i).
@@ -78,7 +110,7 @@ class SMARTConfig:
         non_finite: a NaN or infinite penalty raises ("raise"), or counts as 0 for that step ("skip").
 
     Raises:
-        TypeError, ValueError: a setting of the wrong type or out of range; the message names it.
+        TypeError, ValueError: an unknown setting, one of the wrong type or out of range; the message names it.
 
     Source: Jiang et al. 2020 (arXiv 1911.03437), equations 1 to 4 and Algorithm 1.
 
@@ -122,8 +154,8 @@ class SMARTConfig:
                 bound = f"in [{low:g}, {high:g}]" if math.isfinite(high) else f"{'>=' if closed else '>'} {low:g}"
                 raise ValueError(f"SMARTConfig: {name} must be a finite number {bound}, got {got!r}")
             object.__setattr__(self, name, value)
-        if self.ascent_steps is None:
-            object.__setattr__(self, "ascent_steps", 0 if self.start == "margin" else 1)
+        if self.ascent_steps is None or isinstance(self.ascent_steps, _Followed):
+            object.__setattr__(self, "ascent_steps", _Followed(0 if self.start == "margin" else 1))
         for name, least in _INTEGERS.items():
             got = getattr(self, name)
             if name == "total_steps" and got is None:
@@ -132,13 +164,14 @@ class SMARTConfig:
                 raise TypeError(f"SMARTConfig: {name} must be a whole number, got {got!r}")
             if int(got) < least:
                 raise ValueError(f"SMARTConfig: {name} must be at least {least}, got {got!r}")
-            object.__setattr__(self, name, int(got))
+            if not isinstance(got, _Followed):
+                object.__setattr__(self, name, int(got))
         if self.lambda_s > 0 and self.start == "gaussian" and self.sigma == 0:
             warnings.warn(
                 "SMARTConfig: with sigma=0 and start='gaussian' the ascent begins at x itself, where the divergence "
                 "is stationary: R_s stays 0 for ever. Give sigma > 0 or start='margin'.",
                 SMARTWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
         betas = {self.beta_early if self.early_fraction > 0 else self.beta_late}
         betas |= {self.beta_late} if self.early_fraction < 1 else set()
@@ -147,7 +180,7 @@ class SMARTConfig:
                 "SMARTConfig: with beta=0 and proximal_steps=1 theta~ equals theta whenever the gradient is taken, so "
                 "D_Breg and its gradient are exactly 0. Give proximal_steps > 1 (VBPP) or beta > 0 (MBPP), or mu=0.",
                 SMARTWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
 
     @property
@@ -201,17 +234,27 @@ class SMARTConfig:
         return cls(**{**released, **changes})
 
     def replace(self, **changes: Any) -> SMARTConfig:
-        """A copy with some settings changed, validated again.
+        """A copy with some settings changed, validated again; `ascent_steps` goes with the start if it was not given.
+
+        Raises:
+            TypeError, ValueError: as the constructor.
 
         Example:
             >>> SMARTConfig().replace(mu=0).mu
             0.0
         """
-        return type(self).from_dict({**self.to_dict(), **changes})
+        return type(self)(**{**self.to_dict(), **changes})
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings as a dict of plain values; `from_dict` reads it back."""
-        return dataclasses.asdict(self)
+        """The settings as a dict of plain values; `from_dict` reads it back.
+
+        `ascent_steps` is None (null in JSON) where it was not given, so that it still goes with the start.
+
+        Example:
+            >>> SMARTConfig().to_dict()["ascent_steps"], SMARTConfig(ascent_steps=1).to_dict()["ascent_steps"]
+            (None, 1)
+        """
+        return {name: None if isinstance(v, _Followed) else v for name, v in dataclasses.asdict(self).items()}
 
     @classmethod
     def from_dict(cls, settings: dict[str, Any]) -> SMARTConfig:
@@ -221,12 +264,7 @@ class SMARTConfig:
             >>> SMARTConfig.from_dict(SMARTConfig().to_dict()) == SMARTConfig()
             True
         """
-        known = [field.name for field in dataclasses.fields(cls)]
-        for name in settings:
-            if name not in known:
-                near = difflib.get_close_matches(name, known, n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else f"; it knows {', '.join(known)}"
-                raise ValueError(f"SMARTConfig: no setting is called {name!r}{hint}")
+        _check_names(cls, settings, ValueError)
         return cls(**settings)
 
     def to_json(self) -> str:

@@ -1,6 +1,9 @@
+import copy
 import dataclasses
+import inspect
 import json
 import math
+import pickle
 import warnings
 
 import numpy as np
@@ -40,6 +43,51 @@ def test_the_ascent_that_goes_with_the_start():
     assert SMARTConfig.from_dict({"start": "gaussian", "ascent_steps": None}).ascent_steps == 1
     with pytest.raises(TypeError, match="total_steps"):
         SMARTConfig(total_steps="many")
+
+
+COPIES = {
+    "replace": lambda config, start: config.replace(start=start),
+    "dataclasses.replace": lambda config, start: dataclasses.replace(config, start=start),
+    "replace twice": lambda config, start: config.replace(mu=0).replace(start=start),
+    "dict": lambda config, start: SMARTConfig.from_dict({**config.to_dict(), "start": start}),
+    "json": lambda config, start: SMARTConfig.from_json(config.to_json()).replace(start=start),
+    "edited json": lambda config, start: SMARTConfig.from_json(
+        json.dumps(json.loads(config.to_json()) | {"start": start})
+    ),
+    "pickle": lambda config, start: pickle.loads(pickle.dumps(config)).replace(start=start),
+    "copy": lambda config, start: copy.copy(config).replace(start=start),
+    "deepcopy": lambda config, start: copy.deepcopy(config).replace(start=start),
+}
+
+
+@pytest.mark.parametrize("how", COPIES)
+def test_the_ascent_goes_with_the_start_of_a_copy(how):
+    change = COPIES[how]
+    for config in (
+        SMARTConfig(),
+        SMARTConfig(ascent_steps=None, lambda_s=2),
+        SMARTConfig.paper().replace(start="margin"),
+    ):
+        gaussian = change(config, "gaussian")
+        assert (gaussian.start, gaussian.ascent_steps) == ("gaussian", 1)
+        assert (change(config, "margin").ascent_steps, change(gaussian, "margin").ascent_steps) == (0, 0)
+    for steps in (0, 1, 3):  # said, and so kept, whatever the start; 0 is R3F
+        for start in ("margin", "gaussian"):
+            assert change(SMARTConfig(start=start, ascent_steps=steps), "gaussian").ascent_steps == steps
+            assert change(SMARTConfig(start=start, ascent_steps=steps), "margin").ascent_steps == steps
+    assert change(SMARTConfig.mtdnn(), "margin").ascent_steps == 0
+
+
+def test_a_default_that_followed_is_a_number_like_any_other():
+    followed, said = SMARTConfig(), SMARTConfig(ascent_steps=0)
+    assert followed == said
+    assert hash(followed) == hash(said)
+    assert repr(followed) == repr(said)
+    assert json.dumps(followed.ascent_steps) == "0"
+    assert (followed.to_dict()["ascent_steps"], said.to_dict()["ascent_steps"]) == (None, 0)
+    assert {type(value) for value in followed.to_dict().values()} <= {float, int, str, type(None)}
+    old = json.loads(said.to_json())  # files written before have a number there
+    assert SMARTConfig.from_dict(old).replace(start="gaussian").ascent_steps == 0
 
 
 def test_round_trips():
@@ -97,6 +145,31 @@ def test_unknown_settings_are_named():
         SMARTConfig.from_dict({"lamda_s": 1})
     with pytest.raises(ValueError, match="expected a JSON object, got '\\[1\\]'"):
         SMARTConfig.from_json("[1]")
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        SMARTConfig,
+        SMARTConfig.paper,
+        SMARTConfig.mtdnn,
+        SMARTConfig().replace,
+        lambda **changes: dataclasses.replace(SMARTConfig(), **changes),
+    ],
+)
+def test_an_unknown_keyword_gets_a_suggestion(call):
+    with pytest.raises(TypeError, match="SMARTConfig: no setting is called 'lamda_s'; did you mean 'lambda_s'"):
+        call(lamda_s=1)
+    with pytest.raises(TypeError, match="no setting is called 'zzz'; it knows lambda_s, mu, epsilon"):
+        call(zzz=1)
+
+
+def test_the_constructor_is_otherwise_pythons():
+    with pytest.raises(TypeError, match=r"__init__\(\) takes 1 positional argument but 2 were given"):
+        SMARTConfig(1)
+    parameters = inspect.signature(SMARTConfig).parameters
+    assert list(parameters) == [field.name for field in dataclasses.fields(SMARTConfig)]
+    assert all(parameter.kind is parameter.KEYWORD_ONLY for parameter in parameters.values())
 
 
 def test_warns_where_a_term_would_do_nothing():

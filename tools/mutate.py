@@ -76,6 +76,7 @@ FOUND = POSITIONS + "find_positions"
 ASKING = POSITIONS + "asking_leaves_nothing_behind"
 BEST = "test_torch_transformers.py::test_the_best_model_is_the_one_that_was_measured"
 MOVES = "test_training.py::test_theta_tilde_moves_every_S_steps_with_the_scheduled_beta"
+FOLLOWS = "test_config.py::test_the_ascent_goes_with_the_start_of_a_copy"
 
 NUMPY = [
     *_of(
@@ -231,6 +232,19 @@ NUMPY = [
         "smartreg/config.py",
         ("R_s every K-th step, unweighted", "else self.smoothness_steps * self.lambda_s", "else self.lambda_s", TURNS),
         ("R_s in every step, K times", "0.0 if steps % self.smoothness_steps else ", "", TURNS),
+        (
+            "a copy keeps the ascent of another start",
+            " or isinstance(self.ascent_steps, _Followed)",
+            "",
+            FOLLOWS + "[replace]",
+        ),
+        ("a file keeps it", "None if isinstance(v, _Followed) else v for", "v for", FOLLOWS + "[edited json]"),
+        (
+            "an unknown keyword is left to Python",
+            "        _check_names(self, settings, TypeError)\n",
+            "",
+            "test_config.py::test_an_unknown_keyword_gets_a_suggestion[SMARTConfig]",
+        ),
     ),
 ]
 
