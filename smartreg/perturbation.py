@@ -1,7 +1,8 @@
 """The inner maximum of R_s: norms, projections and Algorithm 1's projected ascent (docs/math.md).
 
 A perturbation delta has the shape of the embeddings x, (n, ..., d). `granularity` says what one norm runs over: all
-axes but the batch ("example"), or the last one ("token").
+axes but the batch ("example"), or the last one ("token"). An entry of x that is NaN or infinite, which the model
+imputes, is as one that is masked: delta is 0 there, and no norm and no root mean square counts it.
 """
 
 from __future__ import annotations
@@ -132,7 +133,8 @@ def ascend(
         divergence: the name of l_s in `smartreg.divergences`.
 
     Returns:
-        delta, of the shape of x, ||delta||_p <= epsilon unless `config.projection` is "rescale".
+        delta, of the shape of x, ||delta||_p <= epsilon unless `config.projection` is "rescale"; 0 where x is masked,
+        NaN or infinite.
 
     Source: paper, Algorithm 1, lines 5 to 10. The margin start: docs/math.md.
 
@@ -144,7 +146,7 @@ def ascend(
         array([[-0.1,  0.1]])
     """
     x, target = _floating(x), np.asarray(target)
-    keep = 1 if mask is None else expand_mask(mask, x)
+    keep = _movable(x, mask)
     scale = rms(x, mask) if config.scale == "rms" else np.ones(len(x), x.dtype)
     epsilon, sigma, eta = (value * scale for value in (config.epsilon, config.sigma, config.eta))
     positions = output_mask(target, mask)
@@ -152,16 +154,16 @@ def ascend(
     if config.start == "gaussian":
         if noise is None:
             raise ValueError("ascend: start='gaussian' needs noise of the shape of x, got None")
-        delta: Array = keep * (_each(sigma, x) * np.asarray(noise, x.dtype))
+        delta: Array = np.where(keep, _each(sigma, x) * np.asarray(noise, x.dtype), 0)
     else:
         _, vjp = forward(x)
-        direction = keep * vjp(margin_gradient(target, noise, positions, divergence))
+        direction = np.where(keep, vjp(margin_gradient(target, noise, positions, divergence)), 0)
         delta = _steepest(direction, epsilon, config)
     delta = _project(delta, epsilon, config) if config.projection == "ball" else delta
 
     for _ in range(config.ascent_steps):
         outputs, vjp = forward(x + delta)
-        g = keep * vjp(DIVERGENCES[divergence].grad(target, outputs, positions)[1])
+        g = np.where(keep, vjp(DIVERGENCES[divergence].grad(target, outputs, positions)[1]), 0)
         if config.projection == "ball":
             step = _each(eta, x) * normalize(g, config.norm, config.granularity)
         else:
@@ -203,14 +205,14 @@ def margin_gradient(
 
 
 def rms(x: ArrayLike, mask: ArrayLike | None = None) -> Array:
-    """Root mean square of each x_i over its own unmasked entries, (n,); 0 where there are none.
+    """Root mean square of each x_i over its own unmasked and finite entries, (n,); 0 where there are none.
 
     Example:
         >>> rms([[[3.0, 3.0], [9.0, 9.0]]], [[1, 0]])
         array([3.])
     """
     x = _floating(x)
-    keep = np.broadcast_to(np.ones((), bool) if mask is None else expand_mask(mask, x), x.shape)
+    keep = _movable(x, mask)
     axes = tuple(range(1, x.ndim))
     count = np.maximum(keep.sum(axis=axes), 1).astype(x.dtype)
     result: Array = np.sqrt(np.sum(np.where(keep, x * x, 0), axis=axes) / count)
@@ -223,6 +225,12 @@ def expand_mask(mask: ArrayLike, x: Array) -> NDArray[np.bool_]:
     if keep.ndim >= x.ndim or keep.shape != x.shape[: keep.ndim]:
         raise ValueError(f"the mask must have the leading axes of x, {x.shape[:-1]}, got {keep.shape}")
     return keep.reshape(keep.shape + (1,) * (x.ndim - keep.ndim))
+
+
+def _movable(x: Array, mask: ArrayLike | None) -> NDArray[np.bool_]:
+    """Which entries may be perturbed: the finite ones where the mask is true."""
+    finite: NDArray[np.bool_] = np.isfinite(x)
+    return finite if mask is None else finite & expand_mask(mask, x)
 
 
 def output_mask(outputs: Array, mask: ArrayLike | None) -> ArrayLike | None:

@@ -42,8 +42,8 @@ Array = NDArray[Any]
 _FORMAT = 1
 
 _HINTS = {
-    "all finite": "A NaN or an infinity in x, delta or the outputs. Look at the learning rate and the loss before this "
-    "step; an output may be -inf only as a masked class, in every pass.",
+    "all finite": "A NaN or an infinity in the outputs, delta, or x where it was moved. Look at the learning rate and "
+    "the loss before this step; an output may be -inf only as a masked class, in every pass.",
     "R_s": "The divergence of the recorded outputs is another one. Something stands between the outputs and R_s: a "
     "function outputs= that does not always give the same, sample weights of another form, a changed kernel. Please "
     "report it, with the file.",
@@ -358,7 +358,10 @@ def _step_rows(number: int, step: _Step, config: SMARTConfig) -> Iterator[Row]:
     def holds(what: str, recomputed: float, error: float, bound: float = 0.0) -> Row:
         return _row(number, what, None, recomputed, error, bound)
 
-    broken = sum(_not_finite(step.arrays[name]) for name in step.arrays if name.startswith(("x/", "delta/")))
+    broken = 0
+    for x, delta in zip(step.listed("x"), step.listed("delta"), strict=True):
+        if delta is not None:  # of x, what delta moves: where the model imputes a NaN, delta is 0
+            broken += _not_finite(delta) + _not_finite(np.where(delta != 0, x, 0))
     penalty = penalty_size = 0.0
     terms = []
     lambda_s = config.smoothness_weight(int(step.reported("step")))

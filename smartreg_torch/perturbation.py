@@ -1,7 +1,8 @@
 """The inner maximum of R_s for PyTorch: `smartreg.perturbation`, native (docs/math.md).
 
 A perturbation delta has the shape of the embeddings x, (n, ..., d). `granularity` says what one norm runs over: all
-axes but the batch ("example"), or the last one ("token").
+axes but the batch ("example"), or the last one ("token"). An entry of x that is NaN or infinite, which the model
+imputes, is as one that is masked: delta is 0 there, and no norm and no root mean square counts it.
 """
 
 from __future__ import annotations
@@ -133,8 +134,8 @@ def ascend(
         positions: for each output, which of its positions count, where that is not as `mask` says.
 
     Returns:
-        delta, of the shape of x, ||delta||_p <= epsilon unless `config.projection` is "rescale"; float32 or wider. No
-        graph is left on it, and no parameter's `.grad` is touched.
+        delta, of the shape of x, ||delta||_p <= epsilon unless `config.projection` is "rescale"; 0 where x is masked,
+        NaN or infinite. It is float32 or wider. No graph is left on it, and no parameter's `.grad` is touched.
 
     Source: paper, Algorithm 1, lines 5 to 10. The margin start: docs/math.md.
 
@@ -156,11 +157,11 @@ def ascend(
         return _listed(forward(points[0] if single else points))
 
     clean = [point.detach().to(_wide(point)) for point in xs]
-    keep = [None if m is None else expand_mask(m, point) for m, point in zip(masks, clean, strict=True)]
+    keep = [_movable(point, m) for m, point in zip(masks, clean, strict=True)]
     positions = [output_mask(z, masks) for z in targets] if positions is None else positions
     scale = [
-        rms(point, m) if config.scale == "rms" else point.new_ones(len(point))
-        for point, m in zip(clean, masks, strict=True)
+        _rms(point, k) if config.scale == "rms" else point.new_ones(len(point))
+        for point, k in zip(clean, keep, strict=True)
     ]
     epsilon, sigma, eta = ([value * s for s in scale] for value in (config.epsilon, config.sigma, config.eta))
 
@@ -168,7 +169,7 @@ def ascend(
         if noise is None:
             raise ValueError("ascend: start='gaussian' needs noise of the shape of x, got None")
         delta = [
-            _kept(_radius(s, point) * nu.to(point), k)
+            (_radius(s, point) * nu.to(point)).where(k, 0)
             for s, point, nu, k in zip(sigma, clean, noises, keep, strict=True)
         ]
     else:
@@ -182,7 +183,7 @@ def ascend(
             ]
         g = _gradients(outputs, points, ascents, retain_graph=in_graph)
         delta = [
-            _steepest(_kept(direction.to(_wide(direction)), k), e, config)
+            _steepest(direction.to(_wide(direction)).where(k, 0), e, config)
             for direction, k, e in zip(g, keep, epsilon, strict=True)
         ]
     if config.projection == "ball":
@@ -200,7 +201,7 @@ def ascend(
             ).sum()
         g = _gradients([total], points)
         delta = [
-            _project(d + _step(_kept(direction.to(d.dtype), k), s, config), e, config)
+            _project(d + _step(direction.to(d.dtype).where(k, 0), s, config), e, config)
             for d, direction, k, s, e in zip(delta, g, keep, eta, epsilon, strict=True)
         ]
     return cast(T, delta[0] if single else delta)
@@ -240,17 +241,17 @@ def margin_gradient(
 
 
 def rms(x: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Root mean square of each x_i over its own unmasked entries, (n,); 0 where there are none.
+    """Root mean square of each x_i over its own unmasked and finite entries, (n,); 0 where there are none.
 
     Example:
         >>> rms(torch.tensor([[[3.0, 3.0], [9.0, 9.0]]]), torch.tensor([[1, 0]]))
         tensor([3.])
     """
-    square = x.to(_wide(x)).square()
-    if mask is None:
-        return square.flatten(1).mean(1).sqrt()
-    keep = expand_mask(mask, x).expand_as(x)
-    return (square.where(keep, 0).flatten(1).sum(1) / keep.flatten(1).sum(1).clamp(min=1)).sqrt()
+    return _rms(x.to(_wide(x)), _movable(x, mask))
+
+
+def _rms(x: Tensor, keep: Tensor) -> Tensor:
+    return (x.where(keep, 0).square().flatten(1).sum(1) / keep.flatten(1).sum(1).clamp(min=1)).sqrt()
 
 
 def expand_mask(mask: Tensor, x: Tensor) -> Tensor:
@@ -258,6 +259,11 @@ def expand_mask(mask: Tensor, x: Tensor) -> Tensor:
     if mask.ndim >= x.ndim or mask.shape != x.shape[: mask.ndim]:
         raise ValueError(f"the mask must have the leading axes of x, {tuple(x.shape[:-1])}, got {tuple(mask.shape)}")
     return (mask != 0).reshape(mask.shape + (1,) * (x.ndim - mask.ndim))
+
+
+def _movable(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Which entries may be perturbed: the finite ones where the mask is true."""
+    return x.isfinite() if mask is None else x.isfinite() & expand_mask(mask, x)
 
 
 def output_mask(outputs: Tensor, mask: Tensor | Sequence[Tensor | None] | None) -> Tensor | None:
@@ -288,13 +294,18 @@ def _steepest(g: Tensor, epsilon: Tensor | float, config: SMARTConfig) -> Tensor
     """argmax_{||delta||_p <= epsilon} <g, delta>, 0 where g = 0."""
     radius = _radius(epsilon, g)
     if config.norm == "inf":
-        return radius * g.sign()
+        return radius * _sign(g)
     if config.norm == "2":
         return radius * normalize(g, "2", config.granularity)
     rows = _rows(g, config.granularity)
     at = rows.abs().argmax(-1, keepdim=True)
-    corner = torch.zeros_like(rows).scatter(-1, at, rows.gather(-1, at).sign())
+    corner = torch.zeros_like(rows).scatter(-1, at, _sign(rows.gather(-1, at)))
     return radius * corner.view_as(g)
+
+
+def _sign(g: Tensor) -> Tensor:
+    """The sign, NaN where g is: torch's own is 0 there, which would hide a broken gradient."""
+    return g.sign().where(~g.isnan(), g)
 
 
 def _step(g: Tensor, eta: Tensor | float, config: SMARTConfig) -> Tensor:
@@ -338,10 +349,6 @@ def _radius(epsilon: Tensor | float, rows: Tensor) -> Tensor:
     if not isinstance(epsilon, Tensor):
         return rows.new_full((), epsilon)
     return epsilon.to(rows).reshape((-1,) + (1,) * (rows.ndim - 1)) if epsilon.ndim else epsilon.to(rows)
-
-
-def _kept(values: Tensor, keep: Tensor | None) -> Tensor:
-    return values if keep is None else values.where(keep, 0)
 
 
 def _wide(x: Tensor) -> torch.dtype:

@@ -147,7 +147,7 @@ TAMPERED = {
         {f"delta/{k}": lambda v: v * np.float32(1e-9) for k in (0, 1)},
         {"x + delta is not x", "vanished", "max_delta"},
     ),
-    "x not finite": ({"x/1": with_one((0, 0, 0), np.inf)}, {"all finite", "vanished"}),
+    "x not finite": ({"x/1": with_one((0, 0, 0), np.inf)}, {"all finite", "vanished", "delta in the ball"}),
     "outputs not finite": ({"outputs/1": with_one((0, 0), np.nan)}, {"all finite"} | TERMS),
     "a class masked in one pass": ({"teacher/0": with_one((0, 0, 1), -np.inf)}, {"all finite", "D_Breg", "penalty"}),
     "x smaller": ({"x/0": lambda v: v / 2}, {"delta in the ball"}),

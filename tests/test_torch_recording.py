@@ -195,11 +195,10 @@ def test_a_model_that_raises_leaves_the_complete_steps(tmp_path):
 
 def test_a_step_that_is_not_finite_is_recorded(tmp_path):
     model = Tagger()
-    batches = [text() for _ in range(3)]
     with torch.no_grad():
-        model.embedding.weight[batches[2]["input_ids"][0, 0]] = np.inf
+        model.head.weight[0, 0] = np.inf
     with pytest.raises(FloatingPointError, match="not finite"):
-        run(model, batches[2:], settings={**TWO, "record": tmp_path / "run.npz"})
+        run(model, [text()], settings={**TWO, "record": tmp_path / "run.npz"})
     assert "all finite" in failed(tmp_path / "run.npz")
 
 
@@ -305,3 +304,45 @@ def test_the_page_prints_its_table(tmp_path, monkeypatch, capsys):
         return [re.split(r"  +", line)[:2] for line in text.splitlines()[2:]]
 
     assert wording(capsys.readouterr().out) == wording(shown)
+
+
+class Imputes(nn.Module):
+    """Features, a missing one replaced by a weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.fill, self.head = nn.Parameter(torch.zeros(6)), nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+
+    def forward(self, features):
+        return self.head(torch.where(features.isnan(), self.fill, features))
+
+
+@pytest.mark.parametrize("start", ["gaussian", "margin"])
+def test_missing_features_that_the_model_imputes(start, tmp_path):
+    """Every other entry of a row is perturbed, the recording agrees, and R_s is as by hand."""
+    torch.manual_seed(0)
+    x = torch.randn(16, 6)
+    x[torch.rand(16, 6) < 0.2] = torch.nan
+    x[0] = torch.nan
+    missing = x.isnan()
+    model, config = Imputes(), BOTH.replace(mu=0, start=start, ascent_steps=1)
+    smart = SMART(model, config, record=tmp_path / "run.npz")
+    logits, penalty = smart(x)
+    penalty.backward()
+    metrics = smart.metrics
+    smart.remove()
+    assert torch.isfinite(logits).all()
+    assert all(bool(p.grad.isfinite().all()) for p in model.parameters())
+    with np.load(tmp_path / "run.npz") as file:
+        delta = torch.from_numpy(file["0/delta/0"])
+    radius = config.epsilon * torch.where(missing, 0, x).square().sum(1).div((~missing).sum(1).clamp(min=1)).sqrt()
+    assert torch.all(delta[missing] == 0)
+    assert torch.all(delta.abs().amax(1)[1:] > 0)
+    assert torch.all(delta.abs().amax(1) <= radius * (1 + 1e-6))
+    model.double()
+    p, q = (model(z.double()).softmax(-1).detach() for z in (x, x + delta))
+    want = float(((p - q) * (p.log() - q.log())).sum(-1).mean())
+    assert metrics["R_s"] == pytest.approx(want, rel=1e-4)
+    assert metrics["max_delta"] == float(delta.abs().max())
+    report = compare_run(tmp_path / "run.npz")
+    assert report.ok, str(report)
