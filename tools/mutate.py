@@ -282,6 +282,30 @@ TORCH = [
         ("the mask is ignored", "keep = (mask != 0).flatten(1)", "keep = (mask == mask).flatten(1)"),
         ("the mean counts masked positions", "keep.sum(1).clamp(min=1)", "keep.shape[1]"),
         ("what comes from above is not passed on", "grad.unsqueeze(-1) * g for g", "g for g"),
+        (
+            "create_graph: the gradients are constants",
+            "if not torch.is_grad_enabled():",
+            "if True:",
+            "test_torch_divergences.py::test_second_and_third_derivatives_at_every_distance[symmetric_kl-0.9]",
+        ),
+        (
+            "create_graph: the gradients are counted twice",
+            "tuple(g - g.detach() for g in gradients)",
+            "tuple(gradients)",
+            "test_torch_divergences.py::test_the_gradients_themselves_do_not_depend_on_create_graph[symmetric_kl]",
+        ),
+        (
+            "create_graph: E_q for E_p",
+            "(p * r_p).sum(-1, keepdim=True)) + (p - q)",
+            "(q * r_p).sum(-1, keepdim=True)) + (p - q)",
+            "test_torch_divergences.py::test_second_and_third_derivatives_at_every_distance[symmetric_kl-0.9]",
+        ),
+        (
+            "create_graph: sigma' without 1 - sigma",
+            "-(q * (-b).sigmoid() * d + (p - q))",
+            "-(q * d + (p - q))",
+            "test_torch_divergences.py::test_second_and_third_derivatives_at_every_distance[bernoulli_symmetric_kl-0.9]",
+        ),
     ),
     *_of(
         "torch",
