@@ -137,6 +137,16 @@ DIVERGENCES: dict[str, Divergence] = {
 }
 
 
+def check_divergence(call: str, name: str) -> None:
+    """Raise ValueError, naming `call`, where no divergence has that name.
+
+    Example:
+        >>> check_divergence("ascend", "squared_error")
+    """
+    if name not in list(DIVERGENCES):
+        raise ValueError(f"{call}: divergence must be one of {', '.join(map(repr, DIVERGENCES))}, got {name!r}")
+
+
 def mean_positions(values: Array, mask: ArrayLike | None = None) -> Array:
     """The mean of (n, ...) over all axes but the first, where the mask is true; 0 where it is true nowhere.
 

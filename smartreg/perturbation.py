@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from smartreg.config import Granularity, Norm, SMARTConfig
-from smartreg.divergences import DIVERGENCES
+from smartreg.divergences import DIVERGENCES, check_divergence
 
 Array = NDArray[Any]
 Forward = Callable[[Array], tuple[Array, Callable[[Array], Array]]]
@@ -145,6 +145,7 @@ def ascend(
         >>> ascend(linear, [[1.0, 1.0]], [[1.0, 1.0]], config, None).round(3)
         array([[-0.1,  0.1]])
     """
+    check_divergence("ascend", divergence)
     x, target = _floating(x), np.asarray(target)
     keep = _movable(x, mask)
     scale = rms(x, mask) if config.scale == "rms" else np.ones(len(x), x.dtype)
@@ -186,6 +187,7 @@ def margin_gradient(
         >>> margin_gradient([[3.0, 1.0, 2.0]])
         array([[-1.,  0.,  1.]])
     """
+    check_divergence("margin_gradient", divergence)
     z = _floating(outputs)
     gradient = np.zeros_like(z)
     if divergence == "symmetric_kl":

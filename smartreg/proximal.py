@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from smartreg.config import SMARTConfig
-from smartreg.divergences import DIVERGENCES
+from smartreg.divergences import DIVERGENCES, check_divergence
 from smartreg.perturbation import output_mask
 
 Array = NDArray[Any]
@@ -82,12 +82,16 @@ def bregman_divergence(
     Args:
         outputs, teacher_outputs: (n, ..., C). mask: of the position axis. sample_weight: w_i, (n,), 1 by default.
 
+    Raises:
+        ValueError: no divergence of that name, weights or a mask of another shape.
+
     Source: paper, equation 3.
 
     Example:
         >>> bregman_divergence([[1.0], [2.0]], [[1.0], [0.0]], "squared_error")
         2.0
     """
+    check_divergence("bregman_divergence", divergence)
     positions = output_mask(np.asarray(outputs), mask)
     return mean_examples(DIVERGENCES[divergence].value(outputs, teacher_outputs, positions), sample_weight)
 

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from smartreg.config import SMARTConfig
-from smartreg.divergences import DIVERGENCES, position_weights
+from smartreg.divergences import DIVERGENCES, check_divergence, position_weights
 from smartreg.perturbation import ascend, output_mask
 from smartreg.proximal import bregman_divergence, ema_update, mean_examples, momentum
 
@@ -225,6 +225,7 @@ def fit_reference(
         >>> [step.beta for step in steps]
         [0.999, 0.999]
     """
+    check_divergence("fit_reference", divergence)
     config.check_total_steps("fit_reference")
     f = Functions() if functions is None else functions
     theta = {name: np.array(value) for name, value in theta.items()}

@@ -8,6 +8,7 @@ from typing import Any
 import tensorflow as tf
 
 from smartreg.config import SMARTConfig
+from smartreg.divergences import check_divergence
 from smartreg.proximal import last_early_step
 from smartreg_tf.divergences import DIVERGENCES
 from smartreg_tf.perturbation import output_mask
@@ -75,12 +76,16 @@ def bregman_divergence(
     Args:
         outputs, teacher_outputs: (n, ..., C). mask: of the position axis. sample_weight: w_i, (n,), 1 by default.
 
+    Raises:
+        ValueError: no divergence of that name, weights or a mask of another shape.
+
     Source: paper, equation 3.
 
     Example:
         >>> float(bregman_divergence([[1.0], [2.0]], [[1.0], [0.0]], "squared_error"))
         2.0
     """
+    check_divergence("bregman_divergence", divergence)
     outputs = tf.convert_to_tensor(outputs)
     positions = output_mask(outputs, mask)
     return mean_examples(

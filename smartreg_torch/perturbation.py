@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from smartreg.config import Granularity, Norm, SMARTConfig
+from smartreg.divergences import check_divergence
 from smartreg_torch.divergences import DIVERGENCES
 
 T = TypeVar("T", Tensor, list[Tensor])
@@ -149,6 +150,8 @@ def ascend(
     single = isinstance(x, Tensor)
     xs, targets, masks = _listed(x), _listed(target), _listed(mask)
     names = [divergence] if isinstance(divergence, str) else list(divergence)
+    for name in names:
+        check_divergence("ascend", name)
     noises = _listed(noise)
     if mask is None:
         masks = [None] * len(xs)
@@ -221,6 +224,7 @@ def margin_gradient(
         >>> margin_gradient(torch.tensor([[3.0, 1.0, 2.0]]))
         tensor([[-1.,  0.,  1.]])
     """
+    check_divergence("margin_gradient", divergence)
     z = outputs.detach()
     if divergence == "symmetric_kl":
         if z.shape[-1] < 2:

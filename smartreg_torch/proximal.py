@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from smartreg.divergences import check_divergence
 from smartreg.proximal import momentum
 from smartreg_torch.divergences import DIVERGENCES
 from smartreg_torch.perturbation import output_mask
@@ -46,12 +47,16 @@ def bregman_divergence(
     Args:
         outputs, teacher_outputs: (n, ..., C). mask: of the position axis. sample_weight: w_i, (n,), 1 by default.
 
+    Raises:
+        ValueError: no divergence of that name, weights or a mask of another shape.
+
     Source: paper, equation 3.
 
     Example:
         >>> bregman_divergence(torch.tensor([[1.0], [2.0]]), torch.tensor([[1.0], [0.0]]), "squared_error")
         tensor(2.)
     """
+    check_divergence("bregman_divergence", divergence)
     positions = output_mask(outputs, mask)
     return mean_examples(DIVERGENCES[divergence](outputs, teacher_outputs.detach(), positions), sample_weight)
 

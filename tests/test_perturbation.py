@@ -84,6 +84,20 @@ def test_margin_gradient(backend):
         backend.call("margin_gradient", z, divergence="squared_error")
 
 
+@pytest.mark.parametrize("name", ["numpy", "torch"])
+def test_an_unknown_divergence_is_named(every_backend, name):
+    if name not in every_backend:
+        pytest.skip(f"no {name}")
+    import backends
+
+    perturbation, z = backends.load(name).perturbation, np.zeros((1, 2))
+    choices = "'symmetric_kl', 'bernoulli_symmetric_kl', 'squared_error'"
+    with pytest.raises(ValueError, match=f"margin_gradient: divergence must be one of {choices}, got 'kl'"):
+        perturbation.margin_gradient(z, z, divergence="kl")
+    with pytest.raises(ValueError, match=f"ascend: divergence must be one of {choices}, got 'kl'"):
+        perturbation.ascend(lambda x: x, z, z, SMARTConfig(), None, divergence="kl")
+
+
 class Problem:
     """A small smooth model, embeddings of very different sizes, and a padded example."""
 

@@ -60,3 +60,11 @@ def test_bregman_divergence_leaves_masked_positions_out():
     a, b = np.zeros((2, 3, 1)), np.array([[[1.0], [2.0], [9.0]], [[3.0], [9.0], [9.0]]])
     mask = np.array([[1, 1, 0], [1, 0, 0]])
     assert bregman_divergence(a, b, "squared_error", mask) == pytest.approx(((1 + 4) / 2 + 9) / 2)
+
+
+def test_an_unknown_divergence_is_named(backend):
+    outputs, choices = np.zeros((1, 2)), "'symmetric_kl', 'bernoulli_symmetric_kl', 'squared_error'"
+    with pytest.raises(ValueError, match=f"bregman_divergence: divergence must be one of {choices}, got 'kl'"):
+        backend.proximal.bregman_divergence(outputs, outputs, "kl")
+    with pytest.raises(ValueError, match="got None"):
+        backend.proximal.bregman_divergence(outputs, outputs, None)
