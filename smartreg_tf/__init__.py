@@ -13,6 +13,7 @@ if _keras.config.backend() != "tensorflow":
     )
 
 from smartreg.config import SMARTConfig, SMARTWarning
-from smartreg_tf.training import SMARTCallback, SMARTModel, attach
+from smartreg_tf.callback import SMARTCallback, attach
+from smartreg_tf.model import SMARTModel
 
 __all__ = ["SMARTCallback", "SMARTConfig", "SMARTModel", "SMARTWarning", "attach"]

@@ -12,13 +12,15 @@ import inspect
 import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import keras
 import numpy as np
 import tensorflow as tf
+
+from smartreg_tf.passes import State, copied, kept_variables
 
 Tensor = Any
 Put = Callable[[int, Tensor], Tensor]
@@ -40,7 +42,9 @@ class Pass:
 
     Attributes:
         args, kwargs: what the model's `call` was given.
-        draws: the seed generators' states before it, as `keras.StatelessScope` takes them: the dropout masks.
+        draws: the variables that it may move, as `keras.StatelessScope` takes them, and their values before it: the
+            seeds of the dropout masks, counters, a recurrent layer's states.
+        state: what else the model held before it, of what it moved.
         calls: the runs of the site.
         outputs: what the model returned.
         tape: has recorded the way from the site to the outputs, where that was asked for.
@@ -49,6 +53,7 @@ class Pass:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     draws: list[tuple[Any, Tensor]]
+    state: State
     calls: list[Call]
     outputs: Any
     tape: tf.GradientTape | None
@@ -145,19 +150,17 @@ class Site:
             return self._seen(calls, x, mask, tape)
 
         tape = tf.GradientTape(watch_accessed_variables=False) if differentiable else None
-        with _losses_kept(self.model), keras.StatelessScope([*clean.draws, *weights]), self._handling(on_call):
-            if tape is None:
-                outputs = self.model(*clean.args, **clean.kwargs)
-            else:
-                with tape:
-                    outputs = self.model(*clean.args, **clean.kwargs)
+        scope = keras.StatelessScope([*clean.draws, *weights])
+        args, kwargs = copied((clean.args, clean.kwargs))
+        with clean.state.replayed(self.model), scope, self._handling(on_call), tape or nullcontext():
+            outputs = self.model(*args, **kwargs)
         if len(calls) != len(clean.calls):
             raise RuntimeError(
                 f"SMART: {self} ran {len(clean.calls)} times in the clean pass and {len(calls)} times in a later one "
                 "of the same batch. A model whose control flow is random cannot be compared with itself; give layers= "
                 "a layer that always runs equally often."
             )
-        return Pass(clean.args, clean.kwargs, clean.draws, calls, outputs, tape)
+        return Pass(clean.args, clean.kwargs, clean.draws, clean.state, calls, outputs, tape)
 
     def __str__(self) -> str:
         if not self.layers:
@@ -188,17 +191,16 @@ class Site:
         if passes is None or _is_symbolic(args):
             return original(*args, **kwargs)
         tape = tf.GradientTape(watch_accessed_variables=False) if self._local.differentiable else None
-        clean = Pass(args, kwargs, _draws(self.model), [], None, tape)
-        with self._handling(lambda x, mask: self._seen(clean.calls, x, mask, tape)):
-            if tape is None:
-                clean.outputs = original(*self._on_inputs(args), **kwargs)
-            else:
-                with tape:
-                    clean.outputs = original(*self._on_inputs(args), **kwargs)
-        known = {id(variable) for variable, _ in clean.draws}
-        for variable, state in _draws(self.model):
-            if id(variable) not in known:  # the model was built by this very call: the state was [seed, 0]
-                clean.draws.append((variable, tf.stack([state[0], tf.zeros_like(state[0])])))
+        given, named = copied((args, kwargs))
+        state = State(self.model)
+        clean = Pass(given, named, _values(kept_variables(self.model, state)), state, [], None, tape)
+        with self._handling(lambda x, mask: self._seen(clean.calls, x, mask, tape)), tape or nullcontext():
+            clean.outputs = original(*self._on_inputs(args), **kwargs)
+        clean.state.keep_moved()
+        known = {id(variable) for variable in (*self.model.weights, *(variable for variable, _ in clean.draws))}
+        for variable, seed in _values(kept_variables(self.model, state)):
+            if id(variable) not in known:  # a seed that was made by this very call: its state was [seed, 0]
+                clean.draws.append((variable, tf.stack([seed[0], tf.zeros_like(seed[0])])))
         passes.append(clean)
         return clean.outputs
 
@@ -342,21 +344,9 @@ def seed_states(model: Any) -> list[Any]:
     return [variable for variable in model.non_trainable_variables if id(variable) not in weights]
 
 
-def _draws(model: Any) -> list[tuple[Any, Tensor]]:
-    """The seed generators' states as they are now."""
-    return [(variable, tf.identity(variable.value)) for variable in seed_states(model)]
-
-
-@contextmanager
-def _losses_kept(model: Any) -> Iterator[None]:
-    """`model.losses` is as before after the block: every call of the model clears it."""
-    kept = [(layer, list(layer._losses)) for layer in model._flatten_layers()]
-    try:
-        yield
-    finally:
-        for layer, losses in kept:
-            layer._losses.clear()
-            layer._losses.extend(losses)
+def _values(variables: list[Any]) -> list[tuple[Any, Tensor]]:
+    """The variables with what they are now."""
+    return [(variable, tf.identity(variable.value)) for variable in variables]
 
 
 def _argument(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Any:

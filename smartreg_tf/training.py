@@ -1,4 +1,4 @@
-"""SMART in Keras' own training loop: a callback, a context manager and a model (paper: equation 1 and Algorithm 1)."""
+"""What a Keras model's training step does more with SMART (paper: equation 1 and Algorithm 1)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
@@ -18,20 +18,23 @@ import tensorflow as tf
 
 from smartreg.config import SMARTConfig, SMARTWarning
 from smartreg.recording import Recorder, flat
+from smartreg.report import Description
 from smartreg_tf.divergences import DIVERGENCES, as_mask
+from smartreg_tf.measure import measure
 from smartreg_tf.outputs import Head, Outputs, find_heads
+from smartreg_tf.passes import differ, random_operations, refusal, traced_random_operations
 from smartreg_tf.perturbation import Ball, climb, floating, margin_gradient
 from smartreg_tf.proximal import ema_update, momentum
+from smartreg_tf.report import Found, describe
 from smartreg_tf.site import Pass, Patches, Site, half_precision_layers, in_float32, padding_mask, seed_states
 
 Tensor = Any
 Noise = Callable[[Tensor, Tensor], Tensor]
 
 # What may go wrong in a compiled step, counted there and reported after it.
-_FAULTS = ("clean", "perturbed", "teacher", "unnormalised", "vanished")
-_ENGINE = "_smartreg_engine"
-_LOADS = "_smartreg_loads"
-_SUFFIX = ".smart.npz"
+_FAULTS = ("clean", "perturbed", "teacher", "unnormalised", "vanished", "repeat")
+ENGINE = "_smartreg_engine"
+SUFFIX = ".smart.npz"
 
 
 class Engine:
@@ -56,6 +59,8 @@ class Engine:
         "load_weights",
         "save",
     )
+    # Nothing is added to these: they end what a broken fit left.
+    OTHERS = ("make_test_function", "make_predict_function")
 
     def __init__(
         self,
@@ -79,14 +84,18 @@ class Engine:
         self.averages: list[Any] = []
         self.weights: list[Any] = []
         self._outputs, self._noise, self._seed, self._float32 = outputs, noise, seed, float32
+        self._options = {"layers": layers, "outputs": outputs, "float32": float32}
         self._patches = Patches()
         self._local = threading.local()
         self._warned = self._begun = False
         self.skipped = 0  # steps without a finite penalty
         self._compiled = getattr(model, "_compile_config", None)
         self._last: dict[str, float] = {}
-        self.temporary = False  # of one fit: `SMARTCallback`
-        self.on_error: Callable[[], None] = lambda: None
+        self.fit: Any = None  # the fit that a `SMARTCallback` is part of
+        self.verbose = False  # whether to print `describe()` after the first step
+        self._call = call
+        self._found: Found | None = None
+        self._drawn: list[str] = []
         self._lambda_s: float | None = None  # of this step
         self._recorder = None if recorder is None or recorder.done else recorder
         if self._recorder is not None:
@@ -97,6 +106,7 @@ class Engine:
         with model.distribute_strategy.scope():
             self.step = _variable(np.int64(0), "smart_step")
             self.draws = _variable(np.int64(0), "smart_draws")
+            self.repeats = _variable(np.int64(0), "smart_repeats")
             self.recorded = _variable(np.int64(0), "smart_recorded") if self._recorder is not None else None
             # these are sums over the replicas
             self.faults = _variable(np.zeros(len(_FAULTS), np.int64), "smart_faults", "sum", "on_read")
@@ -110,14 +120,18 @@ class Engine:
         """The batches as they come; an unbuilt model is built on their shapes: theta~ must copy theta_0 before the
         step is traced: variables that are made in a trace have no value there.
         """
-        if not self.weights and self.config.mu > 0 and not self.model.run_eagerly:
+        unbuilt = not all(layer.built for layer in self.model._flatten_layers())
+        if (unbuilt or (not self.weights and self.config.mu > 0)) and not self.model.run_eagerly:
             if isinstance(iterator, (tf.data.Iterator, tf.distribute.DistributedIterator)):
                 shapes = iterator.element_spec
             else:
                 shapes = next(iterator)
                 iterator = itertools.chain([shapes], iterator)
                 shapes = keras.tree.map_structure(lambda x: None if x is None else tf.convert_to_tensor(x), shapes)
-            self.model._symbolic_build(data_batch=shapes)
+            if type(self.model).train_step is keras.Model.train_step:
+                self.model._symbolic_build(data_batch=shapes)
+            else:
+                self._build_by_step(shapes)
             self.build()
         if not self._begun and int(_numpy(self.step)) == 0:
             for average, weight in zip(self.averages, self.weights, strict=True):
@@ -154,40 +168,66 @@ class Engine:
             self.averages = [_average(weight) for weight in weights]
         self.weights = weights
 
+    def _build_by_step(self, shapes: Any) -> None:
+        """Make the weights as the model's own training step does, which may unpack the batch in a way of its own: trace
+        it as far as its first `compute_loss`.
+        """
+        self._local.building = True
+        try:
+            with keras.StatelessScope():  # variables are made after it, with values
+                tf.function(self.model.train_step, autograph=False).get_concrete_function(shapes)
+        except _BuiltError:
+            pass
+        except Exception as error:
+            raise ValueError(
+                f"SMART: the model has no weights yet, and its train_step cannot make them before it runs ({error}). "
+                "Call the model on a batch before fit, as its train_step does: model(x)."
+            ) from error
+        finally:
+            self._local.building = False
+
+    @property
+    def installed(self) -> bool:
+        """Whether it is this that trains the model."""
+        return getattr(self.model, ENGINE, None) is self
+
     def install(self) -> None:
         """Put SMART on the model's instance."""
-        if hasattr(self.model, _ENGINE):
-            _remove_stale(self.model)  # this fit ends here, without an on_train_end
+        if hasattr(self.model, ENGINE):
             raise ValueError(
                 "SMART: this model already has a SMARTCallback or attach() at work; give it one, since two would train "
                 "two penalties"
             )
-        self._patches.put(self.model, _ENGINE, self)
+        self._patches.put(self.model, ENGINE, self)
         self._compiled = getattr(self.model, "_compile_config", None)
         try:
             self.site.install()
-            for name in self.METHODS:
-                original = getattr(self.model, name)
-                self._patches.put(self.model, name, partial(getattr(self, name), original))
+            for name in (*self.METHODS, *self.OTHERS):
+                self._patches.put(self.model, name, partial(self._run, name, getattr(self.model, name)))
             # the step that is compiled already is the plain one; it is back after `remove`
             self._patches.put(self.model, "train_function", None)
         except BaseException:
             self.remove()
             raise
 
-    def replace_method(self, name: str, function: Callable[..., Any]) -> None:
-        """Put another method on the model, until `remove`."""
-        self._patches.put(self.model, name, function)
-
     def remove(self) -> None:
         """Leave the model as it was before `install`."""
+        if not self.installed:
+            return
         self.site.remove()
         self._patches.remove()
-        if self._recorder is not None:
-            self._recorder.close()
         # compile() came in between: that step is not to come back
         if getattr(self.model, "_compile_config", None) is not self._compiled:
             object.__setattr__(self.model, "train_function", None)
+        if self._recorder is not None:
+            self._recorder.close()
+
+    def _run(self, name: str, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """One of the model's methods while SMART is on it."""
+        if self.fit is not None and self.fit.ended():  # another callback or the data broke the fit off
+            self.remove()
+            return getattr(self.model, name)(*args, **kwargs)
+        return original(*args, **kwargs) if name in self.OTHERS else getattr(self, name)(original, *args, **kwargs)
 
     # What Keras calls
 
@@ -220,11 +260,14 @@ class Engine:
                 self._lambda_s = self.config.smoothness_weight(int(_numpy(self.step)) if len(weights) > 1 else 0)
                 logs = compiled[self._lambda_s](iterator)
                 self._report()
+                if self.verbose:
+                    self.verbose = False
+                    print(f"\n{self.describe()}")
             except (StopIteration, tf.errors.OutOfRangeError):  # the end of an epoch
                 raise
             except BaseException:
-                # Keras calls no on_train_end now
-                self.on_error()
+                if self.fit is not None:  # Keras calls no on_train_end now
+                    self.remove()
                 raise
             finally:
                 self._lambda_s = None
@@ -242,6 +285,14 @@ class Engine:
     @contextmanager
     def training_step(self) -> Iterator[None]:
         """What `train_step` is, for a loop of your own: the forward, `model.compute_loss` and the update go inside."""
+        if not self.active:
+            yield
+            return
+        if not self.installed:
+            raise RuntimeError(
+                "SMART: training_step() came after the attach() block had ended; put the loop inside the block, or "
+                "begin a new attach()"
+            )
         lambda_s = self._local.lambda_s = self._weight()
         before = self._iterations()
         self._local.penalised = False
@@ -263,6 +314,8 @@ class Engine:
 
     def compute_loss(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The model's own loss, plus lambda_s R_s + mu D_Breg inside a training step."""
+        if getattr(self._local, "building", False):
+            raise _BuiltError
         # first, since every other pass clears model.losses
         loss = original(*args, **kwargs)
         names = ("x", "y", "y_pred", "sample_weight", "training")
@@ -311,13 +364,74 @@ class Engine:
     def load_weights(self, original: Callable[..., Any], filepath: Any, *args: Any, **kwargs: Any) -> Any:
         """Keras' own, and theta~, the step and the seeds where they lie beside it."""
         loaded = original(filepath, *args, **kwargs)
-        if os.path.exists(f"{filepath}{_SUFFIX}"):
+        if os.path.exists(f"{filepath}{SUFFIX}"):
             self.load_state(filepath)
         return loaded
 
     def save(self, original: Callable[..., Any], filepath: Any, *args: Any, **kwargs: Any) -> Any:
         """As `save_weights`, for the whole model."""
         return self.save_weights(original, filepath, *args, **kwargs)
+
+    # What can be asked
+
+    def describe(self) -> Description:
+        """What is perturbed and compared, and why it was chosen: `print()` shows a table.
+
+        x, the outputs and what follows from them are known after the first training step.
+        """
+        return describe(self.model, self.site, self._options, self._found)
+
+    def __repr__(self) -> str:
+        return self.describe().line(self._call)
+
+    def measure(self, x: Any, y: Any = None, sample_weight: Any = None, batch_size: int = 32) -> dict[str, float]:
+        """R_s and D_Breg as means over the examples of x, in eval mode; nothing of the model or of SMART changes.
+
+        Args:
+            x: arrays as `evaluate` takes them, or a `tf.data.Dataset` or `PyDataset` of batches, which has y and the
+                sample weights in it.
+            y: is asked for the kind of the outputs alone, where nothing was trained yet and `outputs=` is not given.
+            sample_weight: w_i, as in the loss.
+
+        Raises:
+            ValueError: the model has no weights yet.
+
+        Example:
+            >>> model = keras.Sequential([keras.Input([3]), keras.layers.Dense(1, use_bias=False)])
+            >>> model.compile("sgd", "mse")
+            >>> engine = Engine(model, SMARTConfig(mu=0, scale="absolute", epsilon=0.5))
+            >>> model.set_weights([np.array([[1.0], [2.0], [-3.0]])])
+            >>> engine.measure(np.ones((4, 3)), np.ones((4, 1)))  # (0.5 (1 + 2 + 3))**2
+            {'R_s': 9.0}
+        """
+        return measure(self, x, y, sample_weight, batch_size)
+
+    def measured(self, x: Any, sample_weight: Any, number: Tensor) -> dict[str, Tensor]:
+        """R_s and D_Breg of one batch in eval mode, with the noise of its number."""
+        local = self._local
+        found, local.lambda_s, local.measured = self._found, 1.0, number
+        try:
+            with self.site.recording(self.config.start == "margin") as passes, keras.StatelessScope():
+                self._evaluated(x)
+            return self._terms(passes[-1], sample_weight, checked=False).terms
+        finally:
+            self._found, local.measured = found or self._found, None
+
+    def know_the_loss(self, x: Any, y: Any) -> None:
+        """Let Keras see which output each compiled loss is of, as its first step would."""
+        compiled = getattr(self.model, "_compile_loss", None)
+        if compiled is None or compiled.built or self._outputs is not None:
+            return
+        if y is None:
+            raise ValueError(
+                "SMART: measure() needs y before the first step, or outputs=, to know what the outputs are"
+            )
+        with keras.StatelessScope():
+            y_pred = self._evaluated(x)
+        compiled.build(y, y_pred)
+
+    def _evaluated(self, x: Any) -> Any:
+        return self.model(x, training=False) if self.model._call_has_training_arg else self.model(x)
 
     # What resuming takes
 
@@ -327,10 +441,10 @@ class Engine:
         averages = {f"average/{i}": average for i, average in enumerate(self.averages)}
         state = {"step": self.step, "draws": self.draws, **averages, **seeds}
         # complete or not at all
-        partial_file = f"{filepath}{_SUFFIX}.part"
+        partial_file = f"{filepath}{SUFFIX}.part"
         with open(partial_file, "wb") as file:
             np.savez(file, iterations=self._taken(), **{name: _numpy(value) for name, value in state.items()})
-        os.replace(partial_file, f"{filepath}{_SUFFIX}")
+        os.replace(partial_file, f"{filepath}{SUFFIX}")
 
     def load_state(self, filepath: Any) -> None:
         """Go on where `save_state` left off; ValueError where the state is not of this model."""
@@ -340,16 +454,16 @@ class Engine:
         own = {"step": self.step, "draws": self.draws}
         own |= {f"average/{i}": average for i, average in enumerate(self.averages)}
         own |= {f"seed/{i}": state for i, state in enumerate(seed_states(self.model))}
-        if not os.path.exists(f"{filepath}{_SUFFIX}"):
+        if not os.path.exists(f"{filepath}{SUFFIX}"):
             raise ValueError(
-                f"SMART: there is no {filepath}{_SUFFIX}: whatever saves the model while SMART is at work writes it, "
+                f"SMART: there is no {filepath}{SUFFIX}: whatever saves the model while SMART is at work writes it, "
                 "and so does attach()'s save_state(path)"
             )
-        with np.load(f"{filepath}{_SUFFIX}") as saved:
+        with np.load(f"{filepath}{SUFFIX}") as saved:
             now, then = self._taken(), int(saved["iterations"])
             if now > 0 and then > 0 and now != then:
                 raise ValueError(
-                    f"SMART: {filepath}{_SUFFIX} was written after {then} optimiser steps, and the model was loaded "
+                    f"SMART: {filepath}{SUFFIX} was written after {then} optimiser steps, and the model was loaded "
                     f"from after {now}: the two are not of one checkpoint"
                 )
             differing = sorted(
@@ -359,7 +473,7 @@ class Engine:
             )
             if differing:
                 raise ValueError(
-                    f"SMART: {filepath}{_SUFFIX} is not of this model and configuration: {', '.join(differing[:5])} "
+                    f"SMART: {filepath}{SUFFIX} is not of this model and configuration: {', '.join(differing[:5])} "
                     "differ. Freeze layers and enable LoRA before fit, as in the run that wrote it."
                 )
             for name, variable in own.items():
@@ -386,7 +500,8 @@ class Engine:
 
     # The step
 
-    def _penalty(self, clean: Pass, sample_weight: Any) -> Tensor:
+    def _terms(self, clean: Pass, sample_weight: Any, checked: bool = True) -> _Terms:
+        """R_s, D_Breg and the penalty of one pass, and whether the first one of all can be repeated."""
         config, site, lambda_s = self.config, self.site, self._local.lambda_s
         if lambda_s > 0 and not clean.calls:
             raise RuntimeError(
@@ -420,6 +535,8 @@ class Engine:
 
             penalty = tf.zeros([], targets[0].dtype)
             terms: dict[str, Tensor] = {}
+            deltas: list[Tensor] = []
+            again: Pass | None = None
             seen: dict[str, list[Any]] = {"outputs": targets, "positions": positions}
             finite = {"clean": _finite(targets)}
             if lambda_s > 0:
@@ -427,7 +544,9 @@ class Engine:
                 gated = [(weight, gate(weight.value)) for weight in self.model.trainable_variables]
                 # x itself, not what a second pass of the layer gives: the gradients meet there and go down once
                 points = [_shifted(gate(call.x), delta) for call, delta in zip(clean.calls, deltas, strict=True)]
-                perturbed = site.repeat(clean, lambda i, x: tf.ensure_shape(points[i], x.shape), gated)
+                perturbed, self._drawn = random_operations(
+                    lambda: site.repeat(clean, lambda i, x: tf.ensure_shape(points[i], x.shape), gated)
+                )
                 outputs = [head.logits(perturbed.outputs) for head in heads]
                 r_s = compare(outputs)
                 finite["perturbed"] = _finite(outputs) & tf.math.is_finite(r_s)
@@ -435,28 +554,73 @@ class Engine:
                 terms["smoothness"] = r_s
                 seen |= {"x": [call.x for call in clean.calls], "delta": deltas, "mask": masks, "perturbed": outputs}
             if config.mu > 0:
-                taught = site.repeat(clean, weights=list(zip(self.weights, self.averages, strict=True)))
-                outputs = [tf.stop_gradient(head.logits(taught.outputs)) for head in heads]
+                again, self._drawn = random_operations(
+                    lambda: site.repeat(clean, weights=list(zip(self.weights, self.averages, strict=True)))
+                )
+                outputs = [tf.stop_gradient(head.logits(again.outputs)) for head in heads]
                 d_breg = compare(outputs)
                 finite["teacher"] = _finite(outputs) & tf.math.is_finite(d_breg)
                 penalty += config.mu * d_breg
                 terms["proximal"] = d_breg
                 seen["teacher"] = outputs
-        for name, term in terms.items():
-            self._show(name, term, targets[0])
-        observed: dict[str, Tensor] = {}
-        if lambda_s > 0:
-            observed = self._observe(clean, deltas)
-            self.draws.assign_add(1)
-        gate.open = tf.math.is_finite(penalty)
+            differs = self._differs(clean, heads, positions, again) if checked else tf.constant(False)
+            self._found = Found([call.x.shape for call in clean.calls], heads, _shapes(masks), _shapes(positions))
         unnormalised = tf.reduce_any([head.unnormalised(clean.outputs) for head in heads])
+        gate.open = tf.math.is_finite(penalty)
         broken = {name: ~good & ~gate.open for name, good in finite.items()}  # a masked position may be NaN
-        self._count({**broken, "unnormalised": unnormalised})
+        faults = {**broken, "unnormalised": unnormalised, "repeat": differs}
+        kept = tf.where(gate.open, penalty, tf.zeros_like(penalty))
+        return _Terms(clean, heads, kept, penalty, terms, deltas, faults, seen)
+
+    def _penalty(self, clean: Pass, sample_weight: Any) -> Tensor:
+        """lambda_s R_s + mu D_Breg of a training step, 0 where it is not finite; and what is reported of it."""
+        found = self._terms(clean, sample_weight)
+        target = found.seen["outputs"][0]
+        for name, term in found.terms.items():
+            self._show(name, term, target)
+        observed: dict[str, Tensor] = {}
+        if self._local.lambda_s > 0:
+            observed = self._observe(found.clean, found.deltas)
+            self.draws.assign_add(1)
+        self.repeats.assign_add(1)
+        self._count(found.faults)
         if self._recorder is not None and not self._recorder.done:
             # after everything else, since TensorFlow numbers its own random operations as they come
-            seen["sample_weight"] = [head._sample_weight(sample_weight, targets[0].dtype) for head in heads]
-            self._record(flat(seen), heads, {**terms, **observed, "penalty": penalty})
-        return tf.where(gate.open, penalty, tf.zeros_like(penalty))
+            weights = [head._sample_weight(sample_weight, target.dtype) for head in found.heads]
+            seen = {**found.seen, "sample_weight": weights}
+            self._record(flat(seen), found.heads, {**found.terms, **observed, "penalty": found.raw})
+        return found.penalty
+
+    def _differs(self, clean: Pass, heads: list[Head], positions: list[Tensor | None], again: Pass | None) -> Tensor:
+        """Whether the pass at delta = 0 and theta~ = theta is another one, asked in the first step.
+
+        It is the teacher's pass, or where there is none one that no other step runs.
+        """
+        if again is None and self._drawn:
+            # a branch of the graph numbers its random operations anew: the first would draw what the clean pass drew
+            again = self.site.repeat(clean)
+        if again is None and tf.distribute.get_strategy().num_replicas_in_sync > 1:
+            return tf.constant(False)  # replicas cannot meet in a pass that is not always run
+        half = any(layer.compute_dtype in ("float16", "bfloat16") for layer in self.model._flatten_layers())
+        # before the branch: a tensor of a tape that is made in it cannot leave it
+        first = [tf.stop_gradient(_raw(head, clean.outputs)) for head in heads]
+        other = None if again is None else [tf.stop_gradient(_raw(head, again.outputs)) for head in heads]
+
+        def compare() -> Tensor:
+            same = [
+                tf.reduce_all(tf.cast(average.value, weight.dtype) == weight.value)
+                for weight, average in zip(self.weights, self.averages, strict=True)
+            ]
+            second = other
+            if second is None:
+                second = [_raw(head, self.site.repeat(clean).outputs) for head in heads]
+            return tf.reduce_all(same) & differ(first, second, positions, half)
+
+        # no variable is assigned in a branch: StatelessScope keeps Keras' own
+        differs = tf.cond(tf.convert_to_tensor(self.repeats.value) == 0, compare, lambda: tf.constant(False))
+        if tf.executing_eagerly() and bool(differs):
+            self._drawn = traced_random_operations(lambda: self.site.repeat(clean))
+        return differs
 
     def _ascend(
         self,
@@ -507,7 +671,8 @@ class Engine:
 
     def _draw(self, like: Tensor, run: int) -> Tensor:
         """Standard normal, from a stream of our own: Keras' and TensorFlow's stay as plain training leaves them."""
-        step = tf.convert_to_tensor(self.draws.value)
+        measured = getattr(self._local, "measured", None)  # the number of the batch
+        step = tf.convert_to_tensor(self.draws.value) if measured is None else measured
         if self._noise is not None:
             drawn = tf.convert_to_tensor(self._noise(step, like))
             if not drawn.shape.is_compatible_with(like.shape):
@@ -634,6 +799,8 @@ class Engine:
             return
         self.faults.assign(np.zeros(len(_FAULTS), np.int64))
         step = int(_numpy(self.step))
+        if counts["repeat"]:
+            raise RuntimeError(refusal(self._drawn))
         if counts["unnormalised"]:
             raise ValueError(
                 "SMART: the outputs should be probabilities, by the compiled loss or outputs=, but they are negative, "
@@ -660,337 +827,29 @@ class Engine:
             )
 
 
-class SMARTCallback(keras.callbacks.Callback):  # type: ignore[misc]
-    """SMART for plain `compile` and `fit`: add it to `callbacks`, and everything else stays as it is.
+class _Terms(NamedTuple):
+    """What `Engine._terms` computes of one pass.
 
-    F(theta) = L(theta) + lambda_s R_s(theta) + mu D_Breg(theta, theta~)
-
-    `loss` in the progress bar includes the penalties; `smoothness` (R_s) and `proximal` (D_Breg) stand beside it;
-    `val_loss` is the plain one. After `fit` the model is as it was, but for its weights; where another callback broke
-    the fit off, at the next `fit` or `attach`.
-
-    Args:
-        config: the settings; `total_steps` comes from fit's own epochs and steps where it is None.
-        layers: names or objects of the layers whose outputs are perturbed; by default see `smartreg_tf.site.Site`.
-        outputs: what the outputs are: "logits", "probabilities", "label_logits", "label_probabilities" or
-            "regression", one for all, a list with one each, or a dict by name. None, and a name that the dict lacks,
-            leaves an output out of R_s and D_Breg. By default what the compiled losses say.
-        noise: (step, like) -> standard normal tensor of the shape of `like`, `step` the number of training steps before
-            this one that had an R_s; by default drawn from a stream of its own, which `seed` starts.
-        float32: compute the SMART passes in float32 under mixed precision, where half precision would lose them.
-        resume: the checkpoint of a broken run, with what this callback left beside it; BackupAndRestore needs none.
-        record: a file to be written with what SMART saw in the first `record_steps` training steps, for
-            `smartreg.recording.compare_run`; it must not exist yet, so that no old run is taken for this one. It is
-            written after the last of them, or with fewer when `fit` ends. Training stays the same, bit for bit; the
-            tensors of those steps are kept in main memory. Not with `jit_compile=True`, nor on several replicas.
-
-    Raises:
-        ValueError, RuntimeError, TypeError: when `fit` begins or the first step is traced; the message says what to do.
-        FileExistsError, FileNotFoundError: `record` is there already, or its folder is not.
-        FloatingPointError: a penalty was NaN or infinite, and `config.non_finite` is "raise".
-
-    Source: Jiang et al. 2020 (arXiv 1911.03437), section 3 and Algorithm 1.
-
-    Example:
-        >>> model = keras.Sequential(
-        ...     [keras.layers.Embedding(9, 4), keras.layers.GlobalAveragePooling1D(), keras.layers.Dense(2)]
-        ... )
-        >>> model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
-        >>> x, y = np.arange(16).reshape(8, 2) % 9, np.arange(8) % 2
-        >>> history = model.fit(x, y, verbose=0, callbacks=[SMARTCallback(SMARTConfig())])
-        >>> sorted(history.history)
-        ['loss', 'proximal', 'smoothness']
+    Attributes:
+        clean: the pass, in the precision of the others.
+        penalty, raw: as it may be added to a loss, and with what is not finite.
+        terms: R_s and D_Breg, those that the configuration has.
+        faults: which of `_FAULTS` are there.
+        seen: what a recording holds, by its names.
     """
 
-    def __init__(
-        self,
-        config: SMARTConfig | None = None,
-        layers: Any = None,
-        outputs: Outputs | None = None,
-        *,
-        noise: Noise | None = None,
-        seed: int = 0,
-        float32: bool = True,
-        resume: Any = None,
-        record: str | os.PathLike[str] | None = None,
-        record_steps: int = 10,
-    ) -> None:
-        super().__init__()
-        self.config = SMARTConfig() if config is None else config
-        self.engine: Engine | None = None
-        self._options = {"layers": layers, "outputs": outputs, "noise": noise, "seed": seed, "float32": float32}
-        self._resume = resume
-        self._recorder = None if record is None else Recorder(record, record_steps, "SMARTCallback")
-
-    @property
-    def metrics(self) -> dict[str, float]:
-        """R_s, D_Breg, max|delta| and the vanished fraction, averaged over the epoch so far, and the optimiser step."""
-        return {} if self.engine is None else self.engine.metrics
-
-    def swap_teacher(self) -> Any:
-        """A context in which the model has the averaged weights theta~, to evaluate or save them.
-
-        Example:
-            >>> SMARTCallback().swap_teacher()
-            Traceback (most recent call last):
-            ...
-            ValueError: SMARTCallback.swap_teacher: there is no theta~ before fit
-        """
-        if self.engine is None:
-            raise ValueError("SMARTCallback.swap_teacher: there is no theta~ before fit")
-        return self.engine.swap_teacher()
-
-    def set_model(self, model: Any) -> None:
-        """Called by fit. A BackupAndRestore that comes first in the list loads before our `on_train_begin`."""
-        super().set_model(model)
-        _remove_stale(model)
-        original = model.load_weights
-
-        def load_weights(filepath: Any, *args: Any, **kwargs: Any) -> Any:
-            if os.path.exists(f"{filepath}{_SUFFIX}"):
-                self._resume = filepath
-            elif self.config.mu > 0:
-                warnings.warn(
-                    f"SMARTCallback: {filepath} has no {_SUFFIX} beside it: theta~ starts anew from these weights",
-                    SMARTWarning,
-                    stacklevel=2,
-                )
-            return original(filepath, *args, **kwargs)
-
-        loads = Patches()
-        loads.put(model, _LOADS, loads)
-        loads.put(model, "load_weights", load_weights)
-
-    def on_train_begin(self, logs: Any = None) -> None:
-        """Called by fit."""
-        _stop_listening(self.model)
-        self.engine = engine = Engine(
-            self.model, self._complete(), recorder=self._recorder, call="SMARTCallback", **self._options
-        )
-        if self._resume is not None:
-            engine.load_state(self._resume)
-            self._resume = None
-        if not engine.active:
-            return
-        engine.temporary = True
-        engine.install()
-        engine.on_error = engine.remove
-        self.model.make_train_function(force=True)
-        plain = type(self.model).make_train_function
-
-        def next_fit(force: bool = False) -> Any:
-            # another fit begins, and this one never ended: an exception outside the training step
-            engine.remove()
-            return plain(self.model, force=force)
-
-        engine.replace_method("make_train_function", next_fit)
-
-    def on_train_end(self, logs: Any = None) -> None:
-        """Called by fit."""
-        if self.engine is not None:
-            self.engine.remove()
-
-    def on_test_begin(self, logs: Any = None) -> None:
-        """Called by evaluate, inside fit or alone."""
-        _stop_listening(self.model)
-
-    def on_predict_begin(self, logs: Any = None) -> None:
-        """Called by predict."""
-        _stop_listening(self.model)
-
-    def _complete(self) -> SMARTConfig:
-        """The configuration with `total_steps` = optimiser steps of the whole fit."""
-        config = self.config
-        if not isinstance(config, SMARTConfig):
-            raise TypeError(f"SMARTCallback: config must be a SMARTConfig, got {type(config).__name__}")
-        steps = self.params.get("steps")
-        if config.total_steps is not None or not config.needs_total_steps:
-            return config
-        if steps is None:
-            raise ValueError(
-                "SMARTCallback: fit does not know how many batches an epoch has, and beta changes during training. "
-                "Give SMARTConfig(total_steps=<optimiser steps of the whole run>) or fit(steps_per_epoch=...)."
-            )
-        optimizer = getattr(self.model.optimizer, "inner_optimizer", self.model.optimizer)  # of a LossScaleOptimizer
-        accumulated = getattr(optimizer, "gradient_accumulation_steps", None) or 1
-        return config.replace(total_steps=max(1, self.params["epochs"] * steps // accumulated))
+    clean: Pass
+    heads: list[Head]
+    penalty: Tensor
+    raw: Tensor
+    terms: dict[str, Tensor]
+    deltas: list[Tensor]
+    faults: dict[str, Tensor]
+    seen: dict[str, list[Any]]
 
 
-@contextmanager
-def attach(
-    model: Any,
-    config: SMARTConfig | None = None,
-    layers: Any = None,
-    outputs: Outputs | None = None,
-    *,
-    noise: Noise | None = None,
-    seed: int = 0,
-    float32: bool = True,
-    record: str | os.PathLike[str] | None = None,
-    record_steps: int = 10,
-) -> Iterator[Engine]:
-    """SMART in `train_on_batch`, in several `fit`s or in a loop of your own, inside the block.
-
-    Args, Raises: as `SMARTCallback`; `total_steps` is needed where beta is scheduled.
-
-    Returns:
-        the context's value has `metrics`, `swap_teacher()`, `save_state(path)`, `load_state(path)`,
-        `training_step()`, a context for one step of a loop that calls no `train_step`, and `averages`, theta~ in the
-        order of `model.trainable_variables`.
-
-    Example:
-        >>> model = keras.Sequential([keras.layers.Dense(2)])
-        >>> model.compile("sgd", "mse")
-        >>> x, y = np.ones((4, 3), np.float32), np.ones((4, 2), np.float32)
-        >>> with attach(model, SMARTConfig(total_steps=10)) as smart:
-        ...     for _ in range(3):
-        ...         _ = model.train_on_batch(x, y)
-        >>> smart.metrics["step"]
-        3.0
-    """
-    recorder = None if record is None else Recorder(record, record_steps, "attach")
-    options = {"layers": layers, "outputs": outputs, "noise": noise, "seed": seed, "float32": float32}
-    engine = Engine(model, config, recorder=recorder, call="attach", **options)
-    if not engine.active:
-        yield engine
-        return
-    _remove_stale(model)
-    engine.install()
-    try:
-        yield engine
-        engine._report()  # of a loop inside a tf.function, which cannot raise by itself
-    finally:
-        engine.remove()
-
-
-@keras.saving.register_keras_serializable("smartreg")
-class SMARTModel(keras.Model):  # type: ignore[misc]
-    """A model with SMART in its training step, saved and loaded with its settings and with theta~.
-
-    Args:
-        model: the model to train, a functional or Sequential one, or one that is built.
-        config, layers, outputs, seed, float32: as `SMARTCallback`; `total_steps` is needed where beta is scheduled,
-            and `layers` are names.
-
-    Source: Jiang et al. 2020 (arXiv 1911.03437), section 3 and Algorithm 1.
-
-    Example:
-        >>> inner = keras.Sequential([keras.Input([3]), keras.layers.Dense(2)])
-        >>> model = SMARTModel(inner, SMARTConfig(total_steps=10))
-        >>> model.compile("sgd", "mse")
-        >>> x, y = np.ones((4, 3), np.float32), np.ones((4, 2), np.float32)
-        >>> sorted(model.fit(x, y, verbose=0).history)
-        ['loss', 'proximal', 'smoothness']
-    """
-
-    def __init__(
-        self,
-        model: Any,
-        config: SMARTConfig | None = None,
-        layers: Any = None,
-        outputs: Outputs | None = None,
-        *,
-        seed: int = 0,
-        float32: bool = True,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(**kwargs)
-        self.model = model
-        if layers is not None:  # by name, which can be saved
-            given = layers if isinstance(layers, (list, tuple)) else [layers]
-            layers = [layer if isinstance(layer, str) else layer.name for layer in given]
-        self._settings = {"layers": layers, "outputs": outputs, "seed": seed, "float32": float32}
-        engine = Engine(self, config, call="SMARTModel", **self._settings)
-        object.__setattr__(self, _ENGINE, engine)
-        engine.site.install()
-        if all(layer.built for layer in model._flatten_layers()):
-            self._track()
-            self.built = True
-
-    def build(self, input_shape: Any) -> None:
-        """Build the inner model, and theta~ with it."""
-        if not self.model.built:
-            self.model.build(input_shape)
-        unbuilt = [layer.name for layer in self.model._flatten_layers() if not layer.built]
-        if unbuilt:
-            raise ValueError(
-                f"SMARTModel: the layers {', '.join(unbuilt[:5])} are not built by the model's build(input_shape); "
-                "call the model on a batch before you wrap it"
-            )
-        self._track()
-        self.built = True
-
-    def call(self, inputs: Any, training: bool | None = None) -> Any:
-        """The inner model's own call."""
-        return self.model(inputs, training=training) if self.model._call_has_training_arg else self.model(inputs)
-
-    def train_step(self, data: Any) -> Any:
-        """Keras' training step, with the penalty in its loss."""
-        return self._engine.train_step(super().train_step, data)
-
-    def compute_loss(
-        self, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None, training: bool = True
-    ) -> Any:
-        """The compiled loss, plus the penalty inside a training step."""
-        return self._engine.compute_loss(super().compute_loss, x, y, y_pred, sample_weight, training=training)
-
-    def make_train_function(self, force: bool = False) -> Any:
-        """Keras' own, followed by a look at what went wrong in the step."""
-        return self._engine.make_train_function(super().make_train_function, force)
-
-    def reset_metrics(self) -> None:
-        """Keras' own, and `smoothness` and `proximal`."""
-        self._engine.reset_metrics(super().reset_metrics)
-
-    def _get_metrics_result_or_logs(self, logs: Any) -> Any:
-        return self._engine._get_metrics_result_or_logs(super()._get_metrics_result_or_logs, logs)
-
-    def swap_teacher(self) -> Any:
-        """A context in which the model has the averaged weights theta~, to evaluate or save them."""
-        return self._engine.swap_teacher()
-
-    def get_config(self) -> dict[str, Any]:
-        """The settings and the inner model."""
-        inner = keras.saving.serialize_keras_object(self.model)
-        inner.pop("compile_config", None)  # it is this model that is trained
-        return {
-            **super().get_config(),
-            "model": inner,
-            "config": self._engine.config.to_dict(),
-            **self._settings,
-        }
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> SMARTModel:
-        """The model of `get_config`."""
-        config = dict(config)
-        inner = keras.saving.deserialize_keras_object(config.pop("model"), custom_objects)
-        return cls(inner, SMARTConfig.from_dict(config.pop("config")), **config)
-
-    @property
-    def _engine(self) -> Engine:
-        engine: Engine = getattr(self, _ENGINE)
-        return engine
-
-    def _track(self) -> None:
-        engine = self._engine
-        engine.build()
-        self._smart_variables = [engine.step, engine.draws, *engine.averages]  # Keras saves what it finds here
-
-
-def _stop_listening(model: Any) -> None:
-    """Take away what a callback's `set_model` put on the model, whichever callback it was."""
-    loads = getattr(model, _LOADS, None)
-    if loads is not None:
-        loads.remove()
-
-
-def _remove_stale(model: Any) -> None:
-    """Take away what the callback of a fit left that never ended, since another callback broke it off."""
-    engine = getattr(model, _ENGINE, None)
-    if engine is not None and engine.temporary:
-        engine.remove()
-    _stop_listening(model)
+class _BuiltError(Exception):
+    """The model's own training step has made the weights; the rest of it is not needed."""
 
 
 class _Gate:
@@ -1028,6 +887,18 @@ def _matching(passes: list[Pass], y_pred: Any) -> Pass:
         if asked & {id(tensor) for tensor in keras.tree.flatten(clean.outputs)}:
             return clean
     return passes[-1]
+
+
+def _shapes(masks: list[Tensor | None]) -> list[Any]:
+    return [None if mask is None else tf.convert_to_tensor(mask).shape for mask in masks]
+
+
+def _raw(head: Head, outputs: Any) -> Tensor:
+    """A head's outputs to be compared with themselves: of probabilities near 1 the logits are all rounding."""
+    z = head.logits(outputs)
+    if not head.kind.endswith("probabilities") or hasattr(keras.tree.flatten(outputs)[head.place], "_keras_logits"):
+        return z
+    return tf.sigmoid(z) if head.kind.startswith("label") else tf.exp(z)
 
 
 def _shifted(x: Tensor, delta: Tensor) -> Tensor:

@@ -68,7 +68,7 @@ def ours(request):
 
 
 def test_a_step_has_the_passes_of_its_floor(plain, ours):
-    """2 P + X of the margin start, F more of the paper's, and F more of the teacher; in matrix products."""
+    """2 P + X of the margin start, F more of the paper's, F more of the teacher, or of the check; in products."""
     start, mu, _, counts = ours
     model = transformer()
 
@@ -84,7 +84,8 @@ def test_a_step_has_the_passes_of_its_floor(plain, ours):
     back = products(down_to_x) - forward
     full = sum(plain[name] for name in PRODUCTS)
     assert 0 < back < full - forward
-    expected = 2 * full + back + forward * ((start == "gaussian") + (mu > 0))
+    check = forward * (mu == 0)  # in a branch that the first step alone takes
+    expected = 2 * full + back + forward * ((start == "gaussian") + (mu > 0)) + check
     assert sum(counts[name] for name in PRODUCTS) == expected
 
 

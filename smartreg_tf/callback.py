@@ -1,0 +1,310 @@
+"""SMART in `fit` and around other loops: a callback and a context manager (paper: equation 1 and Algorithm 1)."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import keras
+
+from smartreg.config import SMARTConfig, SMARTWarning
+from smartreg.recording import Recorder
+from smartreg.report import Description
+from smartreg_tf.outputs import Outputs
+from smartreg_tf.site import Patches
+from smartreg_tf.training import ENGINE, SUFFIX, Engine, Noise
+
+_LOADS = "_smartreg_loads"
+
+
+class SMARTCallback(keras.callbacks.Callback):  # type: ignore[misc]
+    """SMART for plain `compile` and `fit`: add it to `callbacks`, and everything else stays as it is.
+
+    F(theta) = L(theta) + lambda_s R_s(theta) + mu D_Breg(theta, theta~)
+
+    `loss` in the progress bar includes the penalties; `smoothness` (R_s) and `proximal` (D_Breg) stand beside it;
+    `val_loss` is the plain one. After `fit` the model is as it was, but for its weights; where another callback broke
+    the fit off, at the next `fit` or `attach`.
+
+    Args:
+        config: the settings; `total_steps` comes from fit's own epochs and steps where it is None.
+        layers: names or objects of the layers whose outputs are perturbed; by default see `smartreg_tf.site.Site`.
+        outputs: what the outputs are: "logits", "probabilities", "label_logits", "label_probabilities" or
+            "regression", one for all, a list with one each, or a dict by name. None, and a name that the dict lacks,
+            leaves an output out of R_s and D_Breg. By default what the compiled losses say.
+        noise: (step, like) -> standard normal tensor of the shape of `like`, `step` the number of training steps before
+            this one that had an R_s; by default drawn from a stream of its own, which `seed` starts.
+        float32: compute the SMART passes in float32 under mixed precision, where half precision would lose them.
+        resume: the checkpoint of a broken run, with what this callback left beside it; BackupAndRestore needs none.
+        record: a file to be written with what SMART saw in the first `record_steps` training steps, for
+            `smartreg.recording.compare_run`; it must not exist yet, so that no old run is taken for this one. It is
+            written after the last of them, or with fewer when `fit` ends. Training stays the same, bit for bit; the
+            tensors of those steps are kept in main memory. Not with `jit_compile=True`, nor on several replicas.
+        verbose: 1 prints once, after the first step, what `describe()` says; 0 is silent.
+
+    Raises:
+        ValueError, RuntimeError, TypeError: when `fit` begins or the first step is traced; the message says what to do.
+        FileExistsError, FileNotFoundError: `record` is there already, or its folder is not.
+        FloatingPointError: a penalty was NaN or infinite, and `config.non_finite` is "raise".
+
+    Source: Jiang et al. 2020 (arXiv 1911.03437), section 3 and Algorithm 1.
+
+    Example:
+        >>> model = keras.Sequential(
+        ...     [keras.layers.Embedding(9, 4), keras.layers.GlobalAveragePooling1D(), keras.layers.Dense(2)]
+        ... )
+        >>> model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+        >>> x, y = np.arange(16).reshape(8, 2) % 9, np.arange(8) % 2
+        >>> history = model.fit(x, y, verbose=0, callbacks=[SMARTCallback(SMARTConfig())])
+        >>> sorted(history.history)
+        ['loss', 'proximal', 'smoothness']
+    """
+
+    def __init__(
+        self,
+        config: SMARTConfig | None = None,
+        layers: Any = None,
+        outputs: Outputs | None = None,
+        *,
+        noise: Noise | None = None,
+        seed: int = 0,
+        float32: bool = True,
+        resume: Any = None,
+        record: str | os.PathLike[str] | None = None,
+        record_steps: int = 10,
+        verbose: int = 0,
+    ) -> None:
+        super().__init__()
+        self.config = SMARTConfig() if config is None else config
+        self.engine: Engine | None = None
+        self._options = {"layers": layers, "outputs": outputs, "noise": noise, "seed": seed, "float32": float32}
+        self._resume, self._verbose = resume, verbose
+        self._recorder = None if record is None else Recorder(record, record_steps, "SMARTCallback")
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """R_s, D_Breg, max|delta| and the vanished fraction, averaged over the epoch so far, and the optimiser step."""
+        return {} if self.engine is None else self.engine.metrics
+
+    def swap_teacher(self) -> Any:
+        """A context in which the model has the averaged weights theta~, to evaluate or save them.
+
+        Example:
+            >>> SMARTCallback().swap_teacher()
+            Traceback (most recent call last):
+            ...
+            ValueError: SMARTCallback.swap_teacher: there is no model and no theta~ before fit
+        """
+        return self._begun("swap_teacher").swap_teacher()
+
+    def describe(self) -> Description:
+        """What is perturbed and compared, and why it was chosen: `print()` shows a table.
+
+        Raises:
+            ValueError: before `fit`, which knows the model.
+        """
+        return self._begun("describe").describe()
+
+    def __repr__(self) -> str:
+        return f"SMARTCallback({self.config})" if self.engine is None else repr(self.engine)
+
+    def measure(self, x: Any, y: Any = None, sample_weight: Any = None, batch_size: int = 32) -> dict[str, float]:
+        """R_s and D_Breg of x in eval mode, during `fit` or after it, as `smartreg_tf.training.Engine.measure`.
+
+        Raises:
+            ValueError: before `fit`, which knows the model.
+        """
+        return self._begun("measure").measure(x, y, sample_weight, batch_size)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has the settings, and begins anew."""
+        return {**self.__dict__, "engine": None, "_model": None}
+
+    def _begun(self, method: str) -> Engine:
+        if self.engine is None:
+            raise ValueError(f"SMARTCallback.{method}: there is no model and no theta~ before fit")
+        return self.engine
+
+    def set_model(self, model: Any) -> None:
+        """Called by fit. A BackupAndRestore that comes first in the list loads before our `on_train_begin`."""
+        super().set_model(model)
+        _remove_stale(model)
+        loads = Patches()
+        fit = _Fit(loads.remove)
+        original = model.load_weights
+
+        def load_weights(filepath: Any, *args: Any, **kwargs: Any) -> Any:
+            if fit.ended():
+                loads.remove()
+                return model.load_weights(filepath, *args, **kwargs)
+            if os.path.exists(f"{filepath}{SUFFIX}"):
+                self._resume = filepath
+            elif self.config.mu > 0:
+                warnings.warn(
+                    f"SMARTCallback: {filepath} has no {SUFFIX} beside it: theta~ starts anew from these weights",
+                    SMARTWarning,
+                    stacklevel=2,
+                )
+            return original(filepath, *args, **kwargs)
+
+        loads.put(model, _LOADS, loads)
+        loads.put(model, "load_weights", load_weights)
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        """Called by fit."""
+        _stop_listening(self.model)
+        engine = Engine(self.model, self._complete(), recorder=self._recorder, call="SMARTCallback", **self._options)
+        engine.fit, engine.verbose = _Fit(engine.remove), bool(self._verbose)
+        try:
+            if engine.active:
+                engine.install()
+                self.model.make_train_function(force=True)
+            if self._resume is not None:
+                engine.load_state(self._resume)
+        except BaseException:
+            engine.remove()
+            raise
+        self.engine, self._resume = engine, None
+
+    def on_train_end(self, logs: Any = None) -> None:
+        """Called by fit."""
+        if self.engine is not None:
+            self.engine.remove()
+
+    def on_test_begin(self, logs: Any = None) -> None:
+        """Called by evaluate, inside fit or alone."""
+        _stop_listening(self.model)
+
+    def on_predict_begin(self, logs: Any = None) -> None:
+        """Called by predict."""
+        _stop_listening(self.model)
+
+    def _complete(self) -> SMARTConfig:
+        """The configuration with `total_steps` = optimiser steps of the whole fit."""
+        config = self.config
+        if not isinstance(config, SMARTConfig):
+            raise TypeError(f"SMARTCallback: config must be a SMARTConfig, got {type(config).__name__}")
+        steps = self.params.get("steps")
+        if config.total_steps is not None or not config.needs_total_steps:
+            return config
+        if steps is None:
+            raise ValueError(
+                "SMARTCallback: fit does not know how many batches an epoch has, and beta changes during training. "
+                "Give SMARTConfig(total_steps=<optimiser steps of the whole run>) or fit(steps_per_epoch=...)."
+            )
+        optimizer = getattr(self.model.optimizer, "inner_optimizer", self.model.optimizer)  # of a LossScaleOptimizer
+        accumulated = getattr(optimizer, "gradient_accumulation_steps", None) or 1
+        return config.replace(total_steps=max(1, self.params["epochs"] * steps // accumulated))
+
+
+@contextmanager
+def attach(
+    model: Any,
+    config: SMARTConfig | None = None,
+    layers: Any = None,
+    outputs: Outputs | None = None,
+    *,
+    noise: Noise | None = None,
+    seed: int = 0,
+    float32: bool = True,
+    record: str | os.PathLike[str] | None = None,
+    record_steps: int = 10,
+) -> Iterator[Engine]:
+    """SMART in `train_on_batch`, in several `fit`s or in a loop of your own, inside the block.
+
+    Args, Raises: as `SMARTCallback`; `total_steps` is needed where beta is scheduled.
+
+    Returns:
+        the context's value has `metrics`, `swap_teacher()`, `save_state(path)`, `load_state(path)`,
+        `training_step()`, a context for one step of a loop that calls no `train_step`, and `averages`, theta~ in the
+        order of `model.trainable_variables`.
+
+    Example:
+        >>> model = keras.Sequential([keras.layers.Dense(2)])
+        >>> model.compile("sgd", "mse")
+        >>> x, y = np.ones((4, 3), np.float32), np.ones((4, 2), np.float32)
+        >>> with attach(model, SMARTConfig(total_steps=10)) as smart:
+        ...     for _ in range(3):
+        ...         _ = model.train_on_batch(x, y)
+        >>> smart.metrics["step"]
+        3.0
+    """
+    recorder = None if record is None else Recorder(record, record_steps, "attach")
+    options = {"layers": layers, "outputs": outputs, "noise": noise, "seed": seed, "float32": float32}
+    engine = Engine(model, config, recorder=recorder, call="attach", **options)
+    if not engine.active:
+        yield engine
+        return
+    _remove_stale(model)
+    engine.install()
+    try:
+        yield engine
+        engine._report()  # of a loop inside a tf.function, which cannot raise by itself
+    finally:
+        engine.remove()
+
+
+def _stop_listening(model: Any) -> None:
+    """Take away what a callback's `set_model` put on the model, whichever callback it was."""
+    loads = getattr(model, _LOADS, None)
+    if loads is not None:
+        loads.remove()
+
+
+def _remove_stale(model: Any) -> None:
+    """Take away what a callback left of a fit that has ended, or of a loop that never called on_train_end."""
+    engine = getattr(model, ENGINE, None)
+    if engine is not None and engine.fit is not None and (engine.fit.ended() or not engine.fit.known):
+        engine.remove()
+    _stop_listening(model)
+
+
+class _Fit:
+    """The `fit` that a callback is part of: Keras tells nobody when an exception breaks it off.
+
+    Args:
+        on_end: is called when nothing holds that fit any more, its traceback included.
+    """
+
+    def __init__(self, on_end: Callable[[], None]) -> None:
+        self._thread = threading.get_ident()
+        self._callbacks: weakref.ref[Any] | None = None  # Keras' own list, which lives as long as the fit
+        callbacks = None
+        for frame in _keras_frames(self._thread):
+            owner = frame.f_locals.get("self")
+            if isinstance(owner, keras.callbacks.CallbackList):
+                callbacks = owner
+            elif callbacks is not None and frame.f_code.co_name in ("fit", "evaluate", "predict"):
+                self._callbacks = weakref.ref(callbacks, lambda _: on_end())
+                return
+
+    def ended(self) -> bool:
+        """Whether it runs no more; never so of a loop of the user's own, which calls on_train_end itself."""
+        if self._callbacks is None:
+            return False
+        callbacks = self._callbacks()
+        return callbacks is None or not any(
+            frame.f_locals.get(name) is callbacks
+            for frame in _keras_frames(self._thread)
+            for name in ("callbacks", "self")
+        )
+
+    @property
+    def known(self) -> bool:
+        """Whether it is Keras' own fit, and not a loop of the user's own that has callbacks."""
+        return self._callbacks is not None
+
+
+def _keras_frames(thread: int) -> Iterator[Any]:
+    """Keras' own frames on the stack of a thread, the innermost first."""
+    frame = sys._current_frames().get(thread)
+    while frame is not None:
+        if frame.f_globals.get("__name__", "").startswith("keras.src."):
+            yield frame
+        frame = frame.f_back

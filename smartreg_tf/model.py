@@ -1,0 +1,138 @@
+"""A Keras model that has SMART in its training step, and saves its settings and theta~ (paper: Algorithm 1)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+
+from smartreg.config import SMARTConfig
+from smartreg.report import Description
+from smartreg_tf.outputs import Outputs
+from smartreg_tf.training import ENGINE, Engine
+
+
+@keras.saving.register_keras_serializable("smartreg")
+class SMARTModel(keras.Model):  # type: ignore[misc]
+    """A model with SMART in its training step, saved and loaded with its settings and with theta~.
+
+    Args:
+        model: the model to train, a functional or Sequential one, or one that is built.
+        config, layers, outputs, seed, float32: as `SMARTCallback`; `total_steps` is needed where beta is scheduled,
+            and `layers` are names.
+
+    Source: Jiang et al. 2020 (arXiv 1911.03437), section 3 and Algorithm 1.
+
+    Example:
+        >>> inner = keras.Sequential([keras.Input([3]), keras.layers.Dense(2)])
+        >>> model = SMARTModel(inner, SMARTConfig(total_steps=10))
+        >>> model.compile("sgd", "mse")
+        >>> x, y = np.ones((4, 3), np.float32), np.ones((4, 2), np.float32)
+        >>> sorted(model.fit(x, y, verbose=0).history)
+        ['loss', 'proximal', 'smoothness']
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        config: SMARTConfig | None = None,
+        layers: Any = None,
+        outputs: Outputs | None = None,
+        *,
+        seed: int = 0,
+        float32: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.model = model
+        if layers is not None:  # by name, which can be saved
+            given = layers if isinstance(layers, (list, tuple)) else [layers]
+            layers = [layer if isinstance(layer, str) else layer.name for layer in given]
+        self._settings = {"layers": layers, "outputs": outputs, "seed": seed, "float32": float32}
+        engine = Engine(self, config, call="SMARTModel", **self._settings)
+        object.__setattr__(self, ENGINE, engine)
+        engine.site.install()
+        if all(layer.built for layer in model._flatten_layers()):
+            self._track()
+            self.built = True
+
+    def build(self, input_shape: Any) -> None:
+        """Build the inner model, and theta~ with it."""
+        if not self.model.built:
+            self.model.build(input_shape)
+        unbuilt = [layer.name for layer in self.model._flatten_layers() if not layer.built]
+        if unbuilt:
+            raise ValueError(
+                f"SMARTModel: the layers {', '.join(unbuilt[:5])} are not built by the model's build(input_shape); "
+                "call the model on a batch before you wrap it"
+            )
+        self._track()
+        self.built = True
+
+    def call(self, inputs: Any, training: bool | None = None) -> Any:
+        """The inner model's own call."""
+        return self.model(inputs, training=training) if self.model._call_has_training_arg else self.model(inputs)
+
+    def train_step(self, data: Any) -> Any:
+        """Keras' training step, with the penalty in its loss."""
+        return self._engine.train_step(super().train_step, data)
+
+    def compute_loss(
+        self, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None, training: bool = True
+    ) -> Any:
+        """The compiled loss, plus the penalty inside a training step."""
+        return self._engine.compute_loss(super().compute_loss, x, y, y_pred, sample_weight, training=training)
+
+    def make_train_function(self, force: bool = False) -> Any:
+        """Keras' own, followed by a look at what went wrong in the step."""
+        return self._engine.make_train_function(super().make_train_function, force)
+
+    def reset_metrics(self) -> None:
+        """Keras' own, and `smoothness` and `proximal`."""
+        self._engine.reset_metrics(super().reset_metrics)
+
+    def _get_metrics_result_or_logs(self, logs: Any) -> Any:
+        return self._engine._get_metrics_result_or_logs(super()._get_metrics_result_or_logs, logs)
+
+    def swap_teacher(self) -> Any:
+        """A context in which the model has the averaged weights theta~, to evaluate or save them."""
+        return self._engine.swap_teacher()
+
+    def describe(self) -> Description:
+        """What is perturbed and compared, and why it was chosen: `print()` shows a table."""
+        return self._engine.describe()
+
+    def __repr__(self) -> str:
+        return self.describe().line("SMARTModel")
+
+    def measure(self, x: Any, y: Any = None, sample_weight: Any = None, batch_size: int = 32) -> dict[str, float]:
+        """R_s and D_Breg of x in eval mode, as `smartreg_tf.training.Engine.measure`."""
+        return self._engine.measure(x, y, sample_weight, batch_size)
+
+    def get_config(self) -> dict[str, Any]:
+        """The settings and the inner model."""
+        inner = keras.saving.serialize_keras_object(self.model)
+        inner.pop("compile_config", None)  # it is this model that is trained
+        return {
+            **super().get_config(),
+            "model": inner,
+            "config": self._engine.config.to_dict(),
+            **self._settings,
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> SMARTModel:
+        """The model of `get_config`."""
+        config = dict(config)
+        inner = keras.saving.deserialize_keras_object(config.pop("model"), custom_objects)
+        return cls(inner, SMARTConfig.from_dict(config.pop("config")), **config)
+
+    @property
+    def _engine(self) -> Engine:
+        engine: Engine = getattr(self, ENGINE)
+        return engine
+
+    def _track(self) -> None:
+        engine = self._engine
+        engine.build()
+        self._smart_variables = [engine.step, engine.draws, *engine.averages]  # Keras saves what it finds here

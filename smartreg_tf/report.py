@@ -1,0 +1,94 @@
+"""What a Keras model's SMART perturbs and compares, and why: what `describe()` says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from smartreg.report import Choice, Description
+from smartreg_tf.outputs import Head
+from smartreg_tf.site import Site, half_precision_layers
+
+_LATER = Choice("not known yet", "it is seen in the first training step")
+
+
+class Found(NamedTuple):
+    """What a training step found out.
+
+    Attributes:
+        xs: the shape of each run of the site.
+        heads: the outputs that are compared.
+        masks: the shape of the mask of each run of the site, or None. positions: of each head.
+    """
+
+    xs: Sequence[Any]
+    heads: Sequence[Head]
+    masks: Sequence[Any]
+    positions: Sequence[Any]
+
+
+def describe(model: Any, site: Site, options: Mapping[str, Any], found: Found | None) -> Description:
+    """What was chosen and why, by the names that every backend has.
+
+    Args:
+        options: the arguments `layers`, `outputs` and `float32`.
+
+    Example:
+        >>> import keras
+        >>> model = keras.Sequential([keras.Input([3]), keras.layers.Dense(2)])
+        >>> given = {"layers": None, "outputs": None, "float32": True}
+        >>> describe(model, Site(model), given, None)["site"]
+        Choice(value="the model's float inputs", why='no Embedding or Masking layer was found')
+    """
+    description = Description(site=Choice(str(site), _why_site(site, options["layers"])))
+    if found is None:
+        description |= dict.fromkeys(("x", "outputs", "l_s", "class axis", "mask", "positions"), _LATER)
+    else:
+        description["x"] = Choice(_each(_shape(x) for x in found.xs), "the runs of the site in a training step")
+        description["outputs"] = Choice(_each(_named(model, head) for head in found.heads), _why_outputs(options))
+        description["l_s"] = Choice(
+            _each(head.divergence for head in found.heads), "it follows from the kind of output"
+        )
+        description["class axis"] = Choice(_each(str(getattr(head, "axis", -1)) for head in found.heads), "as the loss")
+        description["mask"] = _masked(found.masks, "Keras' mask, or the padding mask among the inputs", "x has no mask")
+        description["positions"] = _masked(
+            found.positions, "the mask of the outputs, or that of x", "no mask fits the outputs"
+        )
+    description["precision"] = _precision(model, options["float32"])
+    return Description(description)
+
+
+def _why_site(site: Site, layers: Any) -> str:
+    if layers is not None:
+        return "layers="
+    return "the default: see layers=" if site.layers else "no Embedding or Masking layer was found"
+
+
+def _why_outputs(options: Mapping[str, Any]) -> str:
+    return "the compiled loss" if options["outputs"] is None else "outputs="
+
+
+def _named(model: Any, head: Head) -> str:
+    names = getattr(model, "output_names", None) or []
+    return f"{names[head.place]}: {head.kind}" if len(names) > 1 else head.kind
+
+
+def _masked(masks: Sequence[Any], why: str, without: str) -> Choice:
+    shapes = ["all" if mask is None else _shape(mask) for mask in masks]
+    return Choice("all", without) if set(shapes) == {"all"} else Choice(_each(shapes), why)
+
+
+def _precision(model: Any, float32: bool) -> Choice:
+    half = half_precision_layers(model)
+    if half and float32:
+        return Choice("float32", f"the model computes in {half[0].compute_dtype}, which would lose R_s")
+    return Choice(model.compute_dtype, "float32=False" if half else "the model's own")
+
+
+def _shape(shape: Any) -> str:
+    sizes = ["n" if size is None else str(size) for size in shape]
+    return f"({', '.join(sizes)}{',' * (len(sizes) == 1)})"
+
+
+def _each(values: Any) -> str:
+    return ", ".join(values)
