@@ -190,7 +190,7 @@ class SMARTCallback(keras.callbacks.Callback):  # type: ignore[misc]
         config = self.config
         if not isinstance(config, SMARTConfig):
             raise TypeError(f"SMARTCallback: config must be a SMARTConfig, got {type(config).__name__}")
-        steps = self.params.get("steps")
+        steps = (self.params or {}).get("steps")
         if config.total_steps is not None or not config.needs_total_steps:
             return config
         if steps is None:

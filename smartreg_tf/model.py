@@ -43,6 +43,8 @@ class SMARTModel(keras.Model):  # type: ignore[misc]
         float32: bool = True,
         **kwargs: Any,
     ) -> None:
+        if hasattr(model, ENGINE):
+            raise ValueError("SMARTModel: this model already has a SMARTCallback, attach() or SMARTModel; give it one")
         super().__init__(**kwargs)
         self.model = model
         if layers is not None:  # by name, which can be saved

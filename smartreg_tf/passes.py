@@ -58,6 +58,17 @@ def copied(arguments: Any) -> Any:
     return keras.tree.map_structure(lambda x: x.copy() if isinstance(x, np.ndarray) else x, arguments)
 
 
+def arguments_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What to give a model so that its `call` gets `args` and `kwargs` again.
+
+    A model whose `call` has no `training` hands what it was called with to its layers all the same.
+    """
+    context = get_global_attribute("current_call_ctx")
+    training = None if context is None else context.get_value("training")
+    args, kwargs = copied((args, kwargs))
+    return args, kwargs if training is None else {"training": training, **kwargs}
+
+
 class State:
     """What the layers of a model hold at one moment, but for Keras' variables, and Python's and NumPy's streams.
 

@@ -20,7 +20,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from smartreg_tf.passes import State, copied, kept_variables
+from smartreg_tf.passes import State, arguments_of, copied, kept_variables
 
 Tensor = Any
 Put = Callable[[int, Tensor], Tensor]
@@ -191,7 +191,7 @@ class Site:
         if passes is None or _is_symbolic(args):
             return original(*args, **kwargs)
         tape = tf.GradientTape(watch_accessed_variables=False) if self._local.differentiable else None
-        given, named = copied((args, kwargs))
+        given, named = arguments_of(args, kwargs)
         state = State(self.model)
         clean = Pass(given, named, _values(kept_variables(self.model, state)), state, [], None, tape)
         with self._handling(lambda x, mask: self._seen(clean.calls, x, mask, tape)), tape or nullcontext():

@@ -384,6 +384,12 @@ class Engine:
     def __repr__(self) -> str:
         return self.describe().line(self._call)
 
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "SMART: what attach() gives cannot be copied or pickled, since it is of one model. save_state(path) writes "
+            "theta~ and the step, and load_state(path) of another attach() reads them."
+        )
+
     def measure(self, x: Any, y: Any = None, sample_weight: Any = None, batch_size: int = 32) -> dict[str, float]:
         """R_s and D_Breg as means over the examples of x, in eval mode; nothing of the model or of SMART changes.
 
