@@ -715,6 +715,7 @@ FIT = "test_tf_fit.py::test_"
 EDGES = "test_tf_edges.py::test_"
 ALIKE = FIT + "same_masks_in_every_pass_and_nothing_left[{}]"
 
+PASSES = "test_tf_passes.py::test_"
 TF = [
     *_of(
         "tf",
@@ -878,8 +879,8 @@ TF = [
         ),
         (
             "model.losses are the last pass'",
-            "with _losses_kept(self.model), keras",
-            "with keras",
+            "            now.restore()\n",
+            "            pass\n",
             FIT + "model_losses_are_those_of_the_clean_pass",
         ),
         (
@@ -1098,6 +1099,84 @@ TF = [
             "if asked & {id(tensor)",
             "if not asked & {id(tensor)",
             OUTPUTS + "the_penalty_is_of_the_call_that_gave_y_pred",
+        ),
+    ),
+    *_of(
+        "tf",
+        "smartreg_tf/passes.py",
+        (
+            "what a layer keeps is not put back",
+            "                if value is not _ABSENT:\n                    object.__setattr__(owner, name, value)\n",
+            "                if value is not _ABSENT:\n                    pass\n",
+            PASSES + "what_the_model_keeps_is_put_back[attribute-eager]",
+        ),
+        (
+            "TensorFlow's variables are not put back",
+            "variable.assign(value)",
+            "variable.assign(variable)",
+            PASSES + "what_the_model_keeps_is_put_back[tf.Variable-eager]",
+        ),
+        (
+            "the inputs are not copied",
+            "x.copy() if isinstance(x, np.ndarray) else x, arguments)",
+            "x, arguments) if 0 else arguments",
+            PASSES + "what_the_model_keeps_is_put_back[input-eager]",
+        ),
+        (
+            "the states that Keras does not track stay",
+            "others = [*state.untracked, ",
+            "others = [",
+            PASSES + "what_the_model_keeps_is_put_back[recurrent-eager]",
+        ),
+        (
+            "a masked output counts in the check",
+            "tf.reduce_any(counted & ~same & ~close)",
+            "tf.reduce_any(~same & ~close)",
+            PASSES + "the_rounding_that_is_allowed",
+        ),
+    ),
+    *_of(
+        "tf",
+        "smartreg_tf/training.py",
+        (
+            "no first step is checked",
+            "tf.convert_to_tensor(self.repeats.value) == 0, compare",
+            "tf.convert_to_tensor(self.repeats.value) < 0, compare",
+            PASSES + "a_pass_that_cannot_be_repeated_is_named[eager-1.0]",
+        ),
+        (
+            "every step is checked",
+            "self.repeats.assign_add(1)",
+            "self.repeats.assign_add(0)",
+            PASSES + "the_check_is_paid_once[eager-0.0]",
+        ),
+        (
+            "theta~ may be another in the check",
+            "tf.reduce_all(same) & differ(",
+            "differ(",
+            PASSES + "theta_tilde_that_is_not_theta_is_no_fault",
+        ),
+        (
+            "measure counts every batch once",
+            "n * float(term)",
+            "float(term)",
+            "test_tf_asking.py::test_measure_by_hand[True]",
+        ),
+    ),
+    *_of(
+        "tf",
+        "smartreg_tf/callback.py",
+        (
+            "a broken fit never ends",
+            "return callbacks is None or not any(",
+            "return callbacks is None and not any(",
+            "test_tf_life.py::test_what_comes_after_a_broken_fit_is_plain[fit]",
+        ),
+        (
+            "a refused fit leaves the model patched",
+            "            engine.remove()\n            raise\n",
+            "            raise\n",
+            "test_tf_life.py::test_a_fit_that_is_refused_leaves_nothing[steps_per_execution]",
         ),
     ),
 ]
