@@ -1,10 +1,18 @@
 """SMART fine-tuning for Keras 3 on TensorFlow (Jiang et al. 2020, arXiv 1911.03437)."""
 
+import os as _os
+
 try:
     import keras as _keras
     import tensorflow as _tensorflow  # noqa: F401
 except ImportError as error:
-    raise ImportError("smartreg_tf needs TensorFlow and Keras 3: pip install 'smartreg[tf]'") from error
+    _named = _os.environ.get("KERAS_BACKEND", "tensorflow")
+    _other = (
+        f", and KERAS_BACKEND={_named}, which must be tensorflow before Keras is imported"
+        if _named != "tensorflow"
+        else ""
+    )
+    raise ImportError(f"smartreg_tf needs TensorFlow and Keras 3: pip install 'smartreg[tf]'{_other}") from error
 
 if _keras.config.backend() != "tensorflow":
     raise ImportError(

@@ -18,6 +18,16 @@ def test_a_missing_framework_names_the_extra():
         assert "ImportError: smartreg_tf needs TensorFlow and Keras 3: pip install 'smartreg[tf]'" in errors(code)
 
 
+def test_a_missing_framework_names_the_backend_that_was_asked_for():
+    code = """
+import os, sys
+os.environ["KERAS_BACKEND"] = "jax"
+sys.modules["tensorflow"] = None
+import smartreg_tf
+"""
+    assert "pip install 'smartreg[tf]', and KERAS_BACKEND=jax, which must be tensorflow before Keras" in errors(code)
+
+
 def test_another_backend_of_keras_names_the_variable():
     code = """
 import sys, types

@@ -152,6 +152,10 @@ def test_a_loop_of_ones_own_with_callbacks_keeps_smart(tmp_path):
     model = used(tmp_path)
     before = attributes(model)
     callback = SMARTCallback(CONFIG)
+    refused = keras.callbacks.CallbackList([SMARTCallback(CONFIG, resume="/nowhere")], model=model)
+    with pytest.raises(ValueError, match=r"there is no /nowhere.smart.npz"):
+        refused.on_train_begin()
+    assert changed(before, model) == []
     callbacks = keras.callbacks.CallbackList([callback], model=model)
     callbacks.on_train_begin()
     for _ in range(2):

@@ -230,5 +230,6 @@ def test_the_rounding_that_is_allowed():
         again = clean + tf.constant([[changed, 0.0], [0.0, 0.0]])
         assert bool(differ([clean], [again], [None], half)) == found
     assert bool(differ([clean], [tf.where(tf.math.is_nan(clean), 0.0, clean)], [None], False))
+    clean = tf.constant([[1.0, -4.0], [2.0, 3.0]])
     assert not bool(differ([clean], [clean + tf.constant([[0.0], [1.0]])], [tf.constant([1, 0])], False))
     assert bool(differ([clean], [clean + tf.constant([[1.0], [0.0]])], [tf.constant([1, 0])], False))
