@@ -31,7 +31,7 @@ def test_the_code_runs(tmp_path, monkeypatch):
     names = {}
     for block in blocks:
         exec(compile(block, str(PAGE), "exec"), names)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     assert set(names["history"].history) == {
         "accuracy", "loss", "proximal", "smoothness", "val_accuracy", "val_loss"
     }  # fmt: skip
