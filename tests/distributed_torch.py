@@ -1,11 +1,13 @@
 """What tests/test_torch_distributed.py trains, in one process and in two: `python distributed_torch.py KIND FOLDER`."""
 
+import gc
 import sys
 from collections import defaultdict
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+import torch.distributed.nn  # before there is a group, see docs/distributed.md
 from paper_settings import papers
 from torch import distributed, nn
 from torch.nn.functional import cross_entropy
@@ -256,4 +258,6 @@ if __name__ == "__main__":
     seeds = SMART(make(), CONFIG).state_dict()["seed"]
     found = (ddp() if kind == "ddp" else fsdp(folder)) | {"seed": seeds}
     torch.save(found, Path(folder, f"{kind}_{distributed.get_rank()}.pt"))
+    gc.collect()
+    distributed.barrier()
     distributed.destroy_process_group()
