@@ -23,7 +23,7 @@ from smartreg.config import SMARTWarning
 from smartreg.report import Description
 from smartreg_torch.labels import IGNORED, Positions, find_divergence, find_positions
 from smartreg_torch.outputs import chosen
-from smartreg_torch.replay import Kept, Known, State
+from smartreg_torch.replay import State
 from smartreg_torch.smart import SMART
 
 ComputeLoss = Callable[..., Any]
@@ -192,9 +192,8 @@ class Probe:
     def _tell(self, smart: SMART, divergence: str | None, axis: int | None) -> None:
         if smart._divergence is None:  # nobody said it
             smart._divergence = self._divergence = divergence
-        if axis is not None and getattr(smart, "_class_axis", None) is None:
-            self._axis = axis
-            setattr(smart, "_class_axis", axis)  # noqa: B010
+        if axis is not None and smart._class_axis is None:
+            smart._class_axis = self._axis = axis
 
 
 def label_mask(model: Any, inputs: Mapping[str, Any]) -> Tensor | None:
@@ -207,17 +206,27 @@ def label_mask(model: Any, inputs: Mapping[str, Any]) -> Tensor | None:
 
 @contextmanager
 def undone(trainer: Trainer, model: nn.Module) -> Iterator[None]:
-    """Whatever runs in the block is repeated by the step itself: random streams, buffers, what the Trainer keeps.
+    """Take back what the block does to the model and the Trainer, since the step itself repeats it.
 
-    Lists of metrics and counters in attributes of the Trainer are as before afterwards, and nothing is logged.
+    Random streams, buffers, what modules keep, lists of metrics and counters in attributes of the Trainer are as before
+    afterwards, and nothing is logged.
     """
     state, before = State(model, dict(model.named_parameters())), dict(vars(trainer))
-    state.kept = Kept([], ((), {}), Known())  # what a first forward sets up in modules stays
     kept = {name: _mapped(value) for name, value in before.items() if "dataset" not in name}
+    calls: list[tuple[Any, Any]] = []
+
+    def again() -> None:
+        for args, kwargs in calls[:1]:
+            model(*args, **kwargs)
+
+    hook = model.register_forward_pre_hook(lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)
     vars(trainer).update(kept, log=lambda *_, **__: None)
     try:
-        with state.replayed(), torch.compiler.set_stance("force_eager") if _compiles() else nullcontext():
-            yield
+        with torch.compiler.set_stance("force_eager") if _compiles() else nullcontext(), state.undone(again):
+            try:
+                yield
+            finally:
+                hook.remove()
     finally:
         vars(trainer).clear()
         vars(trainer).update(before)

@@ -126,6 +126,22 @@ class State:
             before |= {name: value.clone() for name, value in kept_on.items() if value is not None}
         return lost
 
+    @contextmanager
+    def undone(self, run: Callable[[], Any]) -> Iterator[None]:
+        """Take back, after the block, what forwards inside it changed, but for what one sets up once and for all.
+
+        Args:
+            run: one more forward, as in the block, to tell the two apart.
+        """
+        kept, self.kept = self.kept, Kept([], ((), {}), Known())
+        try:
+            with self.replayed():
+                yield
+        finally:
+            self.kept = kept
+        self.settle(run)
+        self.kept.put_back()
+
     def _changed_buffers(self) -> bool:
         return any(
             not _alike(buffers.get(name), value) for buffers, before in self._buffers for name, value in before.items()
@@ -381,6 +397,18 @@ class Kept:
         for value in self._tensors.values():
             if value.key is not None and value.key not in moved:
                 value.written, value.copy = False, None
+
+    def put_back(self) -> None:
+        """Make everything as before, for good; no graph may need what was written into."""
+        for slot in self._slots:
+            if not _same(slot.get(), slot.before):
+                slot.put(slot.owner, slot.before)
+        for value in self._tensors.values():
+            if value.written and value.copy is not None:
+                with torch.no_grad():
+                    value.value[...] = value.copy
+        for _, generator in self._generators:
+            generator.put(generator.before)
 
     @contextmanager
     def as_before(self, convert: Callable[[Any], Any] | None = None, given_only: bool = False) -> Iterator[Given]:

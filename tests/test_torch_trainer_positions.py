@@ -403,9 +403,10 @@ def test_asking_leaves_nothing_behind(tmp_path):
     class Normed(transformers.GPT2LMHeadModel):
         def __init__(self, config):
             super().__init__(config)
-            self.norm = nn.BatchNorm1d(16)
+            self.norm, self.forwards = nn.BatchNorm1d(16), 0
 
         def forward(self, input_ids, attention_mask, labels=None, **_):
+            self.forwards += 1
             x = self.transformer(input_ids, attention_mask=attention_mask)[0]
             logits = self.lm_head(self.norm(x.transpose(1, 2)).transpose(1, 2))
             loss = cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
@@ -430,7 +431,7 @@ def test_asking_leaves_nothing_behind(tmp_path):
             trainer.train()
         found = {name: value.clone() for name, value in model.state_dict().items()}
         logs = sum("reference" in row for row in trainer.state.log_history)
-        runs.append((found, trainer.kept, trainer.tokens, torch.get_rng_state(), logs))
+        runs.append((found, trainer.kept, (trainer.tokens, model.forwards), torch.get_rng_state(), logs))
     (found, kept, tokens, rng, logs), (plain, plain_kept, plain_tokens, plain_rng, plain_logs) = runs
     assert all(torch.allclose(value, plain[name], atol=1e-6) for name, value in found.items())
     assert kept["train"] == pytest.approx(plain_kept["train"], rel=1e-5)

@@ -242,16 +242,106 @@ def torch_rows() -> Iterator[Row]:
             yield Row(f"PyTorch loop, {name}, {'first' if first == 0 else 'second'} step", total, found)
 
 
+def trainer_rows() -> Iterator[Row]:
+    """A callback of the user's that raises in each of its methods, and an override in each of the Trainer's."""
+    import torch
+    import transformers
+    from torch import nn
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    from smartreg_torch import SMARTConfig
+    from smartreg_torch.transformers import SMARTMixin
+
+    transformers.logging.set_verbosity_error()
+    rows = [{"ids": torch.tensor([i % 9, 1 + i % 7]), "labels": torch.tensor(i % 2)} for i in range(8)]
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.embedding, self.dropout, self.head = nn.Embedding(10, 4), nn.Dropout(0.1), nn.Linear(8, 2)
+            self.count = 0
+
+        def forward(self, ids: Any, labels: Any = None) -> Any:
+            self.count += 1
+            logits = self.head(self.dropout(self.embedding(ids)).flatten(1))
+            return {"loss": None if labels is None else nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+    events = [name for name in vars(TrainerCallback) if name.startswith("on_")]
+    methods = ["training_step", "compute_loss", "evaluate", "prediction_step", "log", "_save", "get_train_dataloader"]
+    methods += ["create_optimizer", "create_scheduler", "_save_checkpoint", "_load_best_model", "get_batch_samples"]
+
+    def attempt(kind: str, name: str, at: int) -> tuple[bool, str]:
+        """Whether it was reached, and what was left."""
+        trigger = Trigger()
+        raising = {name: lambda self, *a, **k: trigger()} if kind != "override" else {}
+        callback = type("Raises", (TrainerCallback,), raising)()
+
+        def override(self: Any, *args: Any, **kwargs: Any) -> Any:
+            trigger()
+            return getattr(Trainer, name)(self, *args, **kwargs)
+
+        theirs = type("Theirs", (Trainer,), {name: override} if kind == "override" else {})
+        mine = type("Mine", (SMARTMixin, theirs), {})
+        model = Model()
+        with tempfile.TemporaryDirectory() as folder:
+            args = TrainingArguments(
+                folder, max_steps=3, per_device_train_batch_size=4, logging_steps=1, eval_strategy="steps",
+                eval_steps=1, save_steps=1, load_best_model_at_end=True, use_cpu=True, report_to=[], disable_tqdm=True,
+            )  # fmt: skip
+            trainer = mine(
+                model, args, train_dataset=rows, eval_dataset=rows, smart=SMARTConfig(),
+                callbacks=[callback] if kind == "callback" else None,
+            )  # fmt: skip
+            if kind == "first callback":
+                trainer.callback_handler.callbacks.insert(0, callback)
+            trigger.arm(at)
+            try:
+                trainer.train()
+            except Injected:
+                pass
+            else:
+                return False, ""
+            trigger.arm(None)
+            left = []
+            hooks = [h for m in model.modules() for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
+            left += ["a hook"] if hooks else []
+            left += ["forward"] if "forward" in vars(model) else []
+            left += ["requires_grad"] if not all(p.requires_grad for p in model.parameters()) else []
+            left += ["a penalty outside of train()"] if trainer._smart_window is not None else []
+            left += ["a file that is not complete"] if list(Path(folder).rglob("*.part")) else []
+            steps = trainer.state.global_step
+            calls = model.count
+            model.train()
+            model(torch.ones(2, 2, dtype=torch.long))
+            left += ["more than one pass"] if model.count != calls + 1 else []
+            trainer.args.max_steps = steps + 2
+            trainer.train()
+            if not trainer.smart or not trainer.smart.metrics.get("R_s", 0) > 0:
+                left.append("the next train()")
+        return True, ", ".join(left)
+
+    for kind, names in (("callback", events), ("first callback", events), ("override", methods)):
+        injections, found = 0, []
+        for name in names:
+            for at in (1, 2, 3):
+                reached, left = attempt(kind, name, at)
+                injections += reached
+                if left:
+                    found.append(f"{name}, call {at}: {left}")
+        yield Row(f"Trainer, {kind}", injections, found)
+
+
 def main() -> int:
     """Print the table; 1 where something was left."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--backend", nargs="+", choices=["torch", "tf"], default=["torch", "tf"])
     given = parser.parse_args()
     rows: list[Row] = []
-    sources: dict[str, Callable[[], Iterator[Row]]] = {"torch": torch_rows}
+    sources: dict[str, list[Callable[[], Iterator[Row]]]] = {"torch": [torch_rows, trainer_rows]}
     print("| where the exception is raised | injections | left as before |\n|---|---|---|")
     for backend in given.backend:
-        for row in sources[backend]():
+        for row in (row for source in sources[backend] for row in source()):
             rows.append(row)
             verdict = "all" if not row.left else f"{row.injections - len(row.left)}; {row.left[0]}"
             print(f"| {row.place} | {row.injections} | {verdict} |", flush=True)
