@@ -837,6 +837,27 @@ def test_nan_raises_and_names_the_step(ids):
     assert_untouched(model)
 
 
+class Imputes(nn.Module):
+    """Its gradient at x is NaN, and what it makes of a NaN in x is finite."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(x.nan_to_num(0.0)) + 0 * (x - x.detach()).square().sum(-1, keepdim=True).sqrt().nan_to_num(0.0)
+
+
+def test_a_perturbation_that_is_not_finite_is_noticed():
+    """0 sqrt'(0) is NaN: the model hides it, and R_s would be that of a row of nothing."""
+    x = torch.randn(5, 4)
+    with pytest.raises(FloatingPointError, match="max_delta = nan.*in the ascent pass"):
+        SMART(Imputes(), R_S.replace(start="margin", ascent_steps=0))(x)
+    smart = SMART(Imputes(), R_S.replace(start="margin", ascent_steps=0, non_finite="skip"))
+    assert smart(x)[1].item() == 0
+    assert smart.metrics["skipped"] == 1
+
+
 def test_nan_can_be_skipped_and_is_counted(ids):
     model = Model()
     smart = SMART(model, BOTH.replace(non_finite="skip"))

@@ -67,8 +67,8 @@ class Row(NamedTuple):
     left: list[str]
 
 
-def torch_rows() -> Iterator[Row]:
-    """The PyTorch loop, step by step, then the Trainer."""
+def torch_rows(only: str = "") -> Iterator[Row]:
+    """A step of a PyTorch loop that breaks off in each call of each pass, in ways whose names have `only` in them."""
     import numpy as np
     import torch
     from torch import nn
@@ -228,7 +228,7 @@ def torch_rows() -> Iterator[Row]:
         "bfloat16 weights, precision='model'": ("half",),
         "recording": ("record",),
     }
-    for name, changes in ways.items():
+    for name, changes in ((name, changes) for name, changes in ways.items() if only in name):
         how = dict.fromkeys(("lean", "checkpoints", "autocast", "half", "record"), False)
         how |= dict.fromkeys(flags.get(name, ()), True)
         config = both.replace(**changes)

@@ -260,6 +260,9 @@ TEACHER = SMART + "the_teacher_is_a_model_with_the_averaged_weights[Model]"
 STREAMS = SMART + "all_random_streams_are_replayed"
 BROKEN_OFF = SMART + "a_pass_that_breaks_off_leaves_the_random_streams_as_the_clean_pass_did"
 
+REPEATS = "test_torch_repeats.py::test_"
+HEADS = "test_torch_heads.py::test_"
+LIFE = "test_torch_life.py::test_"
 TORCH = [
     *_of(
         "torch",
@@ -664,7 +667,7 @@ TORCH = [
         ("a reference's call is SMART's", "if not torch.is_grad_enabled():", "if False:", ASKING),
         ("asking logs", "vars(trainer).update(kept, log=lambda *_, **__: None)", "vars(trainer).update(kept)", ASKING),
         ("asking takes the labels away", "compute_loss(model, cloned(inputs)", "compute_loss(model, inputs", ASKING),
-        ("asking moves the buffers", "with state.replayed(), ", "with ", ASKING),
+        ("asking moves the buffers", "nullcontext(), state.undone(again):", "nullcontext():", ASKING),
         (
             "the gradient of accelerate's copies",
             "return convert_to_fp32(output), output",
@@ -685,8 +688,8 @@ TORCH = [
         ),
         (
             "classes on the last axis, whatever the loss says",
-            'setattr(smart, "_class_axis", axis)',
-            "pass",
+            "smart._class_axis = self._axis = axis",
+            "self._axis = axis",
             POSITIONS + "the_axis_of_the_classes_is_the_losss",
         ),
     ),
@@ -705,6 +708,182 @@ TORCH = [
             "release < (5, 18)",
             "release < (4, 18)",
             "test_torch_transformers.py::test_an_old_transformers_is_refused_at_import",
+        ),
+    ),
+    *_of(
+        "torch",
+        "smartreg_torch/replay.py",
+        (
+            "generators go on from pass to pass",
+            "generator.put(generator.before)\n            args, kwargs",
+            "pass\n            args, kwargs",
+            REPEATS + "a_generator_of_ones_own_is_replayed",
+        ),
+        (
+            "generators stay where a pass left them",
+            "for (_, generator), state in zip(generators, states, strict=True):\n                generator.put(state)",
+            "pass",
+            REPEATS + "a_generator_of_ones_own_is_replayed",
+        ),
+        (
+            "containers are not put back before a pass",
+            "if not _same(own, before):\n                    slot.put(slot.owner, before)",
+            "pass",
+            REPEATS + "what_a_module_keeps_is_the_same_in_every_pass",
+        ),
+        (
+            "side results are the last pass's",
+            "if not _same(slot.get(), own):\n                    slot.put(slot.owner, own)",
+            "if False:",
+            REPEATS + "a_side_result_is_the_clean_passs",
+        ),
+        (
+            "an input that was written into is not copied",
+            "memo[id(value)] = found.stand_in() if found.written else value",
+            "memo[id(value)] = value",
+            REPEATS + "an_input_that_is_written_into",
+        ),
+        (
+            "one copy of an input for all passes",
+            "self.stands = self.value if self.copy is None else _clone(self.copy)",
+            "self.stands = self.value if self.copy is None else self.copy",
+            REPEATS + "an_input_that_is_written_into",
+        ),
+        (
+            "what is set up once is set up in each pass",
+            "        self.kept.accept(moved)\n",
+            "",
+            LIFE + "a_layer_that_initialises_itself_by_its_first_batch[attribute]",
+        ),
+        (
+            "lean's last pass is in the mode of the backward",
+            "self._set_modes(self._modes)",
+            "pass",
+            REPEATS + "lean_runs_its_last_pass_in_the_mode_of_the_clean_one",
+        ),
+        (
+            "hooks are not looked into",
+            'for hook in hooks:\n                self._keep_function(hook, "a hook")',
+            "pass",
+            REPEATS + "what_a_hook_keeps_elsewhere",
+        ),
+    ),
+    *_of(
+        "torch",
+        "smartreg_torch/passes.py",
+        (
+            "the check sees nothing",
+            "if apart > torch.finfo(z.dtype).eps ** digits * size:",
+            "if False:",
+            REPEATS + "a_model_that_does_not_repeat_itself_is_named",
+        ),
+        (
+            "the check takes rounding for a difference",
+            "digits = 0.7 if",
+            "digits = 3 if",
+            REPEATS + "rounding_and_masked_positions_are_no_difference",
+        ),
+        (
+            "the ascent's gradients stay in .grad",
+            "for weight, grad in zip(weights, own, strict=True):\n            weight.grad = grad",
+            "pass",
+            REPEATS + "no_gradient_is_touched_by_a_layer_that_fills_grad_itself",
+        ),
+    ),
+    *_of(
+        "torch",
+        "smartreg_torch/outputs.py",
+        (
+            "classes on axis 1 are not moved",
+            "else z.movedim(self.axis, -1)",
+            "else z",
+            HEADS + "a_tagger_with_classes_on_axis_1",
+        ),
+        (
+            "where nothing says it, the last axis is taken",
+            'if hasattr(evidence.config, "model_type") and z.ndim == 3:',
+            "if True:",
+            HEADS + "what_no_shape_says_is_asked_for",
+        ),
+        (
+            "an additive mask is read as it is",
+            "return torch.where(additive, mask == 0, mask != 0)",
+            "return mask",
+            HEADS + "a_mask_is_found_however_it_is_given",
+        ),
+        (
+            "key_padding_mask is true at tokens",
+            'return f"{name}, true at padding", value == 0',
+            'return f"{name}, true at padding", value',
+            HEADS + "a_mask_is_found_however_it_is_given",
+        ),
+        (
+            "probabilities pass for logits",
+            "    inside = bool(((z >= 0) & (z <= 1)).all())",
+            "    inside = False",
+            HEADS + "probabilities_are_not_taken_for_logits",
+        ),
+        (
+            "any loss is one of classes",
+            "if len(left) < 3 or apart <= total",
+            "if True or apart <= total",
+            HEADS + "a_loss_of_no_classes_warns_once_in_the_first_backward",
+        ),
+        (
+            "the gradient of classes is taken for another",
+            "left = wide.sum(-1).flatten()",
+            "left = wide.abs().sum(-1).flatten()",
+            HEADS + "a_loss_of_classes_says_nothing",
+        ),
+    ),
+    *_of(
+        "torch",
+        "smartreg_torch/smart.py",
+        (
+            "theta~ stays at the weights of the constructor",
+            "moved = stamp is not None and not stamp.holds(parameter)",
+            "moved = False",
+            LIFE + "theta_tilde_starts_at_the_weights_of_the_first_step",
+        ),
+        (
+            "theta~ follows weights for ever",
+            "        self._stamps = None\n        step = self._step(",
+            "        step = self._step(",
+            LIFE + "theta_tilde_starts_at_the_weights_of_the_first_step",
+        ),
+        (
+            "the model writes into theta~",
+            "self._copies_teacher = True  # until",
+            "self._copies_teacher = False  # until",
+            REPEATS + "theta_tilde_is_not_written_into",
+        ),
+        (
+            "measure trains on",
+            "                self.model.eval()\n",
+            "",
+            HEADS + "measure_is_R_s_in_eval_mode_and_changes_nothing",
+        ),
+        (
+            "a pass is not checked",
+            "self._check_repeated(differing(targets, repeated, positions), state, passes)",
+            "pass",
+            REPEATS + "a_model_that_does_not_repeat_itself_is_named",
+        ),
+        (
+            "a delta that is NaN passes in silence",
+            'math.isfinite(values.get("max_delta", 0.0))',
+            "True",
+            SMART + "a_perturbation_that_is_not_finite_is_noticed",
+        ),
+    ),
+    *_of(
+        "torch",
+        "smartreg_torch/site.py",
+        (
+            "an old hook stays for ever",
+            "self._on_end = weakref.finalize(self, _take_off, self._hooks)",
+            "pass",
+            LIFE + "a_cell_that_is_run_twice_leaves_one_hook",
         ),
     ),
 ]
