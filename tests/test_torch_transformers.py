@@ -1031,6 +1031,7 @@ for name, way in tests.WAYS.items():
     found = {"weights": tests.weights(trainer), "teacher": trainer.smart.teacher, "logs": tests.logged(trainer)}
     found["seed"] = trainer.smart.state_dict()["seed"]
     torch.save(found, f"{sys.argv[1]}/{name}_{trainer.args.process_index}.pt")
+torch.distributed.barrier()  # the threads of the last all-reduce are done: see docs/distributed.md
 torch.distributed.destroy_process_group()
 """
 

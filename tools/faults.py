@@ -84,6 +84,7 @@ def torch_rows(only: str = "") -> Iterator[Row]:
             self.embedding, self.norm, self.dropout = nn.Embedding(20, 6), nn.BatchNorm1d(6), nn.Dropout(0.2)
             self.layer, self.head = nn.Sequential(nn.Linear(6, 6), nn.Tanh()), nn.Linear(6, 3)
             self.count, self.kept, self.checkpoints = 0, [], False
+            self.generator = torch.Generator().manual_seed(0)
             for module in (self, self.embedding, self.norm, self.dropout, self.layer[0], self.layer[1], self.head):
                 module.register_forward_pre_hook(trigger)
                 module.register_forward_hook(trigger)
@@ -94,7 +95,8 @@ def torch_rows(only: str = "") -> Iterator[Row]:
             x = self.dropout(self.embedding(ids))
             x = checkpoint(self.layer, x, use_reentrant=False) if self.checkpoints else self.layer(x)
             x = (x * attention_mask[..., None]).sum(1) / attention_mask.sum(1, keepdim=True)
-            return {"logits": self.head(self.norm(x)), "noise": np.random.rand()}  # noqa: NPY002
+            noise = np.random.rand() + torch.rand((), generator=self.generator)  # noqa: NPY002
+            return {"logits": self.head(self.norm(x)), "noise": noise}
 
     def watched(model: Any) -> dict[str, Any]:
         """All that must be as plain training leaves it."""
@@ -107,6 +109,7 @@ def torch_rows(only: str = "") -> Iterator[Row]:
             "mode": [module.training for module in model.modules()],
             "kept values": (model.count, list(model.kept)),
             "random streams": (torch.get_rng_state(), np.random.get_state()[2]),  # noqa: NPY002
+            "a generator": model.generator.get_state(),
             "autocast": torch.is_autocast_enabled("cpu"),
         }
 
@@ -162,6 +165,7 @@ def torch_rows(only: str = "") -> Iterator[Row]:
                 smart.update()
             twin.load_state_dict(model.state_dict())
             twin.count, twin.kept = model.count, list(model.kept)
+            twin.generator.set_state(model.generator.get_state())
             teacher = {name: average.clone() for name, average in smart.teacher.items()}
             stream = torch.get_rng_state(), np.random.get_state()  # noqa: NPY002
             trigger.arm(at)

@@ -723,7 +723,7 @@ TORCH = [
             "generators stay where a pass left them",
             "for (_, generator), state in zip(generators, states, strict=True):\n                generator.put(state)",
             "pass",
-            REPEATS + "a_generator_of_ones_own_is_replayed",
+            "test_torch_faults.py::test_nothing_is_left_wherever_the_model_raises",
         ),
         (
             "containers are not put back before a pass",
