@@ -246,6 +246,7 @@ class Kept:
         if (function.__module__ or "").partition(".")[0] in _FOREIGN:
             return
         self._root(function.__defaults__, where, None)
+        self._root(function.__kwdefaults__, where, None)
         for cell in function.__closure__ or ():
             self._slots.append(_Slot(where, None, cell, _cell, _set_cell))
             for value in _cell(cell):

@@ -68,6 +68,11 @@ class Site:
         # a SMART that is made anew, as by a notebook's cell, leaves no hook of the old one
         self._on_end = weakref.finalize(self, _take_off, self._hooks)
 
+    @property
+    def at_input(self) -> bool:
+        """Whether x is an argument of the model itself."""
+        return any(hook.at_input for hook in self._hooks)
+
     def remove(self) -> None:
         """Take the hooks off."""
         _take_off(self._hooks)
@@ -227,21 +232,21 @@ class _Hook:
         self.name = name
         self.on_call: Callable[[Tensor, Tensor | None], Tensor] | None = None
         self.is_armed = False
-        self._at_input = name == "input" or name.startswith("input.")
+        self.at_input = name == "input" or name.startswith("input.")
         self._positions = {argument: at for at, argument in enumerate(arguments)}
         self._module: weakref.ref[nn.Module] | None = None
         self._handle: torch.utils.hooks.RemovableHandle | None = None
-        changed = _changed_input if self._at_input else _changed_output
+        changed = _changed_input if self.at_input else _changed_output
         self._changed = torch.compiler.disable(changed)  # type: ignore[no-untyped-call]
 
     def put_on(self, model: nn.Module) -> None:
-        module = model if self._at_input else model.get_submodule(self.name)
-        register = module.register_forward_pre_hook if self._at_input else module.register_forward_hook
+        module = model if self.at_input else model.get_submodule(self.name)
+        register = module.register_forward_pre_hook if self.at_input else module.register_forward_hook
         self._handle, self._module = register(self, with_kwargs=True), weakref.ref(module)
 
     def follow(self, model: nn.Module) -> None:
         """Move to the module that has the site's name now: a vocabulary that was resized is another module."""
-        if self._at_input or self._module is None or self._module() is model.get_submodule(self.name):
+        if self.at_input or self._module is None or self._module() is model.get_submodule(self.name):
             return
         self.take_off()
         self.put_on(model)

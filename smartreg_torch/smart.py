@@ -443,13 +443,13 @@ class SMART:
             arguments = self._arguments(args, kwargs)
             masks, mask_name = self._masks(calls, args, kwargs)
         xs = [call.x.shape for call in calls] if calls else _shapes(arguments)
-        at_input = site is None or site.name.startswith("input")
+        at_input = site is None or site.at_input
         evidence = Evidence(getattr(self.model, "config", None), arguments.get("labels"), masks, xs, at_input)
         self._heads = find_heads(raw, evidence, self._divergence, self._class_axis, self._heads)
         targets = self._arranged(raw)
         divergences = self._divergences(targets)
         positions = [self._positions(z, masks, mask_name, label_mask, arguments) for z in targets]
-        first = frozenset(name for name, value in arguments.items() if value is not None)
+        first = lambda_s > 0, frozenset(name for name, value in arguments.items() if value is not None)
         is_first = self.model.training and first not in self._checked
         if is_first:
             self._choices = self._chosen_now(calls, masks, mask_name, targets, positions)
@@ -470,9 +470,8 @@ class SMART:
             with torch.no_grad(), nullcontext() if site is None else site.replaced(points, graph=False):
                 repeated = passes()
             self._check_repeated(differing(targets, repeated, positions), state, passes)
-            self._check_loss(
-                raw if in_float32 is None else chosen(output, self._outputs)
-            )  # after the ascent's backward
+            # not before the ascent, whose backward it would see
+            self._check_loss(raw if in_float32 is None else chosen(output, self._outputs))
             self._checked.add(first)
         if config.mu > 0:  # here, while there is one graph: what this pass frees the next can have
             teacher = self.teacher

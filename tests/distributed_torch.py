@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed.nn  # before there is a group, see docs/distributed.md
+from notes import Notes
 from paper_settings import papers
 from torch import distributed, nn
 from torch.nn.functional import cross_entropy
@@ -168,11 +169,13 @@ def passes_with_weights():
     seen = {}
     for layers in (False, True):
         model = shard(make(), layers=layers, reshard_after_forward=False)
-        smart, noted = SMART(model, CONFIG), []
+        smart, noted = SMART(model, CONFIG), Notes()
         for linear in (model.layers[1][0], model.head):
-            linear.register_forward_hook(lambda linear, *_, noted=noted: noted.append(linear.weight.requires_grad))
-        smart(batch(0)[0])
-        seen[layers] = noted
+            linear.register_forward_hook(lambda linear, *_, noted=noted: noted.add(linear.weight.requires_grad))
+        for _ in range(2):  # the first step has a pass more
+            noted.taken()
+            smart(batch(0)[0])
+        seen[layers] = noted.taken()
     return seen
 
 

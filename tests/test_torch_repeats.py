@@ -429,13 +429,14 @@ def test_what_a_hook_keeps_elsewhere(ids):
     def by_partial(kept, module, args, output):
         kept.append(output)
 
-    model, extractor, kept = Plain(), Extractor(), []
+    model, extractor, kept, defaults = Plain(), Extractor(), [], []
     GLOBAL.clear()
     model.head.register_forward_hook(lambda module, args, output: GLOBAL.append(output))
     model.head.register_forward_hook(extractor.hook)
     model.head.register_forward_hook(functools.partial(by_partial, kept))
+    model.head.register_forward_hook(lambda _module, _args, output, *, kept=defaults: kept.append(output))
     logits, _ = SMART(model, BOTH)(ids)
-    for found in (GLOBAL, extractor.features, kept):
+    for found in (GLOBAL, extractor.features, kept, defaults):
         assert len(found) == 1
         assert found[0] is logits
 
