@@ -222,9 +222,12 @@ def rms(x: ArrayLike, mask: ArrayLike | None = None) -> Array:
 
 
 def expand_mask(mask: ArrayLike, x: Array) -> NDArray[np.bool_]:
-    """The mask of x's leading axes as booleans with trailing axes of length 1; ValueError where it does not fit."""
+    """The mask of x's leading axes as booleans with trailing axes of length 1; ValueError where it does not fit.
+
+    Of a signal, x of shape (n, d), it may be the mask of the entries.
+    """
     keep: NDArray[np.bool_] = np.asarray(mask) != 0
-    if keep.ndim >= x.ndim or keep.shape != x.shape[: keep.ndim]:
+    if keep.ndim >= max(x.ndim, 3) or keep.shape != x.shape[: keep.ndim]:
         raise ValueError(f"the mask must have the leading axes of x, {x.shape[:-1]}, got {keep.shape}")
     return keep.reshape(keep.shape + (1,) * (x.ndim - keep.ndim))
 

@@ -252,10 +252,13 @@ def rms(x: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 def expand_mask(mask: Tensor, x: Tensor) -> Tensor:
-    """The mask of x's leading axes as booleans with trailing axes of length 1; ValueError where it does not fit."""
+    """The mask of x's leading axes as booleans with trailing axes of length 1; ValueError where it does not fit.
+
+    Of a signal, x of shape (n, d), it may be the mask of the entries.
+    """
     keep = as_mask(mask)
     rank = keep.shape.rank
-    if rank is None or rank >= x.shape.rank or not keep.shape.is_compatible_with(x.shape[:rank]):
+    if rank is None or rank >= max(x.shape.rank, 3) or not keep.shape.is_compatible_with(x.shape[:rank]):
         raise ValueError(f"the mask must have the leading axes of x, {tuple(x.shape[:-1])}, got {tuple(keep.shape)}")
     return tf.reshape(keep, tf.concat([tf.shape(keep), tf.ones([x.shape.rank - rank], tf.int32)], 0))
 

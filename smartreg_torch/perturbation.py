@@ -259,8 +259,11 @@ def _rms(x: Tensor, keep: Tensor) -> Tensor:
 
 
 def expand_mask(mask: Tensor, x: Tensor) -> Tensor:
-    """The mask of x's leading axes as booleans with trailing axes of length 1; ValueError where it does not fit."""
-    if mask.ndim >= x.ndim or mask.shape != x.shape[: mask.ndim]:
+    """The mask of x's leading axes as booleans with trailing axes of length 1; ValueError where it does not fit.
+
+    Of a signal, x of shape (n, d), it may be the mask of the entries.
+    """
+    if mask.ndim >= max(x.ndim, 3) or mask.shape != x.shape[: mask.ndim]:
         raise ValueError(f"the mask must have the leading axes of x, {tuple(x.shape[:-1])}, got {tuple(mask.shape)}")
     return (mask != 0).reshape(mask.shape + (1,) * (x.ndim - mask.ndim))
 

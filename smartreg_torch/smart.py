@@ -818,7 +818,7 @@ class SMART:
         if given is None:
             return [call.padding for call in calls], "the embedding's padding_idx"
         for call in calls:
-            if call.x.ndim < 3 or given.shape != call.x.shape[:-1]:
+            if given.shape != (call.x.shape[:-1] if call.x.ndim > 2 else call.x.shape):
                 raise ValueError(
                     f"SMART: {name} has the shape {tuple(given.shape)}, but the site gives {tuple(call.x.shape)}. "
                     "Give mask=, a function of the model's arguments: (n, tokens), one for each call of the site."

@@ -245,6 +245,12 @@ def test_masks_that_do_not_fit_are_named(backend, shape):
         Problem().ascend(backend, papers(), mask=np.ones(shape))
 
 
+def test_a_signal_may_have_a_mask_of_its_entries(backend):
+    """As the attention mask of a waveform: (n, samples), like x."""
+    x, mask = np.array([[3.0, 3.0, 9.0], [1.0, 7.0, 7.0]]), np.array([[1.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
+    assert backend.call("rms", x, mask=mask) == pytest.approx([3.0, 1.0])
+
+
 def test_examples_do_not_depend_on_each_other(backend):
     problem = Problem()
     config = papers(epsilon=0.1, sigma=0.1, eta=0.05, ascent_steps=2, norm="2")

@@ -316,6 +316,27 @@ class ByKeyword(ByPosition):
         return self.table(input=ids)
 
 
+def test_a_waveform_has_a_mask_of_its_samples():
+    class Waves(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(6, 3)
+
+        def forward(self, input_values, attention_mask):
+            return self.head(input_values * attention_mask)
+
+    model, x, mask = Waves(), torch.randn(4, 6), torch.ones(4, 6, dtype=torch.long)
+    mask[1:, 3:] = 0
+    seen = []
+    with SMART(model, R_S) as smart:
+        ascend = smart._ascend
+        smart._ascend = lambda *arguments: seen.extend(ascend(*arguments)) or seen[-1:]
+        smart(x, mask)
+    assert (seen[0] != 0).equal(mask == 1)
+    radius = 0.1 * ((x * mask).square().sum(1) / mask.sum(1)).sqrt()
+    assert torch.allclose(seen[0].abs().amax(1), radius)
+
+
 def test_a_mask_that_is_true_at_padding_is_noticed(ids):
     mask = torch.ones_like(ids)
     mask[1:, 3:] = 0
