@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -20,7 +21,8 @@ _PROBLEM_TYPES = {
 }
 _SPANS = ("start_logits", "end_logits")  # a softmax over the positions
 # Masks by other names than attention_mask: what is true there is for the user to say.
-_MASKS = ("padding_mask", "pad_mask", "mask", "input_mask", "token_mask")
+_MASKS = re.compile(r"(^|_)(masks?|pad|padding|valid)(_|$)", re.IGNORECASE)
+_OTHER_MASKS = re.compile(r"head|special|global|label|decoder|cross|span|masked|sample|class|type", re.IGNORECASE)
 
 
 class Head(NamedTuple):
@@ -71,17 +73,17 @@ class Evidence(NamedTuple):
     xs: Sequence[torch.Size]
     at_input: bool
 
-    def positions(self) -> list[tuple[str, tuple[int, ...]]]:
+    def positions(self) -> list[tuple[str, set[tuple[int, ...]]]]:
         """The shapes that an output's positions may have, and what says so."""
-        found = []
+        found: list[tuple[str, set[tuple[int, ...]]]] = []
         if isinstance(self.labels, Tensor) and not self.labels.is_floating_point() and self.labels.ndim > 1:
-            found.append(("the labels' shape", tuple(self.labels.shape[1:])))
-        found += [("the mask's shape", tuple(mask.shape[1:])) for mask in self.masks if mask is not None]
+            found.append(("the labels' shape", {tuple(self.labels.shape[1:])}))
+        found += [("the mask's shape", {tuple(mask.shape[1:])}) for mask in self.masks if mask is not None]
         for x in self.xs:
-            if len(x) > 2:
-                found.append(("the shape of x", tuple(x[1:-1])))
+            either = {tuple(x[1:-1])} if len(x) > 2 else set()
             if len(x) > 3 or (len(x) == 3 and self.at_input):  # the channels may be on axis 1
-                found.append(("the shape of x", tuple(x[2:])))
+                either.add(tuple(x[2:]))
+            found += [("the shape of x", either)] if either else []
         return found
 
     def counts(self) -> list[tuple[str, int]]:
@@ -233,7 +235,7 @@ def _axis(
     if name in _SPANS:
         return -1, "its name: a softmax over the positions"
     shape = tuple(z.shape)
-    each = [why for why, positions in evidence.positions() if shape[1:] == positions]
+    each = [why for why, positions in evidence.positions() if shape[1:] in positions]
     counted = [why for why, count in evidence.counts() if shape[-1] == count]
     if name == "predicted_depth":
         return None, "its name"
@@ -257,7 +259,7 @@ def _axis(
     if bool(counted) != bool(firsts):
         return (-1, counted[0]) if counted else (1, firsts[0])
     for why, positions in evidence.positions():
-        fitting = [axis for axis, found in readings.items() if found == positions]
+        fitting = [axis for axis, found in readings.items() if found in positions]
         if len(fitting) == 1:
             return fitting[0], why
     if before is not None:
@@ -312,7 +314,8 @@ def find_mask(arguments: Mapping[str, Any], xs: Sequence[torch.Size]) -> tuple[s
             continue
         if name.endswith("key_padding_mask"):
             return f"{name}, true at padding", value == 0
-        if name in _MASKS and any(len(x) > 2 and value.shape == x[:-1] for x in xs):
+        is_mask = _MASKS.search(name) and not _OTHER_MASKS.search(name)
+        if is_mask and any(len(x) > 2 and value.shape == x[:-1] for x in xs):
             raise ValueError(
                 f"SMART: the model was given {name!r}, (n, tokens). Is it true at padding, or at real tokens? Say "
                 f"mask={name!r} if it is true at real tokens, else mask=, a function of the model's arguments that "
@@ -338,7 +341,7 @@ def check_real(mask: Tensor, name: str) -> None:
     if bool((~real.any(1)).any()) and not bool(real.all(1).any()):
         raise ValueError(
             f"SMART: {name} leaves a row without a real token, and none without padding: it seems to be true at "
-            f"padding. Give it the other way round, or say mask=lambda *args, **kwargs: ~kwargs[{name!r}]"
+            f"padding. Give it the other way round, or say mask=, a function of the model's arguments: {name} == 0"
         )
 
 

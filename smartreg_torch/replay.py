@@ -40,6 +40,9 @@ class Known:
         self.left_alone: set[Any] = set()  # attributes that lead to too much
         self.names: dict[Any, tuple[str, ...]] = {}  # by code object and class, which names may change
         self.moving: set[int] = set()  # ids of containers that a pass was seen to change
+        self.written: set[int] = set()  # ids of frozen weights that a forward was seen to write into
+        self.by_value: set[str] = set()  # arguments that were written into past their version, through .data, say
+        self.dropped: list[str] = []  # attributes that came to lead to too much
         self.first = True
 
 
@@ -76,12 +79,19 @@ class State:
         self._streams = (torch.get_rng_state(), np.random.get_state(), random.getstate())  # noqa: NPY002
         self._modules = list(model.modules()) if modules is None else modules
         self._modes = [module.training for module in self._modules]
-        self._buffers: list[tuple[dict[str, Tensor | None], dict[str, Tensor]]] = [
-            (module._buffers, {name: buffer.clone() for name, buffer in module._buffers.items() if buffer is not None})
+        copies: dict[int, Tensor] = {}  # one of each, since two modules may share a buffer
+        self._buffers: list[tuple[dict[str, Any], dict[str, Tensor]]] = [
+            (
+                module._buffers,
+                {name: _copy(buffer, copies) for name, buffer in module._buffers.items() if buffer is not None},
+            )
             for module in self._modules
             if module._buffers
         ]
+        self._before: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []
         self._known = Known() if known is None else known
+        self._frozen = self._frozen_weights()
+        self._versions = [(weight, weight._version, weight.data_ptr()) for weight in self._unchanging()]
         self.kept = Kept(self._modules, given, self._known)
 
     def settle(self, run: Callable[..., Any]) -> list[str]:
@@ -97,6 +107,18 @@ class State:
             the names of the values whose state before the clean pass is lost, see `Kept.settle`.
         """
         first, lost = self._known.first, self.kept.settle()
+        self._known.written |= {
+            id(weight)
+            for weight, version, at in self._versions
+            if weight._version != version or weight.data_ptr() != at
+        }
+        if first:
+            self._known.written |= {
+                id(parameters[name])
+                for parameters, before in self._frozen
+                for name, value in before.items()
+                if not _alike(parameters.get(name), value)
+            }
         made = first and self._changed_buffers()
         if not first or not (made or self.kept.moved()):
             return lost
@@ -122,6 +144,7 @@ class State:
                 _refill(own)
         self.kept.accept(moved)
         for (buffers, before), names in zip(self._buffers, again, strict=True):
+            self._before.append((before, dict(before)))
             kept_on = {name: value for name, value in buffers.items() if name in before and name not in names}
             before |= {name: value.clone() for name, value in kept_on.items() if value is not None}
         return lost
@@ -142,6 +165,43 @@ class State:
         self.settle(run)
         self.kept.put_back()
 
+    def reject(self) -> None:
+        """Take nothing as set up for good: the clean pass's own state comes before every pass."""
+        self.kept.reject()
+        for before, values in self._before:
+            before |= values
+        self._before = []
+
+    def _unchanging(self) -> list[Tensor]:
+        """The frozen weights of which no copy is kept."""
+        kept = {id(parameters[name]) for parameters, before in self._frozen for name in before}
+        weights = (weight for module in self._modules for weight in module._parameters.values())
+        return [
+            weight for weight in weights if weight is not None and id(weight) not in kept and _is_plainly_frozen(weight)
+        ]
+
+    def _frozen_weights(self) -> list[tuple[dict[str, Any], dict[str, Tensor]]]:
+        """Copies of frozen weights that a forward writes into, as a momentum encoder's; in the first step, of all.
+
+        Where they are far more than the trained ones, as under adapters, only of those that were seen to change.
+        """
+        weights = {id(w): w for module in self._modules for w in module._parameters.values() if w is not None}
+        frozen = {key: w for key, w in weights.items() if _is_plainly_frozen(w)}
+        trained = sum(w.nbytes for key, w in weights.items() if key not in frozen)
+        if not (self._known.first and sum(w.nbytes for w in frozen.values()) <= 2 * trained):
+            frozen = {key: w for key, w in frozen.items() if key in self._known.written}
+        if not frozen:
+            return []
+        copies: dict[int, Tensor] = {}
+        found = []
+        for module in self._modules:
+            before = {
+                name: _copy(w, copies) for name, w in module._parameters.items() if w is not None and id(w) in frozen
+            }
+            if before:
+                found.append((module._parameters, before))
+        return found
+
     def _changed_buffers(self) -> bool:
         return any(
             not _alike(buffers.get(name), value) for buffers, before in self._buffers for name, value in before.items()
@@ -151,17 +211,29 @@ class State:
     def replayed(self, convert: Callable[[Any], Any] | None = None) -> Iterator[Given]:
         """Yield the arguments as before the clean pass, for one pass; `convert` is applied to their tensors."""
         own = [(buffers, dict(buffers)) for buffers, _ in self._buffers]  # the clean pass may have put others in
+        frozen = [(parameters, dict(parameters)) for parameters, _ in self._frozen]
         modes = [module.training for module in self._modules]
         with self._streams_replayed():
             try:
+                copies: dict[int, Tensor] = {}
                 for buffers, before in self._buffers:
-                    buffers.update({name: buffer.clone() for name, buffer in before.items()})
+                    buffers.update({name: _copy(buffer, copies) for name, buffer in before.items()})
+                for parameters, values in zip(frozen, self._frozen, strict=True):
+                    parameters[0].update({name: _parameter(value, copies) for name, value in values[1].items()})
                 self._set_modes(self._modes)
                 with self.kept.as_before(convert) as given:
                     yield given
             finally:
                 self._set_modes(modes)
                 _refill(own)
+                _refill(frozen)
+
+    @contextmanager
+    def kept_streams(self) -> Iterator[None]:
+        """The random streams of torch are after the block what they were: a backward may draw, too."""
+        kind = next((device.type for device in self._devices), "cuda")
+        with torch.random.fork_rng(list(self._devices), device_type=kind):
+            yield
 
     @contextmanager
     def _streams_replayed(self) -> Iterator[None]:
@@ -205,6 +277,8 @@ class Kept:
         self._modules = modules
         self._room = _MANY
         self._active: list[_Slot] | None = None  # None before the clean pass: all of them
+        self._accepted: list[tuple[_Slot, Any]] = []
+        self._spared: list[tuple[_Value, Any]] = []
         args, kwargs = given
         for name, value in (*((f"argument {i + 1}", value) for i, value in enumerate(args)), *kwargs.items()):
             self._root(value, name, None)
@@ -212,8 +286,8 @@ class Kept:
         self._given = len(self._slots), len(self._generators)
         for module in modules:
             hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
-            if not hooks and _is_torchs(_kind(module)):
-                continue  # torch.nn keeps its state in buffers
+            if _is_foreign(_kind(module)):
+                continue
             self._keep_module(module)
             for hook in hooks:
                 self._keep_function(hook, "a hook")
@@ -285,6 +359,7 @@ class Kept:
             self._walk(value, where, key)
         except _TooManyError:
             self._known.left_alone.add(key)
+            self._known.dropped += [] if self._known.first else [where]
             del self._slots[lengths[0] :], self._generators[lengths[1] :]
             self._tensors = dict(list(self._tensors.items())[:tensors])
             self._seen = seen
@@ -317,6 +392,11 @@ class Kept:
                 if module is value or id(module) not in self._seen:
                     self._seen.add(id(module))
                     self._walk(module._buffers, f"{where} ({_label(module)})", key)
+                    self._slots.append(_Slot(where, key, module._parameters, _entries, _set_dict))
+                    for weight in module._parameters.values():
+                        if weight is not None and not weight.requires_grad and id(weight) not in self._tensors:
+                            small = self._known.first or weight.nbytes <= _LARGE or key in self._known.changing
+                            self._tensors[id(weight)] = _Value(where, key, weight, small)
                     if not _is_torchs(_kind(module)):
                         self._walk_attributes(module, f"{where} ({_label(module)})", key)
         elif type(value).__module__.partition(".")[0] not in _FOREIGN and not isinstance(
@@ -353,17 +433,22 @@ class Kept:
         Returns:
             the names of those of which there is no copy, so that the other passes cannot have the old value.
         """
-        lost = []
+        lost: list[str] = []
+        first = self._known.first
         if not (everything or self._known.first):
             # a sweep over all containers once a step; the passes that follow touch those that this one has changed
             moving = self._known.moving
             self._active = [slot for slot in self._slots if id(slot.owner) in moving or slot.changed()]
         self._known.first = False
         for value in self._tensors.values():
-            if value.settle(everything):
+            past = value.key is None and not everything and value.is_written(first)
+            if past and not value.is_written():
+                self._known.by_value.add(value.where)
+            if value.settle(everything or past or value.where in self._known.by_value):
                 self._known.changing.add(value.key)
                 lost += [value.where] if value.copy is None else []
-        return lost
+        dropped, self._known.dropped = self._known.dropped, []
+        return lost + dropped
 
     @property
     def changed(self) -> list[str]:
@@ -384,9 +469,19 @@ class Kept:
             found |= {(slot.key, name) for name in names} if slot.named else {slot.key} if names else set()
         return found - {None}
 
+    def reject(self) -> None:
+        """Take back what was accepted."""
+        for slot, before in self._accepted:
+            slot.before = before
+        for value, copy in self._spared:
+            value.written, value.copy = True, copy
+        self._accepted, self._spared = [], []
+
     def accept(self, moved: set[Any]) -> None:
         """Take what the clean pass made as what was there before, but for these attributes."""
         for slot in self._slots:
+            if slot.changed():
+                self._accepted.append((slot, slot.before.copy() if slot.named else slot.before))
             if slot.named:
                 now = slot.get()
                 for name in slot.changed():
@@ -396,7 +491,8 @@ class Kept:
             elif slot.key is not None and slot.key not in moved:
                 slot.before = slot.get()
         for value in self._tensors.values():
-            if value.key is not None and value.key not in moved:
+            if value.key is not None and value.key not in moved and value.written:
+                self._spared.append((value, value.copy))
                 value.written, value.copy = False, None
 
     def put_back(self) -> None:
@@ -529,8 +625,10 @@ class _Value:
             self.copy = None
         return self.written
 
-    def is_written(self) -> bool:
+    def is_written(self, by_value: bool = False) -> bool:
         """Whether it is not as before; while a copy stands in for it, whether that is not as it was made."""
+        if by_value and self.copy is not None:
+            return not _alike(self.copy, self.value)
         if self.stands is not None:
             return not _alike(self.stands, self.copy)
         if self.version is not None:
@@ -569,13 +667,34 @@ def _refill(own: list[tuple[dict[str, Any], dict[str, Any]]]) -> None:
         buffers.update(values)
 
 
+def _is_plainly_frozen(weight: Tensor) -> bool:
+    """Whether this is a frozen parameter that is neither sharded nor packed."""
+    plain = type(weight) is nn.Parameter and not hasattr(weight, "to_local") and not weight.is_inference()
+    return plain and not weight.requires_grad and not weight.is_meta
+
+
+def _copy(value: Tensor, copies: dict[int, Tensor]) -> Tensor:
+    """A copy, the same one for the same tensor."""
+    if id(value) not in copies:
+        copies[id(value)] = value.detach().clone() if isinstance(value, nn.Parameter) else value.clone()
+    return copies[id(value)]
+
+
+def _parameter(value: Tensor, copies: dict[int, Tensor]) -> Tensor:
+    if id(value) not in copies:
+        copies[id(value)] = nn.Parameter(value.clone(), requires_grad=False)
+    return copies[id(value)]
+
+
 def _clone(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) else value.copy()
 
 
 def _alike(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor):
-        return isinstance(b, Tensor) and a.shape == b.shape and torch.equal(a, b)
+        if not isinstance(b, Tensor) or a.shape != b.shape or a.dtype != b.dtype:
+            return False
+        return torch.equal(a, b) or bool(((a == b) | ((a != a) & (b != b))).all())  # a NaN is like a NaN
     return type(a) is type(b) and np.array_equal(a, b)
 
 
@@ -651,6 +770,12 @@ _CONTAINERS: dict[type, tuple[Callable[[Any], Any], Callable[[Any, Any], None]]]
 
 def _kind(value: Any) -> Any:
     return type(value)
+
+
+@functools.cache
+def _is_foreign(kind: Any) -> bool:
+    """Whether a module is of a package that moves its weights about itself."""
+    return any(base.__module__.partition(".")[0] == "bitsandbytes" for base in kind.__mro__)
 
 
 @functools.cache

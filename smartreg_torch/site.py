@@ -118,9 +118,9 @@ class Site:
             yield
 
     @contextmanager
-    def shifted(self, deltas: list[Tensor]) -> Iterator[None]:
+    def shifted(self, deltas: list[Tensor], graph: bool = True) -> Iterator[None]:
         """A pass at x~ with a graph of its own below the site: the k-th call gives its own output plus deltas[k]."""
-        with self._counted(deltas, shift):
+        with self._counted(deltas, shift, graph):
             yield
 
     @contextmanager

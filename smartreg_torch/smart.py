@@ -54,6 +54,12 @@ Precision = Literal["float32", "model"]
 Masks = str | Callable[..., Tensor | Sequence[Tensor | None]]
 
 
+_ONE_BACKWARD = (
+    "SMART: the model's backward frees or overwrites what it needs, as some fused kernels do, and the margin start "
+    "runs it once before yours: your gradients would be wrong. Say SMARTConfig(start='gaussian')"
+)
+
+
 class _Step(NamedTuple):
     """What one mini-batch gave: the model's output, R_s and D_Breg, and what they were computed from."""
 
@@ -212,6 +218,7 @@ class SMART:
         self._warned: set[str] = set()
         self._known = Known()
         self._initial: set[str] = set()  # in the first step: the weights of which theta~ is a copy
+        self._needs_graph = self._is_checking = False  # whether passes without a graph fail in the model's forward
         self._checked: set[Any] = set()  # the arguments with which a pass was seen to repeat
         self._copies_teacher = True  # until its pass was seen to leave theta~ alone
         self._heads: list[Head] = []
@@ -461,15 +468,15 @@ class SMART:
 
         terms: dict[str, Tensor] = {}
         stages = {"clean": targets}
+        if is_first:
+            self._check_repeated(calls, targets, positions, state, passes)
         if site is not None:
             # fully_shard reduces what it has accumulated in whichever backward comes next
-            with untouched_gradients([] if self._sharded else theta.values()):
+            with state.kept_streams(), untouched_gradients([] if self._sharded else theta.values()):
                 stages["ascent"] = self._ascend(passes, site, theta, calls, targets, masks, divergences, positions)
+                if is_first and differentiable:
+                    self._check_backward(calls, targets)
         if is_first:
-            points = [call.own.detach() for call in calls]
-            with torch.no_grad(), nullcontext() if site is None else site.replaced(points, graph=False):
-                repeated = passes()
-            self._check_repeated(differing(targets, repeated, positions), state, passes)
             # not before the ascent, whose backward it would see
             self._check_loss(raw if in_float32 is None else chosen(output, self._outputs))
             self._checked.add(first)
@@ -478,8 +485,8 @@ class SMART:
             if self._copies_teacher:  # the model may write into its weights: an embedding with max_norm does
                 teacher = {name: average.clone() for name, average in teacher.items()}
             copied = {name for name in teacher if in_float32 and is_half(theta[name])}  # theta~ too, in passes
-            with torch.no_grad(), self._averaged(theta, copied, teacher):
-                taught = passes(teacher)
+            with self._averaged(theta, copied, teacher):
+                taught = self._without_graph(lambda: passes(teacher))
             if is_first:
                 self._copies_teacher = any(
                     not torch.equal(local(average), local(self.teacher[name])) for name, average in teacher.items()
@@ -795,7 +802,11 @@ class SMART:
 
     def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The model's arguments by name, however they were given."""
-        return dict(zip(self._parameter_names, args, strict=False)) | kwargs
+        named = dict(zip(self._parameter_names, args, strict=False)) | kwargs
+        for value in list(named.values()):
+            if isinstance(value, Mapping):  # a batch, as one argument
+                named = {name: item for name, item in value.items() if isinstance(name, str)} | named
+        return named
 
     def _masks(
         self, calls: list[Call], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -817,6 +828,16 @@ class SMART:
             name, given = find_mask(self._arguments(args, kwargs), [call.x.shape for call in calls])
         if given is None:
             return [call.padding for call in calls], "the embedding's padding_idx"
+        others = [
+            other
+            for other, value in self._arguments(args, kwargs).items()
+            if other != name and "mask" in other and isinstance(value, Tensor) and value.shape == given.shape
+        ]
+        if self._mask is None and count > 1 and others:
+            raise ValueError(
+                f"SMART: the site ran {count} times, and {name} and {others[0]} are both masks of its shape. Give "
+                "mask=, a function of the model's arguments: a list with one mask for each call of the site"
+            )
         for call in calls:
             if given.shape != (call.x.shape[:-1] if call.x.ndim > 2 else call.x.shape):
                 raise ValueError(
@@ -869,11 +890,11 @@ class SMART:
         shapes = ", ".join(str(tuple(z.shape)) for z in targets)
         counted = [m is not None for m in found]
         several = any(z.ndim > 2 for z in targets)
-        where = "those of the mask and the labels" if any(counted) else "all" if several else "one an example"
+        where = f"those of {mask_name}" if any(counted) else "all" if several else "one an example"
         return {
             "x": Choice(x or "none", f"{len(calls)} call(s) of the site" if calls else "lambda_s is 0"),
             "mask": Choice(
-                mask_name if masked else "none", str(tuple(masked[0].shape)) if masked else "nothing is padded"
+                mask_name if masked else "none", str(tuple(masked[0].shape)) if masked else "no argument says"
             ),
             "positions": Choice(where, f"the outputs are compared as {shapes}"),
         }
@@ -885,9 +906,9 @@ class SMART:
             value = z.detach()
 
             def on_gradient(gradient: Tensor) -> None:
-                handle.remove()
                 message = zero_sum_error(gradient, value, head)
                 if message:
+                    handle.remove()
                     self._warn("loss", message)
 
             handle = z.register_hook(on_gradient)  # type: ignore[no-untyped-call]
@@ -904,12 +925,71 @@ class SMART:
                 "have what was there before. From the next step on they have.",
             )
 
-    def _check_repeated(self, difference: str, state: State, passes: Callable[[], Any]) -> None:
-        """Raise where the pass repeated at delta = 0 was another one: R_s and D_Breg would compare two models."""
+    def _without_graph(self, run: Callable[[], list[Tensor]]) -> list[Tensor]:
+        """Run a pass of which no gradient is taken; with a graph if the model's forward needs one."""
+        if not self._needs_graph:
+            try:
+                with torch.no_grad():
+                    return run()
+            except (RuntimeError, AssertionError):
+                if not self._is_checking:
+                    raise
+        with torch.enable_grad():
+            found = [z.detach() for z in run()]
+        self._needs_graph = True
+        return found
+
+    def _check_backward(self, calls: list[Call], targets: list[Tensor]) -> None:
+        """Raise RuntimeError if the model's backward changes what it needs: the margin start runs it once more."""
+        xs = [call.x for call in calls]
+        if not all(x.requires_grad for x in xs):
+            return
+        ones = [torch.ones_like(z) for z in targets]
+        try:
+            first, second = (
+                torch.autograd.grad(targets, xs, ones, retain_graph=True, allow_unused=True) for _ in range(2)
+            )
+        except Exception as error:
+            raise RuntimeError(_ONE_BACKWARD) from error
+        both = zip(first, second, strict=True)
+        if any(a is not None and b is not None and differing([a], [b], [None]) for a, b in both):
+            raise RuntimeError(_ONE_BACKWARD)
+
+    def _check_repeated(
+        self,
+        calls: list[Call],
+        targets: list[Tensor],
+        positions: list[Tensor | None],
+        state: State,
+        passes: Callable[[], list[Tensor]],
+    ) -> None:
+        """Raise if the pass repeated at delta = 0 is another one: R_s and D_Breg would compare two models.
+
+        With mu > 0 the layers below the site run as well: theta~'s pass does not have the clean pass's x.
+        """
+        site = self._site if calls else None
+        zeros = [torch.zeros_like(call.own) for call in calls]
+        points = [call.own.detach() for call in calls]
+
+        def repeated() -> list[Tensor]:
+            if site is None:
+                return passes()
+            with site.shifted(zeros, graph=False) if self.config.mu > 0 else site.replaced(points, graph=False):
+                return passes()
+
+        self._is_checking = True
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # reentrant checkpointing is refused by the ascent
+                difference = differing(targets, self._without_graph(repeated), positions)
+                if difference:  # what seemed to be set up for good was not
+                    state.reject()
+                    difference = differing(targets, self._without_graph(repeated), positions)
+                where = first_differing_module(self.model, lambda: self._without_graph(passes)) if difference else ""
+        finally:
+            self._is_checking = False
         if not difference:
             return
-        with torch.no_grad():
-            where = first_differing_module(self.model, passes)
         changed = [name for name in state.kept.changed if not name.endswith(".config.problem_type")]
         hints = [f"the first module whose output differs is {where}"] if where else []
         hints += [f"the forward changes {', '.join(changed[:5])}"] if changed else []
@@ -961,6 +1041,12 @@ class SMART:
                 f"SMART: adding the perturbation leaves {vanished:.0%} of the entries as they were: it is below "
                 f"the precision of {report.dtype}, and R_s measures nothing there. Use a larger epsilon, or where that "
                 "is half precision, precision='float32'.",
+            )
+        if self.config.start == "margin" and report.values.get("max_delta") == 0:
+            self._warn(
+                "still",
+                "SMART: nothing is perturbed, max|delta| is 0: no gradient reaches a position that the mask leaves. Is "
+                "the mask true at padding? print(smart.describe()) says which one it is.",
             )
         if self.config.non_finite == "skip" or report.is_finite:
             return

@@ -95,6 +95,12 @@ def test_what_no_shape_says_is_asked_for(ids):
     assert r_s(Tagger(lambda z: z.mean(1).reshape(-1, 2, 3), classes=6), ids, class_axis=-1) > 0
 
 
+def test_as_many_classes_as_channels_are_asked_for():
+    net = nn.Conv2d(3, 3, 1)
+    with pytest.raises(ValueError, match="Say class_axis"):
+        r_s(net, torch.randn(2, 3, 8, 8))
+
+
 def test_what_was_clear_stays_where_a_batch_fits_both_readings(ids):
     """Six tokens, then as many tokens as classes."""
     smart = SMART(Tagger(lambda z: z.transpose(1, 2)), R_S)
@@ -263,6 +269,15 @@ class Wrapper(nn.Module):
         return self.model(*args, **kwargs)
 
 
+class Batched(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch):
+        return self.model(**batch)
+
+
 class Padded(Tagger):
     """PyTorch's own convention: true at padding."""
 
@@ -278,6 +293,7 @@ def test_a_mask_is_found_however_it_is_given(ids, config):
     wanted = of(Tagger(), ids, attention_mask=mask)
     assert wanted != of(Tagger(), ids)
     additive = (1.0 - mask) * -1e4
+    plain = Tagger()
     for model, args, kwargs in (
         (Wrapper(Tagger()), (ids, mask), {}),
         (Wrapper(Wrapper(Tagger())), (ids,), {"attention_mask": mask}),
@@ -286,6 +302,7 @@ def test_a_mask_is_found_however_it_is_given(ids, config):
         (Tagger(), (ids, additive), {}),
         (Tagger(), (ids, additive[:, None, None]), {}),
         (Padded(), (ids, mask == 0), {}),
+        (Batched(plain), ({"ids": ids, "attention_mask": mask},), {}),
         (Tagger(embedding=ByKeyword()), (ids * mask,), {}) if config == "R_s" else (Tagger(), (ids, mask), {}),
     ):
         got = of(model, *args, **kwargs)
@@ -347,6 +364,43 @@ def test_a_mask_that_is_true_at_padding_is_noticed(ids):
     ) == pytest.approx(d_breg(Tagger(), ids, attention_mask=mask), rel=1e-6)
     with pytest.raises(ValueError, match=r"given 'padding_mask'.*Is it true at padding.*mask='padding_mask'"):
         _r_s_of(Padded(), ids, padding_mask=mask)
+
+
+def test_a_mask_after_which_nothing_is_perturbed_warns(ids):
+    class Reads(Tagger):
+        def forward(self, ids, attention_mask):
+            keep = (attention_mask == 0)[..., None]
+            return (super().forward(ids) * keep).sum(1) / keep.sum(1)
+
+    mask = torch.zeros_like(ids)
+    mask[:, 3:] = 1  # true at padding, and every row is padded
+    with pytest.warns(SMARTWarning, match=r"nothing is perturbed.*true at padding"):
+        _r_s_of(Reads(), ids, mask)
+
+
+def test_two_texts_with_a_mask_each_are_asked_about(ids):
+    class Pair(Tagger):
+        def forward(self, ids, attention_mask, ids2, attention_mask2):
+            return super().forward(ids).mean(1) - super().forward(ids2).mean(1)
+
+    one, two = torch.ones_like(ids), torch.ones_like(ids)
+    two[1:, 3:] = 0
+    with pytest.raises(ValueError, match=r"ran 2 times, and attention_mask and attention_mask2.*Give mask="):
+        _r_s_of(Pair(), ids, one, ids, two)
+    for mask in ("valid", "attn_mask", "token_padding"):
+        given = type("Given", (Tagger,), {})
+        exec(f"def forward(self, ids, {mask}): return Tagger.forward(self, ids)", {"Tagger": Tagger}, found := {})
+        given.forward = found["forward"]
+        with pytest.raises(ValueError, match=f"given '{mask}'.*Is it true at padding"):
+            _r_s_of(given(), ids, two)
+
+
+def test_the_penaltys_own_backward_does_not_use_the_check_up():
+    net, x, y = nn.Linear(4, 3), torch.randn(16, 4), (torch.randn(16, 3) > 0).float()
+    z, penalty = SMART(net, R_S)(x)
+    penalty.backward(retain_graph=True)
+    with pytest.warns(SMARTWarning, match="does not sum to 0"):
+        nn.functional.binary_cross_entropy_with_logits(z, y).backward()
 
 
 def test_a_mask_that_does_not_fit_is_asked_for(ids):
@@ -460,7 +514,7 @@ def test_describe_says_what_was_chosen_and_why(ids):
         "l_s": "symmetric_kl",
         "class axis": "-1",
         "mask": "attention_mask",
-        "positions": "those of the mask and the labels",
+        "positions": "those of attention_mask",
         "precision": "float32",
     }
     assert repr(smart).startswith("SMART(site='embedding', x='(4, 6, 8)'")

@@ -371,6 +371,208 @@ def test_a_cache_of_keys_and_values(precision):
     assert cache.get_seq_length() == 9
 
 
+# weights that a forward writes into, and state in odd places
+
+
+class Momentum(Plain):
+    """A frozen twin that follows the trained weights once a batch, and takes part in the output (MoCo, BYOL)."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.follower, self.way = copy.deepcopy(self.head).requires_grad_(False), way
+        with torch.no_grad():
+            self.follower.weight.mul_(0.5)
+
+    def forward(self, ids):
+        for k, q in zip(self.follower.parameters(), self.head.parameters(), strict=True):
+            if self.way == "in place":
+                with torch.no_grad():
+                    k.mul_(0.5).add_(q, alpha=0.5)
+            elif self.way == "data":
+                k.data = 0.5 * k.data + 0.5 * q.data
+            else:
+                k.data.mul_(0.5).add_(q.data, alpha=0.5)
+        x = self.features(ids)
+        return self.head(x) * (1 + self.follower(x.detach()).square())
+
+
+class MomentumOnce(Momentum):
+    """The same, moved by the test: what every pass should see."""
+
+    def forward(self, ids):
+        x = self.features(ids)
+        return self.head(x) * (1 + self.follower(x.detach()).square())
+
+
+@pytest.mark.parametrize("way", ["in place", "data", "past the version"])
+def test_a_momentum_encoder_moves_once_a_batch(ids, way):
+    model, once = Momentum(way), MomentumOnce("")
+    smart, wanted = SMART(model, BOTH), SMART(once, BOTH)
+    for _ in range(3):
+        for k, q in zip(once.follower.parameters(), once.head.parameters(), strict=True):
+            k.data.mul_(0.5).add_(q.data, alpha=0.5)
+        smart(ids), wanted(ids)
+        assert smart.metrics["R_s"] == pytest.approx(wanted.metrics["R_s"], rel=1e-4)
+        assert smart.metrics["D_Breg"] == pytest.approx(0, abs=1e-13)
+        assert torch.equal(model.follower.weight, once.follower.weight)
+    before = model.follower.weight.clone()
+    smart.measure(ids)
+    assert torch.equal(model.follower.weight, before)
+
+
+class SharedBuffer(Plain):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("count", torch.zeros(()))
+        self.head.register_buffer("count", self.count)
+
+    def forward(self, ids):
+        self.count += 1
+        return super().forward(ids) * self.head.count
+
+
+class OnTorchsOwn(Plain):
+    """A dropout rate that the forward moves, and a counter on a Linear."""
+
+    def __init__(self):
+        super().__init__()
+        self.dropout, self.head.calls = nn.Dropout(0.0), 0
+
+    def forward(self, ids):
+        self.head.calls += 1
+        self.dropout.p = self.head.calls - 1.0
+        return super().forward(ids) * self.head.calls if self.dropout.p == 0 else super().forward(ids) * 9
+
+
+class LastBatch(Plain):
+    """Keeps what is the same for the same batch: it is not set up once and for all."""
+
+    def __init__(self):
+        super().__init__()
+        self.last = 0.0
+
+    def forward(self, ids):
+        z = super().forward(ids) * (1 + self.last)
+        self.last = float(ids.float().mean())
+        return z
+
+
+@pytest.mark.parametrize("make", [SharedBuffer, OnTorchsOwn, LastBatch])
+def test_state_in_odd_places(ids, make):
+    assert same(found(make(), ids), expected(ids))
+
+
+@pytest.mark.parametrize("through", ["data", "NumPy"])
+def test_an_input_that_is_written_into_past_its_version(ids, through):
+    class Through(Plain):
+        def forward(self, ids, x):
+            (x.data if through == "data" else x.numpy()).__imul__(2)
+            return super().forward(ids) * x.mean()
+
+    smart = SMART(Through(), BOTH)
+    for _ in range(2):
+        x = torch.ones(3)
+        smart(ids, x)
+        assert x.tolist() == [2.0, 2.0, 2.0]
+        assert smart.metrics["R_s"] == expected(ids, 2.0)[0]
+
+
+def test_a_forward_that_needs_a_graph(ids):
+    """A hook on an activation, and a gradient taken in the forward."""
+
+    class Needs(Plain):
+        def forward(self, ids):
+            x = self.features(ids)
+            x.register_hook(lambda g: g)
+            (force,) = torch.autograd.grad(self.head(x).square().sum(), x, create_graph=True)
+            return self.head(x + force)
+
+    smart = SMART(Needs(), BOTH)
+    for _ in range(2):
+        _, penalty = smart(ids)
+        penalty.backward()
+        assert smart.metrics["R_s"] > 0
+        assert smart.metrics["D_Breg"] == pytest.approx(0, abs=1e-13)
+
+
+class Overwrites(torch.autograd.Function):
+    """As a fused kernel that stores its gradient where its input was."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.x = x.detach().clone()
+        return x.square()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        ctx.x.mul_(2 * gradient)
+        return ctx.x.clone()
+
+
+class Frees(Overwrites):
+    @staticmethod
+    def backward(ctx, gradient):
+        x = ctx.__dict__.pop("x")
+        return 2 * x * gradient
+
+
+@pytest.mark.parametrize("function", [Overwrites, Frees])
+def test_a_backward_that_runs_only_once_is_named(ids, function):
+    class Fused(Plain):
+        def forward(self, ids):
+            return self.head(function.apply(self.features(ids)))
+
+    with pytest.raises(RuntimeError, match=r"frees or overwrites what it needs.*start='gaussian'"):
+        SMART(Fused(), SMARTConfig(mu=0))(ids)
+    SMART(Fused(), papers(mu=0))(ids)
+
+
+def test_a_backward_that_draws_leaves_the_random_stream_alone(ids):
+    class Noisy(Plain):
+        def forward(self, ids):
+            x = self.features(ids)
+            if x.requires_grad:
+                x.register_hook(lambda g: g + 0 * torch.randn_like(g))
+            return self.head(x)
+
+    smart, stream = SMART(Noisy(), SMARTConfig(mu=0)), torch.get_rng_state()
+    smart(ids)
+    assert torch.equal(stream, torch.get_rng_state())
+
+
+def test_what_is_below_the_site_is_checked_as_well(ids):
+    """theta~'s pass runs it anew."""
+
+    class Below(Plain):
+        def __init__(self):
+            super().__init__()
+            self.passed = itertools.count()
+
+        def forward(self, ids):
+            return super().forward((ids + next(self.passed)) % 20)
+
+    with pytest.raises(RuntimeError, match="does not repeat itself"):
+        SMART(Below(), BOTH)(ids)
+    SMART(Below(), papers(mu=0, start="margin", ascent_steps=0))(ids)  # R_s has the clean pass's x
+
+
+def test_an_attribute_that_grows_too_large_is_named(ids):
+    class Grows(Plain):
+        def __init__(self):
+            super().__init__()
+            self.kept = []
+
+        def forward(self, ids):
+            self.kept += [ids.clone() for _ in range(1500)]
+            return super().forward(ids)
+
+    smart = SMART(Grows(), BOTH)
+    smart(ids)
+    smart(ids)
+    with pytest.warns(SMARTWarning, match=r"Grows.kept"):
+        smart(ids)
+
+
 # what is left when the user looks
 
 
