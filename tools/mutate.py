@@ -422,8 +422,8 @@ TORCH = [
         ),
         (
             "the student's weights in the teacher's pass",
-            "torch.no_grad(), self._averaged(theta, copied, teacher)",
-            "torch.no_grad()",
+            "with self._averaged(theta, copied, teacher):",
+            "if True:",
             TEACHER,
         ),
         (
@@ -483,13 +483,13 @@ TORCH = [
         ("Python's random stream is not put back", "random.setstate(streams[1])", "pass", BROKEN_OFF),
         (
             "torch's random stream is not put back",
-            "torch.random.fork_rng(list(self._devices)",
-            "torch.random.fork_rng([], False",
+            "torch.random.fork_rng(list(self._devices), device_type=kind), torch.autocast",
+            "torch.random.fork_rng([], False), torch.autocast",
             BROKEN_OFF,
         ),
         (
             "BatchNorm's statistics are moved by each pass",
-            "buffers.update({name: buffer.clone() for name, buffer in before.items()})",
+            "buffers.update({name: _copy(buffer, copies) for name, buffer in before.items()})",
             "pass",
             TORCH_ALONE,
         ),
@@ -762,6 +762,18 @@ TORCH = [
             REPEATS + "lean_runs_its_last_pass_in_the_mode_of_the_clean_one",
         ),
         (
+            "frozen weights move in every pass",
+            "parameters[0].update({name: _parameter(value, copies)",
+            "parameters[0].update({} if True else {name: _parameter(value, copies)",
+            REPEATS + "a_momentum_encoder_moves_once_a_batch",
+        ),
+        (
+            "a shared buffer is copied twice",
+            "    if id(value) not in copies:\n        copies[id(value)] = value.detach()",
+            "    if True:\n        copies[id(value)] = value.detach()",
+            REPEATS + "state_in_odd_places[SharedBuffer]",
+        ),
+        (
             "hooks are not looked into",
             'for hook in hooks:\n                self._keep_function(hook, "a hook")',
             "pass",
@@ -865,9 +877,27 @@ TORCH = [
         ),
         (
             "a pass is not checked",
-            "self._check_repeated(differing(targets, repeated, positions), state, passes)",
+            "self._check_repeated(calls, targets, positions, state, passes)",
             "pass",
             REPEATS + "a_model_that_does_not_repeat_itself_is_named",
+        ),
+        (
+            "a backward that runs once is not noticed",
+            "self._check_backward(calls, targets)",
+            "pass",
+            REPEATS + "a_backward_that_runs_only_once_is_named",
+        ),
+        (
+            "what is below the site is not checked",
+            "graph=False) if self.config.mu > 0 else",
+            "graph=False) if False else",
+            REPEATS + "what_is_below_the_site_is_checked_as_well",
+        ),
+        (
+            "what is the same for the same batch is set up for good",
+            "state.reject()",
+            "pass",
+            REPEATS + "state_in_odd_places[LastBatch]",
         ),
         (
             "a delta that is NaN passes in silence",
