@@ -456,8 +456,9 @@ class SMART:
         targets = self._arranged(raw)
         divergences = self._divergences(targets)
         positions = [self._positions(z, masks, mask_name, label_mask, arguments) for z in targets]
-        first = lambda_s > 0, frozenset(name for name, value in arguments.items() if value is not None)
-        is_first = self.model.training and first not in self._checked
+        names = frozenset(name for name, value in arguments.items() if value is not None)
+        first = lambda_s > 0, names
+        is_first = self.model.training and not {first, (True, names)} & self._checked
         if is_first:
             self._choices = self._chosen_now(calls, masks, mask_name, targets, positions)
             for z, head in zip(targets, self._heads, strict=True):
@@ -746,7 +747,7 @@ class SMART:
                 return passes()
 
         xs = [call.x for call in calls]
-        if isinstance(self._wrapped, nn.parallel.DistributedDataParallel) and self._wrapped.static_graph:
+        if self._is_static_graph:
             # the first backward through it averages gradients over the processes; a margin start's would be that one
             xs = [x.detach() for x in xs]
         noise: list[Tensor | None] = [None] * len(targets)
@@ -925,6 +926,10 @@ class SMART:
                 "have what was there before. From the next step on they have.",
             )
 
+    @property
+    def _is_static_graph(self) -> bool:
+        return isinstance(self._wrapped, nn.parallel.DistributedDataParallel) and bool(self._wrapped.static_graph)
+
     def _without_graph(self, run: Callable[[], list[Tensor]]) -> list[Tensor]:
         """Run a pass of which no gradient is taken; with a graph if the model's forward needs one."""
         if not self._needs_graph:
@@ -942,7 +947,7 @@ class SMART:
     def _check_backward(self, calls: list[Call], targets: list[Tensor]) -> None:
         """Raise RuntimeError if the model's backward changes what it needs: the margin start runs it once more."""
         xs = [call.x for call in calls]
-        if not all(x.requires_grad for x in xs):
+        if self._is_static_graph or not all(x.requires_grad for x in xs):
             return
         ones = [torch.ones_like(z) for z in targets]
         try:
