@@ -177,30 +177,33 @@ class Ball:
 
     Args:
         x: the site's embeddings, (n, ..., d), float32 or float64.
-        config, mask: as `ascend` takes them.
+        config, mask: as `ascend` takes them. Entries of x that are not finite are treated like masked ones.
     """
 
     def __init__(self, x: Tensor, config: SMARTConfig, mask: Tensor | None = None) -> None:
         self.config = config
-        self.keep = tf.ones([], x.dtype) if mask is None else tf.cast(expand_mask(mask, x), x.dtype)
+        self.keep = _counted(x, mask)
         scale = rms(x, mask) if config.scale == "rms" else tf.ones(tf.shape(x)[:1], x.dtype)
         self.epsilon, self.sigma, self.eta = (value * scale for value in (config.epsilon, config.sigma, config.eta))
 
     def gaussian_start(self, noise: Tensor) -> Tensor:
         """delta = nu, nu ~ N(0, sigma^2 I), projected; `noise` is standard normal."""
         noise = tf.cast(noise, self.epsilon.dtype)
-        return self._project_start(self.keep * (_each(self.sigma, noise) * noise))
+        return self._project_start(self._kept(_each(self.sigma, noise) * noise))
 
     def margin_start(self, direction: Tensor) -> Tensor:
         """delta = argmax_{||delta||_p <= epsilon} <direction, delta>, 0 where the direction is."""
-        return self._project_start(_steepest(self.keep * direction, self.epsilon, self.config))
+        return self._project_start(_steepest(self._kept(direction), self.epsilon, self.config))
 
     def step(self, delta: Tensor, g: Tensor) -> Tensor:
         """delta <- Proj( delta + eta g / ||g|| ), or the released code's rescaling."""
-        g = self.keep * g
+        g = self._kept(g)
         if self.config.projection == "ball":
             g = normalize(g, self.config.norm, self.config.granularity)
         return _project(delta + _each(self.eta, g) * g, self.epsilon, self.config)
+
+    def _kept(self, values: Tensor) -> Tensor:
+        return tf.where(self.keep, values, tf.zeros_like(values))  # a product would leave a NaN where the mask is false
 
     def _project_start(self, delta: Tensor) -> Tensor:
         return _project(delta, self.epsilon, self.config) if self.config.projection == "ball" else delta
@@ -238,17 +241,23 @@ def margin_gradient(
 
 
 def rms(x: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Root mean square of each x_i over its own unmasked entries, (n,); 0 where there are none.
+    """Root mean square of each x_i over its own finite, unmasked entries, (n,); 0 where there are none.
 
     Example:
         >>> rms([[[3.0, 3.0], [9.0, 9.0]]], [[1, 0]]).numpy()
         array([3.], dtype=float32)
     """
     x = floating(x)
-    keep = tf.ones_like(x, tf.bool) if mask is None else tf.broadcast_to(expand_mask(mask, x), tf.shape(x))
+    keep = _counted(x, mask)
     axes = list(range(1, x.shape.rank))
     count = tf.maximum(tf.reduce_sum(tf.cast(keep, x.dtype), axes), 1)
     return tf.sqrt(tf.reduce_sum(tf.where(keep, x * x, tf.zeros_like(x)), axes) / count)
+
+
+def _counted(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Which entries of x are perturbed, as booleans of its shape: those that are finite, where the mask is true."""
+    finite = tf.math.is_finite(x)
+    return finite if mask is None else finite & expand_mask(mask, x)
 
 
 def expand_mask(mask: Tensor, x: Tensor) -> Tensor:

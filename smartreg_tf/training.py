@@ -555,7 +555,10 @@ class Engine:
                 )
                 outputs = [head.logits(perturbed.outputs) for head in heads]
                 r_s = compare(outputs)
-                finite["perturbed"] = _finite(outputs) & tf.math.is_finite(r_s)
+                # a model that imputes NaN makes finite outputs of a delta that is not
+                moved = tf.reduce_all([tf.reduce_all(tf.math.is_finite(delta)) for delta in deltas])
+                gate.open = moved
+                finite["perturbed"] = _finite(outputs) & tf.math.is_finite(r_s) & moved
                 penalty += lambda_s * r_s
                 terms["smoothness"] = r_s
                 seen |= {"x": [call.x for call in clean.calls], "delta": deltas, "mask": masks, "perturbed": outputs}
@@ -572,7 +575,7 @@ class Engine:
             differs = self._differs(clean, heads, positions, again) if checked else tf.constant(False)
             self._found = Found([call.x.shape for call in clean.calls], heads, _shapes(masks), _shapes(positions))
         unnormalised = tf.reduce_any([head.unnormalised(clean.outputs) for head in heads])
-        gate.open = tf.math.is_finite(penalty)
+        gate.open &= tf.math.is_finite(penalty)
         broken = {name: ~good & ~gate.open for name, good in finite.items()}  # a masked position may be NaN
         faults = {**broken, "unnormalised": unnormalised, "repeat": differs}
         kept = tf.where(gate.open, penalty, tf.zeros_like(penalty))

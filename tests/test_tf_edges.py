@@ -352,3 +352,37 @@ def test_a_compiled_loop_reports_when_attach_ends():
 
     with pytest.raises(FloatingPointError, match="penalty of step 1 is not finite"):
         run()
+
+
+class Imputes(layers.Layer):
+    """0 for what is missing, and whether it was."""
+
+    def call(self, x):
+        missing = tf.math.is_nan(x)
+        return tf.concat([tf.where(missing, 0.0, x), tf.cast(missing, tf.float32)], -1)
+
+
+@pytest.mark.parametrize("scale", ["rms", "absolute"])
+def test_features_that_the_model_imputes(scale):
+    """Missing entries have no delta, the others that of their own rms: R_s by hand."""
+    model = keras.Sequential([keras.Input([4]), Imputes(), layers.Dense(1)])
+    model.compile(keras.optimizers.SGD(0.0), "mse", run_eagerly=True)
+    missing = np.random.default_rng(0).random((8, 4)) < 0.3
+    with attach(model, papers(mu=0, start="margin", ascent_steps=0, scale=scale, epsilon=0.1)) as smart:
+        model.train_on_batch(np.where(missing, np.nan, X), Y.astype(np.float32))
+        metrics = smart.metrics
+    known = np.ma.array(X.astype(np.float64), mask=missing)
+    radius = 0.1 * (np.sqrt((known**2).mean(1)).filled(0) if scale == "rms" else np.ones(8))
+    slopes = np.abs(model.layers[1].kernel.numpy()[:4, 0].astype(np.float64))
+    change = radius * (~missing @ slopes)
+    assert metrics["smoothness"] == pytest.approx((change**2).mean(), rel=1e-4)
+    assert metrics["max_delta"] == pytest.approx(radius.max(), rel=1e-5)
+
+
+@pytest.mark.parametrize("eager", [True, False])
+def test_a_delta_that_is_not_finite_is_a_fault_though_the_penalty_is_finite(eager):
+    model = keras.Sequential([keras.Input([4]), Imputes(), layers.Dense(2)])
+    model.compile("sgd", CE, run_eagerly=eager)
+    noise = {"noise": lambda step, like: like * np.nan}
+    with pytest.raises(FloatingPointError, match="penalty of step 1 is not finite; .* in the perturbed pass"):
+        model.fit(X, Y, verbose=0, callbacks=[SMARTCallback(CONFIG, **noise)])

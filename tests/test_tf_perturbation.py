@@ -211,3 +211,28 @@ def test_no_gradient_reaches_the_teacher_and_weights_are_checked():
     assert grad_b is None
     with pytest.raises(ValueError, match=r"one weight an example, \(1,\), got \(2,\)"):
         proximal.bregman_divergence(a, b, sample_weight=[1.0, 2.0])
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("start", ["gaussian", "margin"])
+@pytest.mark.parametrize("norm", NORMS)
+def test_entries_that_are_not_finite_keep_the_rest_of_their_row(norm, start, mode):
+    """An imputing model's delta is what it is for the finite entries alone, and 0 elsewhere."""
+    rng = np.random.default_rng(0)
+    whole, w = rng.normal(size=(3, 4)), rng.normal(size=(6, 3))
+    x = np.concatenate([whole, np.full((3, 2), np.nan)], 1)
+    x[1, 5] = np.inf
+    config = papers(norm=norm, start=start, epsilon=0.3, sigma=0.2, eta=0.2, ascent_steps=2)
+    noise = rng.normal(size=x.shape)
+
+    def imputed(x):
+        return tf.where(tf.math.is_finite(x), x, tf.zeros_like(x)) @ w
+
+    target = imputed(tf.constant(x))
+    run = in_mode(mode, lambda x: perturbation.ascend(imputed, x, target, config, noise))
+    got = run(tf.constant(x)).numpy()
+    want = perturbation.ascend(lambda x: x @ w[:4], whole, target, config, noise[:, :4])
+    np.testing.assert_allclose(got[:, :4], want, rtol=1e-12)
+    assert (got[:, 4:] == 0).all()
+    assert np.abs(want).max() > 0
+    np.testing.assert_allclose(perturbation.rms(x), np.sqrt((whole**2).mean(1)), rtol=1e-12)

@@ -969,7 +969,13 @@ TF = [
         ("eta is ignored", "_each(self.eta, g) * g", "g"),
         ("one step too few", "range(balls[0].config.ascent_steps)", "range(balls[0].config.ascent_steps - 1)"),
         ("the gradient at x, not at x + delta", "gradient(x + deltas[0]", "gradient(x + 0 * deltas[0]"),
-        ("the mask is ignored", "tf.cast(expand_mask(mask, x), x.dtype)", "tf.ones([], x.dtype)"),
+        ("the mask is ignored", "finite & expand_mask(mask, x)", "finite"),
+        (
+            "what is not finite is perturbed",
+            "finite = tf.math.is_finite(x)",
+            "finite = x == x",
+            "test_tf_perturbation.py::test_entries_that_are_not_finite_keep_the_rest_of_their_row",
+        ),
         ("rms counts padding", "tf.where(keep, x * x, tf.zeros_like(x))", "x * x"),
         ("the scale is ignored", 'if config.scale == "rms"', 'if config.scale == "neither"'),
         (
