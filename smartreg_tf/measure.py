@@ -36,7 +36,7 @@ def measure(engine: Engine, x: Any, y: Any, sample_weight: Any, batch_size: int)
         for number, batch in enumerate(_batches(model, x, y, sample_weight, batch_size)):
             inputs, labels, weights = keras.utils.unpack_x_y_sample_weight(batch)
             engine.know_the_loss(inputs, labels)
-            terms = run(inputs, weights, tf.constant(number, tf.int64))
+            terms = run(inputs, labels, weights, tf.constant(number, tf.int64))
             n = int(keras.tree.flatten(inputs)[0].shape[0])
             examples += n
             for name, term in terms.items():

@@ -189,7 +189,7 @@ class Ball:
     def gaussian_start(self, noise: Tensor) -> Tensor:
         """delta = nu, nu ~ N(0, sigma^2 I), projected; `noise` is standard normal."""
         noise = tf.cast(noise, self.epsilon.dtype)
-        return self._project_start(self._kept(_each(self.sigma, noise) * noise))
+        return self._project_start(self._kept(each(self.sigma, noise) * noise))
 
     def margin_start(self, direction: Tensor) -> Tensor:
         """delta = argmax_{||delta||_p <= epsilon} <direction, delta>, 0 where the direction is."""
@@ -200,7 +200,7 @@ class Ball:
         g = self._kept(g)
         if self.config.projection == "ball":
             g = normalize(g, self.config.norm, self.config.granularity)
-        return _project(delta + _each(self.eta, g) * g, self.epsilon, self.config)
+        return _project(delta + each(self.eta, g) * g, self.epsilon, self.config)
 
     def _kept(self, values: Tensor) -> Tensor:
         return tf.where(self.keep, values, tf.zeros_like(values))  # a product would leave a NaN where the mask is false
@@ -289,12 +289,12 @@ def floating(x: Tensor) -> Tensor:
 def _steepest(g: Tensor, epsilon: Tensor, config: SMARTConfig) -> Tensor:
     """argmax_{||delta||_p <= epsilon} <g, delta>, 0 where g = 0."""
     if config.norm == "inf":
-        return _each(epsilon, g) * tf.sign(g)
+        return each(epsilon, g) * tf.sign(g)
     if config.norm == "2":
-        return _each(epsilon, g) * normalize(g, "2", config.granularity)
+        return each(epsilon, g) * normalize(g, "2", config.granularity)
     rows = _rows(g, config.granularity)
     corner = tf.one_hot(tf.argmax(tf.abs(rows), -1), tf.shape(rows)[-1], dtype=g.dtype) * tf.sign(rows)
-    return _each(epsilon, g) * tf.reshape(corner, tf.shape(g))
+    return each(epsilon, g) * tf.reshape(corner, tf.shape(g))
 
 
 def _project(delta: Tensor, epsilon: Tensor, config: SMARTConfig) -> Tensor:
@@ -338,9 +338,9 @@ def _rows(x: Tensor, granularity: Granularity) -> Tensor:
 def _radius(epsilon: Tensor, rows: Tensor) -> Tensor:
     # a Python number straight to the dtype: tf.cast takes it through float32
     radius = tf.cast(epsilon, rows.dtype) if tf.is_tensor(epsilon) else tf.constant(epsilon, rows.dtype)
-    return _each(radius, rows) if radius.shape.rank else radius
+    return each(radius, rows) if radius.shape.rank else radius
 
 
-def _each(values: Tensor, x: Tensor) -> Tensor:
+def each(values: Tensor, x: Tensor) -> Tensor:
     """One value an example, (n,), against (n, ..., d)."""
     return tf.reshape(values, [-1] + [1] * (x.shape.rank - 1))

@@ -23,7 +23,7 @@ from smartreg_tf.divergences import DIVERGENCES, as_mask
 from smartreg_tf.measure import measure
 from smartreg_tf.outputs import Head, Outputs, find_heads
 from smartreg_tf.passes import differ, random_operations, refusal, traced_random_operations
-from smartreg_tf.perturbation import Ball, climb, floating, margin_gradient
+from smartreg_tf.perturbation import Ball, climb, each, floating, margin_gradient
 from smartreg_tf.proximal import ema_update, momentum
 from smartreg_tf.report import Found, describe
 from smartreg_tf.site import Pass, Patches, Site, half_precision_layers, in_float32, padding_mask, seed_states
@@ -32,7 +32,7 @@ Tensor = Any
 Noise = Callable[[Tensor, Tensor], Tensor]
 
 # What may go wrong in a compiled step, counted there and reported after it.
-_FAULTS = ("clean", "perturbed", "teacher", "unnormalised", "vanished", "repeat")
+_FAULTS = ("clean", "perturbed", "teacher", "unnormalised", "normalised", "vanished", "repeat")
 ENGINE = "_smartreg_engine"
 SUFFIX = ".smart.npz"
 
@@ -326,9 +326,10 @@ class Engine:
         self._local.penalised = True
         if self._local.lambda_s == self.config.mu == 0:
             return loss
-        penalty = self._penalty(_matching(passes, given.get("y_pred")), given.get("sample_weight"))
+        penalty = self._penalty(_matching(passes, given.get("y_pred")), given.get("y"), given.get("sample_weight"))
         replicas = tf.distribute.get_strategy().num_replicas_in_sync  # Keras sums their losses
-        return loss + tf.cast(penalty / replicas, loss.dtype)
+        entries = tf.size(loss)  # the gradient of a loss that is not reduced is that of their sum
+        return loss + tf.cast(penalty / tf.cast(replicas * entries, penalty.dtype), loss.dtype)
 
     def _weight(self) -> float:
         """lambda_s of this step, a constant of the trace: a step with R_s and one without are compiled apart."""
@@ -412,14 +413,14 @@ class Engine:
         """
         return measure(self, x, y, sample_weight, batch_size)
 
-    def measured(self, x: Any, sample_weight: Any, number: Tensor) -> dict[str, Tensor]:
+    def measured(self, x: Any, y: Any, sample_weight: Any, number: Tensor) -> dict[str, Tensor]:
         """R_s and D_Breg of one batch in eval mode, with the noise of its number."""
         local = self._local
         found, local.lambda_s, local.measured = self._found, 1.0, number
         try:
             with self.site.recording(self.config.start == "margin") as passes, keras.StatelessScope():
                 self._evaluated(x)
-            return self._terms(passes[-1], sample_weight, checked=False).terms
+            return self._terms(passes[-1], y, sample_weight, trained=False).terms
         finally:
             self._found, local.measured = found or self._found, None
 
@@ -506,8 +507,10 @@ class Engine:
 
     # The step
 
-    def _terms(self, clean: Pass, sample_weight: Any, checked: bool = True) -> _Terms:
-        """R_s, D_Breg and the penalty of one pass, and whether the first one of all can be repeated."""
+    def _terms(self, clean: Pass, y: Any, sample_weight: Any, trained: bool = True) -> _Terms:
+        """R_s, D_Breg and the penalty of one pass: of a training step reduced as the loss is, and with the check that
+        the first one of all can be repeated; else means.
+        """
         config, site, lambda_s = self.config, self.site, self._local.lambda_s
         if lambda_s > 0 and not clean.calls:
             raise RuntimeError(
@@ -525,16 +528,18 @@ class Engine:
                 # the published epsilon is lost in half precision, and the clean outputs' rounding is far above R_s
                 precision.enter_context(in_float32(self.model))
                 clean = site.repeat(clean, differentiable=clean.tape is not None)
-            heads = find_heads(self.model, clean.outputs, self._outputs)
             masks = [padding_mask(clean, call) for call in clean.calls]
+            heads = find_heads(self.model, clean.outputs, self._outputs, masks, y)
+            if not trained:
+                heads = [head._replace(reduction="sum_over_batch_size") for head in heads]
             gate = _Gate()
             with clean.tape or nullcontext():
                 targets = [head.logits(clean.outputs) for head in heads]
-            positions = [head.mask(clean.outputs, masks) for head in heads]
+            positions = [head.mask(clean.outputs, masks, y, sample_weight) for head in heads]
 
             def compare(outputs: list[Tensor]) -> Tensor:
                 means = [
-                    head.weight * head.mean(a, gate(b), mask, sample_weight)
+                    head.weight * head.mean(a, gate(b), mask, sample_weight, y)
                     for head, a, b, mask in zip(heads, outputs, targets, positions, strict=True)
                 ]
                 return tf.add_n([tf.cast(mean, means[0].dtype) for mean in means])
@@ -546,7 +551,7 @@ class Engine:
             seen: dict[str, list[Any]] = {"outputs": targets, "positions": positions}
             finite = {"clean": _finite(targets)}
             if lambda_s > 0:
-                deltas = self._ascend(clean, heads, targets, masks, positions)
+                deltas = self._ascend(clean, heads, targets, masks, positions, y)
                 gated = [(weight, gate(weight.value)) for weight in self.model.trainable_variables]
                 # x itself, not what a second pass of the layer gives: the gradients meet there and go down once
                 points = [_shifted(gate(call.x), delta) for call, delta in zip(clean.calls, deltas, strict=True)]
@@ -572,18 +577,19 @@ class Engine:
                 penalty += config.mu * d_breg
                 terms["proximal"] = d_breg
                 seen["teacher"] = outputs
-            differs = self._differs(clean, heads, positions, again) if checked else tf.constant(False)
+            differs = self._differs(clean, heads, positions, again) if trained else tf.constant(False)
             self._found = Found([call.x.shape for call in clean.calls], heads, _shapes(masks), _shapes(positions))
         unnormalised = tf.reduce_any([head.unnormalised(clean.outputs) for head in heads])
         gate.open &= tf.math.is_finite(penalty)
+        normalised = tf.reduce_any([head.normalised(clean.outputs) for head in heads])
         broken = {name: ~good & ~gate.open for name, good in finite.items()}  # a masked position may be NaN
-        faults = {**broken, "unnormalised": unnormalised, "repeat": differs}
+        faults = {**broken, "unnormalised": unnormalised, "normalised": normalised, "repeat": differs}
         kept = tf.where(gate.open, penalty, tf.zeros_like(penalty))
         return _Terms(clean, heads, kept, penalty, terms, deltas, faults, seen)
 
-    def _penalty(self, clean: Pass, sample_weight: Any) -> Tensor:
+    def _penalty(self, clean: Pass, y: Any, sample_weight: Any) -> Tensor:
         """lambda_s R_s + mu D_Breg of a training step, 0 where it is not finite; and what is reported of it."""
-        found = self._terms(clean, sample_weight)
+        found = self._terms(clean, y, sample_weight)
         target = found.seen["outputs"][0]
         for name, term in found.terms.items():
             self._show(name, term, target)
@@ -595,7 +601,8 @@ class Engine:
         self._count(found.faults)
         if self._recorder is not None and not self._recorder.done:
             # after everything else, since TensorFlow numbers its own random operations as they come
-            weights = [head._sample_weight(sample_weight, target.dtype) for head in found.heads]
+            of_heads = zip(found.heads, found.seen["outputs"], found.seen["positions"], strict=True)
+            weights = [head.weights(target, mask, sample_weight, y) for head, target, mask in of_heads]
             seen = {**found.seen, "sample_weight": weights}
             self._record(flat(seen), found.heads, {**found.terms, **observed, "penalty": found.raw})
         return found.penalty
@@ -638,11 +645,13 @@ class Engine:
         targets: list[Tensor],
         masks: list[Tensor | None],
         positions: list[Tensor | None],
+        y: Any,
     ) -> list[Tensor]:
         config = self.config
         xs = [tf.stop_gradient(floating(call.x)) for call in clean.calls]
         balls = [Ball(x, config, mask) for x, mask in zip(xs, masks, strict=True)]
         fixed = [tf.stop_gradient(target) for target in targets]
+        scales = [head.scale(target, mask, y) for head, target, mask in zip(heads, fixed, positions, strict=True)]
 
         def gradient(deltas: list[Tensor]) -> list[Tensor]:
             points = [tf.cast(x + delta, call.x.dtype) for x, delta, call in zip(xs, deltas, clean.calls, strict=True)]
@@ -650,8 +659,8 @@ class Engine:
                 tape.watch(points)
                 at = self.site.repeat(clean, lambda i, x: tf.ensure_shape(points[i], x.shape)).outputs
                 values = [
-                    head.weight * DIVERGENCES[head.divergence].value(target, head.logits(at), mask)
-                    for head, target, mask in zip(heads, fixed, positions, strict=True)
+                    scale * DIVERGENCES[head.divergence].value(target, head.logits(at), mask)
+                    for head, scale, target, mask in zip(heads, scales, fixed, positions, strict=True)
                 ]
             return self._reached(tape.gradient(values, points))
 
@@ -659,9 +668,9 @@ class Engine:
             starts = [ball.gaussian_start(self._draw(x, i)) for i, (ball, x) in enumerate(zip(balls, xs, strict=True))]
         else:
             upwards = []
-            for i, (head, target, mask) in enumerate(zip(heads, fixed, positions, strict=True)):
+            for i, (head, scale, target, mask) in enumerate(zip(heads, scales, fixed, positions, strict=True)):
                 noise = self._draw(target, i) if head.divergence == "squared_error" else None
-                upwards.append(head.weight * margin_gradient(target, noise, mask, head.divergence))
+                upwards.append(each(scale, target) * margin_gradient(target, noise, mask, head.divergence))
             assert clean.tape is not None
             directions = clean.tape.gradient(targets, [call.x for call in clean.calls], output_gradients=upwards)
             starts = [
@@ -755,9 +764,8 @@ class Engine:
         assert recorder is not None
         assert recorded is not None
         dtypes = {name: tensor.dtype.name for name, tensor in seen.items()}
-        outputs = [
-            {"divergence": head.divergence, "weight": head.weight, "by_weights": head.by_weights} for head in heads
-        ]
+        # the recorded weights have the loss's reduction in them already
+        outputs = [{"divergence": head.divergence, "weight": head.weight, "by_weights": False} for head in heads]
         paper = {"smoothness": "R_s", "proximal": "D_Breg"}
         step = tf.convert_to_tensor(self.step.value)
 
@@ -814,6 +822,11 @@ class Engine:
             raise ValueError(
                 "SMART: the outputs should be probabilities, by the compiled loss or outputs=, but they are negative, "
                 "above 1 or do not sum to 1. Give the loss from_logits=True (and outputs='logits'), or a softmax layer."
+            )
+        if counts["normalised"]:
+            raise ValueError(
+                "SMART: the outputs should be logits, by the compiled loss or outputs=, but every row of them is "
+                "positive and sums to 1. Give the loss from_logits=False (and outputs='probabilities'), or no softmax."
             )
         if counts["vanished"] and not self._warned:
             self._warned = True

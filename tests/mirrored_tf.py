@@ -19,7 +19,7 @@ IDS, Y = RNG.integers(20, size=(16, 5)), RNG.integers(3, size=16)
 NOISE, WEIGHTS = RNG.normal(size=(16, 5, 4)), RNG.uniform(0.5, 2.0, size=16)
 
 
-def run(strategy, start, path, policy):
+def run(strategy, start, path, policy, reduction):
     keras.utils.set_random_seed(1)
     keras.config.set_dtype_policy(policy)
     with strategy.scope():
@@ -32,7 +32,7 @@ def run(strategy, start, path, policy):
                 layers.Dense(3),
             ]
         )
-        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction=reduction)
         model.compile(keras.optimizers.SGD(0.1), loss, jit_compile=False)  # for the time it takes
 
     def noise(step, like):
@@ -70,10 +70,15 @@ tf.config.set_logical_device_configuration(
 )
 # one for all: a second strategy would meet the first one's collectives
 mirrored = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
-for policy, start in (("float64", "gaussian"), ("float64", "margin"), ("mixed_bfloat16", "margin")):
+mean = "sum_over_batch_size"
+for policy, start, reduction in (
+    ("float64", "gaussian", mean),
+    ("float64", "margin", "sum"),
+    ("mixed_bfloat16", "margin", mean),
+):
     keras.config.set_floatx("float64" if policy == "float64" else "float32")
-    one = run(tf.distribute.get_strategy(), start, f"{sys.argv[1]}/one", policy)
-    two = run(mirrored, start, f"{sys.argv[1]}/two", policy)
+    one = run(tf.distribute.get_strategy(), start, f"{sys.argv[1]}/one", policy, reduction)
+    two = run(mirrored, start, f"{sys.argv[1]}/two", policy, reduction)
     # in bfloat16 the clean pass rounds to 8 bits, of each replica's examples apart
     ulp = 2.0**-8 if policy == "mixed_bfloat16" else 1e-13
     assert one[0].keys() == two[0].keys() == {"loss", "smoothness", "proximal"}

@@ -101,7 +101,9 @@ def test_weights_of_positions_and_the_mean_by_weights():
     np.testing.assert_allclose(head.mean(*tensors, ones), head.mean(*tensors, None), rtol=1e-12)
     w = np.array([[1.0], [2.0], [0.0], [0.5]])
     want = (reference.symmetric_kl(a, b, mask) * w[:, 0]).sum() / w.sum()
-    np.testing.assert_allclose(Head(0, "logits", 1.0, True).mean(*tensors, w), want, rtol=1e-12)
+    np.testing.assert_allclose(
+        Head(0, "logits", reduction="mean_with_sample_weight").mean(*tensors, w), want, rtol=1e-12
+    )
 
 
 def test_keras_mask_on_the_output_goes_before_the_sites():

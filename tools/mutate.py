@@ -920,6 +920,7 @@ TORCH = [
 
 RUN = "test_tf_reference.py::test_fifty_steps_equal_numpy[{}]"
 OUTPUTS = "test_tf_outputs.py::test_"
+LOSSES = "test_tf_losses.py::test_"
 FIT = "test_tf_fit.py::test_"
 EDGES = "test_tf_edges.py::test_"
 ALIKE = FIT + "same_masks_in_every_pass_and_nothing_left[{}]"
@@ -963,10 +964,10 @@ TF = [
         ("l2: points inside are moved to the boundary", "radius, length <= radius)", "radius, length < 0)"),
         ("l1: sorted upwards", 'direction="DESCENDING"', 'direction="ASCENDING"'),
         ("example and token swapped", 'if granularity == "example" else x', 'if granularity == "token" else x'),
-        ("sigma squared for sigma", "_each(self.sigma, noise)", "_each(self.sigma**2, noise)"),
+        ("sigma squared for sigma", "each(self.sigma, noise)", "each(self.sigma**2, noise)"),
         ("the start is not projected", "_project(delta, self.epsilon, self.config) if", "delta if"),
-        ("descent for ascent", "_project(delta + _each(", "_project(delta - _each("),
-        ("eta is ignored", "_each(self.eta, g) * g", "g"),
+        ("descent for ascent", "_project(delta + each(", "_project(delta - each("),
+        ("eta is ignored", "each(self.eta, g) * g", "g"),
         ("one step too few", "range(balls[0].config.ascent_steps)", "range(balls[0].config.ascent_steps - 1)"),
         ("the gradient at x, not at x + delta", "gradient(x + deltas[0]", "gradient(x + 0 * deltas[0]"),
         ("the mask is ignored", "finite & expand_mask(mask, x)", "finite"),
@@ -985,7 +986,7 @@ TF = [
             MARGIN,
         ),
         ("margin: the most certain label", "tf.argmin(tf.abs(z)", "tf.argmax(tf.abs(z)", MARGIN),
-        ("margin, l_inf: the gradient for its sign", "_each(epsilon, g) * tf.sign(g)", "_each(epsilon, g) * g", BEST),
+        ("margin, l_inf: the gradient for its sign", "each(epsilon, g) * tf.sign(g)", "each(epsilon, g) * g", BEST),
         (
             "the released code's epsilon is left out",
             "_largest(rows) + _radius(epsilon, rows)",
@@ -1012,8 +1013,8 @@ TF = [
         "smartreg_tf/outputs.py",
         (
             "probabilities are not turned to logits",
-            "_log_probabilities(z, self.kind) if kept is None",
-            "z if kept is None",
+            "_log_probabilities(self._classes_last(z), self.kind)",
+            "floating(self._classes_last(z))",
             OUTPUTS + "probabilities_keep_the_digits_of_their_logits",
         ),
         (
@@ -1060,8 +1061,8 @@ TF = [
         ),
         (
             "the mean by weights divides by n",
-            "if self.by_weights:",
-            "if self.by_weights is None:",
+            "        if by_weights:",
+            "        if by_weights is None:",
             OUTPUTS + "weights_of_positions_and_the_mean_by_weights",
         ),
         (
@@ -1075,6 +1076,42 @@ TF = [
             '(getattr(z, "_keras_mask", None), *masks)',
             '(getattr(z, "_keras_mask", None),)',
             RUN.format("positions"),
+        ),
+        (
+            "the loss's axis is not read",
+            'options.get("axis", ',
+            'options.get("no_axis", ',
+            LOSSES + "classes_on_the_axis_of_the_loss[logits]",
+        ),
+        (
+            "the loss's reduction is not read",
+            '"reduction": loss.reduction',
+            '"reduction": "sum_over_batch_size"',
+            LOSSES + "a_loss_that_is_a_sum_has_a_penalty_that_is_a_sum[sum-]",
+        ),
+        (
+            "ignored labels count",
+            "_without_last_1(label) != tf.cast(self.ignore_class",
+            "_without_last_1(label) != tf.cast(self.ignore_class - 1",
+            LOSSES + "what_the_loss_ignores_is_left_out[False-sum_over_batch_size]",
+        ),
+        (
+            "ignored examples are of the n",
+            "factor *= tf.math.divide_no_nan(n, tf.reduce_sum(factor))",
+            "factor *= 1",
+            LOSSES + "examples_that_the_loss_ignores_are_not_of_the_n[False]",
+        ),
+        (
+            "a sum counts masked positions",
+            "n * replicas * tf.reduce_sum(counted,",
+            "n * replicas * tf.reduce_sum(tf.ones_like(counted),",
+            LOSSES + "a_sum_counts_the_positions_that_are_not_masked",
+        ),
+        (
+            "the axis that the labels lack is not looked for",
+            "if len(lacking) == 1 else -1",
+            "if len(lacking) == 9 else -1",
+            LOSSES + "the_axis_that_sparse_labels_lack[shape0-label0-1]",
         ),
     ),
     *_of(
@@ -1220,20 +1257,25 @@ TF = [
         ),
         (
             "loss_weights are ignored in the ascent",
-            "head.weight * DIVERGENCES",
+            "scale * DIVERGENCES",
             "DIVERGENCES",
             EDGES + "a_head_that_weighs_nothing_does_not_turn_the_ascent[gaussian]",
         ),
         (
             "loss_weights are ignored in the margin start",
-            "head.weight * margin_gradient(",
+            "each(scale, target) * margin_gradient(",
             "margin_gradient(",
             EDGES + "a_head_that_weighs_nothing_does_not_turn_the_ascent[margin]",
         ),
-        ("sample weights are ignored", "mask, sample_weight)\n", "mask, None)\n", RUN.format("l1, weighted")),
+        (
+            "sample weights are ignored",
+            "gate(b), mask, sample_weight, y)",
+            "gate(b), mask, None, y)",
+            RUN.format("l1, weighted"),
+        ),
         (
             "the mask of the outputs is ignored",
-            "positions = [head.mask(clean.outputs, masks) for head in heads]",
+            "positions = [head.mask(clean.outputs, masks, y, sample_weight) for head in heads]",
             "positions = [None for head in heads]",
             RUN.format("positions"),
         ),
@@ -1245,8 +1287,8 @@ TF = [
         ),
         (
             "replicas count the penalty once each",
-            "penalty / replicas",
-            "penalty",
+            "tf.cast(replicas * entries, penalty.dtype)",
+            "tf.cast(entries, penalty.dtype)",
             "test_tf_mirrored.py::test_two_replicas_equal_one_device",
         ),
         (
