@@ -270,11 +270,27 @@ def _bernoulli_terms(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     huge, zero = a.dtype.max, tf.zeros_like(a)
     masked = tf.math.is_inf(a) & (a < 0) & tf.math.is_inf(b) & (b < 0)
     a, b = tf.where(masked, zero, a), tf.where(masked, zero, b)
-    d = tf.clip_by_value(a - b, -huge, huge)
-    difference = _sigmoid(tf.maximum(a, b)) * _sigmoid(-tf.minimum(a, b)) * -tf.math.expm1(-tf.abs(d))
-    return d, tf.sign(d) * difference
+    return tf.clip_by_value(a - b, -huge, huge), _sigmoid_difference(a, b)
 
 
-def _sigmoid(a: Tensor) -> Tensor:
+# both have derivatives of their own, since |.| and the sign have the wrong one at 0
+
+
+@tf.custom_gradient  # type: ignore[untyped-decorator]
+def _sigmoid_difference(a: Tensor, b: Tensor) -> Any:
+    difference = _sigmoid(tf.maximum(a, b)) * _sigmoid(-tf.minimum(a, b)) * -tf.math.expm1(-tf.abs(a - b))
+
+    def vjp(upstream: Tensor) -> tuple[Tensor, Tensor]:
+        return upstream * _sigmoid(a) * _sigmoid(-a), -upstream * _sigmoid(b) * _sigmoid(-b)
+
+    return tf.sign(a - b) * difference, vjp
+
+
+@tf.custom_gradient  # type: ignore[untyped-decorator]
+def _sigmoid(a: Tensor) -> Any:
     exp = tf.exp(-tf.abs(a))
-    return tf.where(a >= 0, tf.ones_like(a), exp) / (1 + exp)
+
+    def vjp(upstream: Tensor) -> Tensor:
+        return upstream * _sigmoid(a) * _sigmoid(-a)
+
+    return tf.where(a >= 0, tf.ones_like(a), exp) / (1 + exp), vjp

@@ -171,3 +171,38 @@ def test_shapes_are_checked(name):
         divergences.DIVERGENCES[name].value(tf.zeros([2]), tf.zeros([2]))
     with pytest.raises(ValueError, match=r"the mask must have the outputs' shape .*\(2, 5\), got \(2, 4\)"):
         divergences.DIVERGENCES[name].value(tf.zeros([2, 5, 3]), tf.zeros([2, 5, 3]), tf.ones([2, 4]))
+
+
+@pytest.mark.parametrize("case", ["far", "near", "equal", "one equal", "zero", "masked positions", "masked class"])
+@pytest.mark.parametrize("name", NAMES)
+def test_second_derivatives_are_those_of_the_gradient(name, case):
+    """A Hessian-vector product by nested tapes, against finite differences of the reference's gradient."""
+    rng = np.random.default_rng(0)
+    a, b, along_a, along_b = rng.normal(size=(4, 3, 2, 4))
+    a = {"near": b + 1e-3 * a, "equal": b.copy(), "one equal": np.where(np.eye(2, 4) > 0, b, a)}.get(case, a)
+    if case == "zero":
+        a, b = np.zeros_like(a), np.zeros_like(b)
+    mask = np.array([[1, 0], [1, 1], [0, 0]]) if case == "masked positions" else None
+    if case == "masked class" and name != "squared_error":
+        a[..., 1] = b[..., 1] = -np.inf
+        along_a[..., 1] = along_b[..., 1] = 0
+    upstream = rng.normal(size=3)
+
+    def slope(a, b):
+        grad_a, grad_b = reference.DIVERGENCES[name].grad(a, b, mask)
+        return [upstream[:, None, None] * g for g in (grad_a, grad_b)]
+
+    x, y = tf.constant(a), tf.constant(b)
+    with tf.GradientTape() as outer:
+        outer.watch((x, y))
+        with tf.GradientTape() as inner:
+            inner.watch((x, y))
+            value = tf.reduce_sum(upstream * divergences.DIVERGENCES[name].value(x, y, mask))
+        first = inner.gradient(value, (x, y))
+        along = tf.reduce_sum(first[0] * along_a) + tf.reduce_sum(first[1] * along_b)
+    got = outer.gradient(along, (x, y))
+    step = 1e-6
+    up, down = (slope(a + e * along_a, b + e * along_b) for e in (step, -step))
+    for hessian, high, low in zip(got, up, down, strict=True):
+        want = (high - low) / (2 * step)
+        np.testing.assert_allclose(hessian, want, atol=1e-7 * max(1.0, np.abs(want).max()))
