@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -17,16 +16,14 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import keras
-import numpy as np
 import tensorflow as tf
 
+from smartreg_tf import inputs as given
+from smartreg_tf.candidates import Batch, Candidate, candidates, is_embeddings, named, traced_graph
 from smartreg_tf.passes import State, arguments_of, copied, kept_variables
 
 Tensor = Any
 Put = Callable[[int, Tensor], Tensor]
-
-_NOT_TOKENS = re.compile(r"position|segment|token_type", re.IGNORECASE)
-_PADDING_MASKS = ("padding_mask", "attention_mask")
 
 
 class Call(NamedTuple):
@@ -85,9 +82,14 @@ class Site:
 
     Args:
         model: a Keras model, built or not.
-        layers: names or objects of the layers whose output is perturbed. By default `token_embedding` where some layer
-            has one (keras_hub's convention), else every Embedding that is not named position, segment or token_type,
-            else the floating-point inputs.
+        layers: names or objects of the layers whose output is perturbed, or of float `keras.Input`s. By default the
+            first of `smartreg_tf.candidates.candidates` that has a run with one x an example, known after the first
+            clean pass: `token_embedding` where some layer has one (keras_hub's convention), else every Embedding that
+            is not named position, segment or token_type, else the floating-point inputs.
+
+    Attributes:
+        layers: those whose outputs are perturbed; none where it is the inputs.
+        why: what they were chosen for.
 
     Raises:
         ValueError: `layers` names one that the model does not have, or has several of.
@@ -100,15 +102,27 @@ class Site:
 
     def __init__(self, model: Any, layers: str | Any | Sequence[Any] | None = None) -> None:
         self.model = model
-        self.layers = _find(model, layers)
+        self._named = layers is not None
+        self._candidates = [named(model, layers)] if layers is not None else candidates(model)
+        self._unfit: dict[int | None, Exception] = {}  # why a layer (by its id), or the inputs, is no site
         self._patches = Patches()
         self._local = threading.local()
+
+    @property
+    def layers(self) -> list[Any]:
+        """The layers whose outputs are perturbed; none where it is the model's inputs."""
+        return [layer for layer in self._candidates[0].layers if id(layer) not in self._unfit or self._named]
+
+    @property
+    def why(self) -> str:
+        """What the site was chosen for."""
+        return self._candidates[0].why
 
     def install(self) -> None:
         """Wrap the `call` of the model and of the layers."""
         wrapped = functools.partial(self._on_root, self.model.call)
         self._patches.put(self.model, "call", functools.update_wrapper(wrapped, self.model.call))
-        for layer in self.layers:
+        for layer in {id(layer): layer for candidate in self._candidates for layer in candidate.layers}.values():
             for name in ("call", "quantized_call"):
                 original = getattr(layer, name, None)
                 if original is not None:
@@ -129,6 +143,35 @@ class Site:
         finally:
             self._local.passes = None
 
+    def require(self, clean: Pass) -> None:
+        """Raise where there is nothing in a clean pass to perturb, or nothing right."""
+        unfit = [self._unfit[key] for key in self._sources() if key in self._unfit]
+        if unfit and (self._named or not clean.calls):
+            raise unfit[0]
+        if not clean.calls and self.layers:
+            raise RuntimeError(
+                f"SMART: {self} did not run in the model's training pass, so there is nothing to perturb. Name a layer "
+                "that runs with layers=."
+            )
+        if not clean.calls:
+            raise RuntimeError(
+                f"SMART: {self} did not run in the model's training pass, so there is nothing to perturb. The model "
+                "has no Embedding layer and no float input of shape (n, ..., d). Name the layer to perturb with "
+                "layers=, or cast images and features to float before the model."
+            )
+
+    def fits(self, clean: Pass) -> Tensor:
+        """Whether the first axis of every run of the site is the batch, of which a shape may not tell."""
+        known, n = given.batch_size(clean.args, clean.kwargs)
+        unsure = [call.x for call in clean.calls if known is None or call.x.shape[0] != known]
+        return tf.reduce_all([tf.shape(x)[0] == n for x in unsure]) if unsure else tf.constant(True)
+
+    def padding_mask(self, clean: Pass, call: Call) -> Tensor | None:
+        """Which positions of a run of the site are real: Keras' own mask, else the model's padding mask input."""
+        if call.mask is not None:
+            return call.mask
+        return given.padding_mask(given.by_name(self.model, clean.args, clean.kwargs), call.x)
+
     def repeat(
         self, clean: Pass, put: Put | None = None, weights: Iterable[Any] = (), differentiable: bool = False
     ) -> Pass:
@@ -144,7 +187,7 @@ class Site:
         """
         calls: list[Call] = []
 
-        def on_call(x: Tensor, mask: Tensor | None) -> Tensor:
+        def on_call(x: Tensor, mask: Tensor | None, source: int | None) -> Tensor:
             if put is not None and len(calls) < len(clean.calls):
                 x = put(len(calls), x)
             return self._seen(calls, x, mask, tape)
@@ -163,18 +206,22 @@ class Site:
         return Pass(clean.args, clean.kwargs, clean.draws, clean.state, calls, outputs, tape)
 
     def __str__(self) -> str:
-        if not self.layers:
-            return "the model's float inputs"
-        return "the layer " + ", ".join(repr(layer.name) for layer in self.layers)
+        layers, inputs = [repr(layer.name) for layer in self.layers], sorted(self._candidates[0].inputs or ())
+        found = ["the layer " + ", ".join(layers)] if layers else []
+        found += ["the input " + ", ".join(map(repr, inputs))] if inputs else []
+        return " and ".join(found) or "the model's float inputs"
 
     @contextmanager
-    def _handling(self, on_call: Callable[[Tensor, Tensor | None], Tensor]) -> Iterator[None]:
-        outer = getattr(self._local, "on_call", None)
-        self._local.on_call = on_call
+    def _handling(
+        self, on_call: Callable[[Tensor, Tensor | None, int | None], Tensor], batch: Batch | None = None
+    ) -> Iterator[None]:
+        """`on_call` takes each run of the site: x, its mask, and the layer's id; with `batch`, if it is fit."""
+        outer = getattr(self._local, "on_call", None), getattr(self._local, "batch", None)
+        self._local.on_call, self._local.batch = on_call, batch
         try:
             yield
         finally:
-            self._local.on_call = outer
+            self._local.on_call, self._local.batch = outer
 
     def _seen(self, calls: list[Call], x: Tensor, mask: Tensor | None, tape: tf.GradientTape | None) -> Tensor:
         if tape is not None:
@@ -191,12 +238,20 @@ class Site:
         if passes is None or _is_symbolic(args):
             return original(*args, **kwargs)
         tape = tf.GradientTape(watch_accessed_variables=False) if self._local.differentiable else None
-        given, named = arguments_of(args, kwargs)
+        repeated = arguments_of(args, kwargs)
         state = State(self.model)
-        clean = Pass(given, named, _values(kept_variables(self.model, state)), state, [], None, tape)
-        with self._handling(lambda x, mask: self._seen(clean.calls, x, mask, tape)), tape or nullcontext():
+        clean = Pass(*repeated, _values(kept_variables(self.model, state)), state, [], None, tape)
+        batch = Batch(given.batch_size(args, kwargs)[0], traced_graph())
+        sources: list[int | None] = []
+
+        def on_call(x: Tensor, mask: Tensor | None, source: int | None) -> Tensor:
+            sources.append(source)
+            return self._seen(clean.calls, x, mask, tape)
+
+        with self._handling(on_call, batch), tape or nullcontext():
             clean.outputs = original(*self._on_inputs(args), **kwargs)
         clean.state.keep_moved()
+        clean.calls = self._chosen(sources, clean.calls)
         known = {id(variable) for variable in (*self.model.weights, *(variable for variable, _ in clean.draws))}
         for variable, seed in _values(kept_variables(self.model, state)):
             if id(variable) not in known:  # a seed that was made by this very call: its state was [seed, 0]
@@ -204,57 +259,76 @@ class Site:
         passes.append(clean)
         return clean.outputs
 
+    def _sources(self) -> list[int | None]:
+        return [source for candidate in self._candidates for source in self._own(candidate)]
+
+    def _chosen(self, sources: list[int | None], calls: list[Call]) -> list[Call]:
+        """The runs of the first candidate that has any; it is the site from now on."""
+        for candidate in self._candidates:
+            own = [source for source in self._own(candidate) if source not in self._unfit]
+            runs = [call for source, call in zip(sources, calls, strict=True) if source in own]
+            if runs:
+                self._candidates = [candidate]
+                return runs
+        return []
+
+    def _own(self, candidate: Candidate) -> list[int | None]:
+        """The ids of its layers, and None for the inputs."""
+        layers: list[int | None] = [id(layer) for layer in candidate.layers]
+        return layers + [None] * (candidate.inputs is not None)
+
     def _on_inputs(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        if self.layers or not args:
+        asked = [candidate.inputs for candidate in self._candidates if candidate.inputs is not None]
+        if not asked or not args:
             return args
-
-        def perturb(path: tuple[Any, ...], x: Any) -> Any:
-            if path and path[-1] in _PADDING_MASKS:
-                return x
-            if isinstance(x, np.ndarray):
-                x = tf.convert_to_tensor(x)
-            if not (tf.is_tensor(x) and x.dtype.is_floating and x.shape.rank is not None and x.shape.rank >= 2):
-                return x
-            return self._moved(x, getattr(x, "_keras_mask", None))
-
-        moved = [perturb(path, x) for path, x in keras.tree.flatten_with_path(args[0])]
+        flat = given.flat_inputs(self.model, args[0])
+        names = [
+            name for name, x in flat if is_embeddings(x) and name not in given.PADDING_MASKS and _asked(name, asked[0])
+        ]
+        unlabelled = [name for name in names if asked[0] or not given.is_label(name)]
+        if names and not unlabelled:
+            self._unfit[None] = ValueError(
+                f"SMART: the only float input that may be perturbed, {names[0]!r}, is a label by its name. Name the "
+                f"layer or the input to perturb with layers=: layers={names[0]!r} if it is this one."
+            )
+        moved = [
+            self._moved(x, getattr(x, "_keras_mask", None), None) if is_embeddings(x) and name in unlabelled else old
+            for (name, x), old in zip(flat, keras.tree.flatten(args[0]), strict=True)
+        ]
         return (keras.tree.pack_sequence_as(args[0], moved), *args[1:])
 
     def _on_layer(self, layer: Any, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         output = original(*args, **kwargs)
-        if getattr(self._local, "on_call", None) is None or _is_symbolic(output):
+        if getattr(self._local, "on_call", None) is None or _is_symbolic(output) or id(layer) not in self._sources():
             return output
         if _argument(original, args, kwargs, "reverse"):  # a tied head: hidden states to logits
             return output
-        if not (tf.is_tensor(output) and output.dtype.is_floating and (output.shape.rank or 0) >= 2):
-            got = f"{output.dtype.name} of shape {output.shape}" if tf.is_tensor(output) else type(output).__name__
-            raise TypeError(
-                f"SMART: the layer {layer.name!r} must return a float tensor (n, ..., d) to be perturbed, got {got}; "
-                "name another with layers="
-            )
+        batch = self._local.batch
+        unfit = None if batch is None else batch.unfit(layer, output, self._named)
+        if unfit is not None:
+            self._unfit[id(layer)] = unfit
+        if id(layer) in self._unfit:
+            return output
         mask = getattr(output, "_keras_mask", None)
-        if mask is None and layer.supports_masking and args:
-            mask = layer.compute_mask(args[0], getattr(args[0], "_keras_mask", None))
-        return self._moved(output, mask)
+        if mask is None and layer.supports_masking:
+            asked = _argument(original, args, kwargs, next(iter(inspect.signature(original).parameters)))
+            mask = layer.compute_mask(asked, getattr(asked, "_keras_mask", None))
+        return self._moved(output, mask, id(layer))
 
-    def _moved(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        moved = self._local.on_call(x, mask)
-        if moved is not x and getattr(x, "_keras_mask", None) is not None:
+    def _moved(self, x: Tensor, mask: Tensor | None, source: int | None) -> Tensor:
+        values, there, back = given.dense(x)
+        mask = given.dense(mask)[0] if there is None and mask is not None else there
+        moved = self._local.on_call(values, mask, source)
+        if moved is values:
+            return x
+        moved = back(moved)
+        if getattr(x, "_keras_mask", None) is not None:
             moved._keras_mask = x._keras_mask
         return moved
 
 
-def padding_mask(clean: Pass, call: Call) -> Tensor | None:
-    """Which positions of a run of the site are real: Keras' own mask, else the model's padding mask input."""
-    if call.mask is not None or not clean.args or not isinstance(clean.args[0], dict) or call.x.shape.rank < 3:
-        return call.mask
-    for name in _PADDING_MASKS:
-        mask = clean.args[0].get(name)
-        if mask is not None:
-            mask = tf.convert_to_tensor(mask)
-            if mask.shape.is_compatible_with(call.x.shape[:-1]):
-                return mask
-    return None
+def _asked(name: str, names: frozenset[str]) -> bool:
+    return not names or name in names
 
 
 @contextmanager
@@ -300,42 +374,6 @@ def half_precision_layers(model: Any) -> list[Any]:
         for layer in model._flatten_layers()
         if layer.compute_dtype in ("float16", "bfloat16") and layer.variable_dtype == "float32"
     ]
-
-
-def _find(model: Any, layers: str | Any | Sequence[Any] | None) -> list[Any]:
-    inside = list(model._flatten_layers())
-    if layers is not None:
-        asked = list(layers) if isinstance(layers, (list, tuple)) else [layers]
-        if not asked:
-            raise ValueError("SMART: layers=[] names no layer; leave it out for the default, or name one")
-        return [_named(inside, layer) for layer in asked]
-    found = [
-        layer.token_embedding for layer in inside if isinstance(getattr(layer, "token_embedding", None), keras.Layer)
-    ]
-    if not found:
-        found = [
-            layer
-            for layer in inside
-            if isinstance(layer, keras.layers.Embedding) and not _NOT_TOKENS.search(layer.name)
-        ]
-    if not found:  # its output carries the mask; noise on its input would unmask the padding
-        found = [layer for layer in inside if isinstance(layer, keras.layers.Masking)]
-    return list({id(layer): layer for layer in found}.values())
-
-
-def _named(inside: list[Any], asked: Any) -> Any:
-    found = [layer for layer in inside if layer is asked or layer.name == asked]
-    if len(found) == 1:
-        return found[0]
-    if found:
-        raise ValueError(
-            f"SMART: layers= names {asked!r}, which {len(found)} layers of the model are called: give the layer itself "
-            "(SMARTModel saves names: give its layer a name of its own)"
-        )
-    names = ", ".join(layer.name for layer in inside[1:])
-    raise ValueError(
-        f"SMART: layers= names {getattr(asked, 'name', asked)!r}, which the model does not have; it has {names}"
-    )
 
 
 def seed_states(model: Any) -> list[Any]:

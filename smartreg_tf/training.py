@@ -19,6 +19,7 @@ import tensorflow as tf
 from smartreg.config import SMARTConfig, SMARTWarning
 from smartreg.recording import Recorder, flat
 from smartreg.report import Description
+from smartreg_tf.candidates import not_the_batch
 from smartreg_tf.divergences import DIVERGENCES, as_mask
 from smartreg_tf.measure import measure
 from smartreg_tf.outputs import Head, Outputs, find_heads
@@ -26,13 +27,13 @@ from smartreg_tf.passes import differ, random_operations, refusal, traced_random
 from smartreg_tf.perturbation import Ball, climb, each, floating, margin_gradient
 from smartreg_tf.proximal import ema_update, momentum
 from smartreg_tf.report import Found, describe
-from smartreg_tf.site import Pass, Patches, Site, half_precision_layers, in_float32, padding_mask, seed_states
+from smartreg_tf.site import Pass, Patches, Site, half_precision_layers, in_float32, seed_states
 
 Tensor = Any
 Noise = Callable[[Tensor, Tensor], Tensor]
 
 # What may go wrong in a compiled step, counted there and reported after it.
-_FAULTS = ("clean", "perturbed", "teacher", "unnormalised", "normalised", "vanished", "repeat")
+_FAULTS = ("clean", "perturbed", "teacher", "unnormalised", "normalised", "shared", "vanished", "repeat")
 ENGINE = "_smartreg_engine"
 SUFFIX = ".smart.npz"
 
@@ -512,23 +513,15 @@ class Engine:
         the first one of all can be repeated; else means.
         """
         config, site, lambda_s = self.config, self.site, self._local.lambda_s
-        if lambda_s > 0 and not clean.calls:
-            raise RuntimeError(
-                f"SMART: {site} did not run in the model's training pass, so there is nothing to perturb. "
-                + (
-                    "Name a layer that runs with layers=."
-                    if site.layers
-                    else "The model has no Embedding layer and no "
-                    "float input of shape (n, ..., d); name the layer to perturb with layers=."
-                )
-            )
+        if lambda_s > 0:
+            site.require(clean)
         self.build()
         with ExitStack() as precision:
             if self._float32 and half_precision_layers(self.model):
                 # the published epsilon is lost in half precision, and the clean outputs' rounding is far above R_s
                 precision.enter_context(in_float32(self.model))
                 clean = site.repeat(clean, differentiable=clean.tape is not None)
-            masks = [padding_mask(clean, call) for call in clean.calls]
+            masks = [site.padding_mask(clean, call) for call in clean.calls]
             heads = find_heads(self.model, clean.outputs, self._outputs, masks, y)
             if not trained:
                 heads = [head._replace(reduction="sum_over_batch_size") for head in heads]
@@ -550,6 +543,7 @@ class Engine:
             again: Pass | None = None
             seen: dict[str, list[Any]] = {"outputs": targets, "positions": positions}
             finite = {"clean": _finite(targets)}
+            shared = tf.constant(False)
             if lambda_s > 0:
                 deltas = self._ascend(clean, heads, targets, masks, positions, y)
                 gated = [(weight, gate(weight.value)) for weight in self.model.trainable_variables]
@@ -562,7 +556,8 @@ class Engine:
                 r_s = compare(outputs)
                 # a model that imputes NaN makes finite outputs of a delta that is not
                 moved = tf.reduce_all([tf.reduce_all(tf.math.is_finite(delta)) for delta in deltas])
-                gate.open = moved
+                shared = ~site.fits(clean)
+                gate.open = moved & ~shared
                 finite["perturbed"] = _finite(outputs) & tf.math.is_finite(r_s) & moved
                 penalty += lambda_s * r_s
                 terms["smoothness"] = r_s
@@ -583,7 +578,7 @@ class Engine:
         gate.open &= tf.math.is_finite(penalty)
         normalised = tf.reduce_any([head.normalised(clean.outputs) for head in heads])
         broken = {name: ~good & ~gate.open for name, good in finite.items()}  # a masked position may be NaN
-        faults = {**broken, "unnormalised": unnormalised, "normalised": normalised, "repeat": differs}
+        faults = {**broken, "unnormalised": unnormalised, "normalised": normalised, "shared": shared, "repeat": differs}
         kept = tf.where(gate.open, penalty, tf.zeros_like(penalty))
         return _Terms(clean, heads, kept, penalty, terms, deltas, faults, seen)
 
@@ -662,7 +657,7 @@ class Engine:
                     scale * DIVERGENCES[head.divergence].value(target, head.logits(at), mask)
                     for head, scale, target, mask in zip(heads, scales, fixed, positions, strict=True)
                 ]
-            return self._reached(tape.gradient(values, points))
+            return self._reached(tape.gradient(values, points), points)
 
         if config.start == "gaussian":
             starts = [ball.gaussian_start(self._draw(x, i)) for i, (ball, x) in enumerate(zip(balls, xs, strict=True))]
@@ -674,18 +669,21 @@ class Engine:
             assert clean.tape is not None
             directions = clean.tape.gradient(targets, [call.x for call in clean.calls], output_gradients=upwards)
             starts = [
-                ball.margin_start(direction) for ball, direction in zip(balls, self._reached(directions), strict=True)
+                ball.margin_start(direction)
+                for ball, direction in zip(balls, self._reached(directions, xs), strict=True)
             ]
         return [tf.stop_gradient(delta) for delta in climb(balls, starts, gradient)]
 
-    def _reached(self, gradients: list[Tensor | None]) -> list[Tensor]:
-        if any(g is None for g in gradients):
+    def _reached(self, gradients: list[Tensor | None], xs: list[Tensor]) -> list[Tensor]:
+        """The gradients; 0 for an input that no output depends on, as a label that is there for add_loss alone."""
+        if any(g is None for g in gradients) and (self.site.layers or all(g is None for g in gradients)):
             raise RuntimeError(
                 f"SMART: no gradient leads from the outputs to {self.site} (run {gradients.index(None) + 1} of "
                 f"{len(gradients)}): perturbing it changes nothing. Name a layer that the outputs"
                 " depend on with layers=."
             )
-        return [tf.stop_gradient(floating(tf.convert_to_tensor(g))) for g in gradients]
+        found = [tf.zeros_like(x) if g is None else g for g, x in zip(gradients, xs, strict=True)]
+        return [tf.stop_gradient(floating(tf.convert_to_tensor(g))) for g in found]
 
     def _draw(self, like: Tensor, run: int) -> Tensor:
         """Standard normal, from a stream of our own: Keras' and TensorFlow's stay as plain training leaves them."""
@@ -823,6 +821,8 @@ class Engine:
                 "SMART: the outputs should be probabilities, by the compiled loss or outputs=, but they are negative, "
                 "above 1 or do not sum to 1. Give the loss from_logits=True (and outputs='logits'), or a softmax layer."
             )
+        if counts["shared"]:
+            raise ValueError(not_the_batch(self.site, "another number of them than the batch has examples"))
         if counts["normalised"]:
             raise ValueError(
                 "SMART: the outputs should be logits, by the compiled loss or outputs=, but every row of them is "

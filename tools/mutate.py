@@ -921,6 +921,7 @@ TORCH = [
 RUN = "test_tf_reference.py::test_fifty_steps_equal_numpy[{}]"
 OUTPUTS = "test_tf_outputs.py::test_"
 LOSSES = "test_tf_losses.py::test_"
+SITES = "test_tf_sites.py::test_"
 FIT = "test_tf_fit.py::test_"
 EDGES = "test_tf_edges.py::test_"
 ALIKE = FIT + "same_masks_in_every_pass_and_nothing_left[{}]"
@@ -954,6 +955,18 @@ TF = [
             "each * grad_a, each * grad_b",
             "grad_a, grad_b",
             "test_tf_divergences.py::test_float64_equals_numpy_with_masks_and_positions[symmetric_kl-eager]",
+        ),
+        (
+            "sigma(a) - sigma(b) has no derivative where a = b",
+            "return tf.sign(a - b) * difference, vjp",
+            "return tf.sign(a - b) * difference, lambda upstream: (0 * upstream, 0 * upstream)",
+            "test_tf_divergences.py::test_second_derivatives_are_those_of_the_gradient[bernoulli_symmetric_kl-equal]",
+        ),
+        (
+            "sigma' is 0 at 0",
+            "return upstream * _sigmoid(a) * _sigmoid(-a)\n",
+            "return upstream * _sigmoid(a) * _sigmoid(-a) * tf.abs(tf.sign(a))\n",
+            "test_tf_divergences.py::test_second_derivatives_are_those_of_the_gradient[bernoulli_symmetric_kl-zero]",
         ),
     ),
     *_of(
@@ -1149,15 +1162,57 @@ TF = [
         ),
         (
             "the layer's mask is ignored",
-            "return self._moved(output, mask)",
-            "return self._moved(output, None)",
+            "return self._moved(output, mask, id(layer))",
+            "return self._moved(output, None, id(layer))",
             FIT + "padding_is_not_perturbed",
         ),
         (
             "the padding_mask input is ignored",
-            "mask = clean.args[0].get(name)",
+            "mask = given.get(name)",
             "mask = None",
             FIT + "padding_is_not_perturbed",
+        ),
+        (
+            "a layer's attribute does not tell that it is a position table",
+            "names[id(layer)].append(name)",
+            "names[id(layer)].append(layer.name)",
+            SITES + "position_tables_are_known_by_the_attribute_that_holds_them[text]",
+        ),
+        (
+            "what is shared by the batch is a site",
+            "if first is None or first == self.n or",
+            "if first is None or first > 0 or",
+            SITES + "a_table_of_positions_alone_leaves_the_float_input",
+        ),
+        (
+            "runs inside a loop are a site",
+            "traced_graph(output) is not self.graph",
+            "self.graph is self",
+            SITES + "an_embedding_inside_a_loop_is_refused_by_name",
+        ),
+        (
+            "ragged padding is perturbed",
+            "return x.to_tensor(), there,",
+            "return x.to_tensor(), tf.ones_like(there),",
+            SITES + "ragged_ids_have_the_R_s_of_the_padded_and_masked_ones[margin]",
+        ),
+        (
+            "zeros of a sparse input are not perturbed",
+            "return values, None, _all_entries",
+            "return values, values != 0, _all_entries",
+            SITES + "sparse_inputs_have_the_R_s_of_the_dense_ones[margin]",
+        ),
+        (
+            "a mask that is true at the padding is taken as it is",
+            "tf.where(_varies(x, ~real) & ~_varies(x, real), ~real, real)",
+            "real",
+            SITES + "a_padding_mask_input_in_any_convention[true at padding]",
+        ),
+        (
+            "a label is perturbed",
+            "if asked[0] or not given.is_label(name)",
+            "if asked",
+            SITES + "a_label_among_the_float_inputs_is_not_perturbed[reached]",
         ),
     ),
     *_of(

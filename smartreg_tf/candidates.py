@@ -1,0 +1,160 @@
+"""Which layers and inputs of a Keras model may be its site, the likeliest first."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import keras
+import tensorflow as tf
+
+# a table of positions, by the layer's own name or that of the attribute that holds it
+_POSITION = re.compile(r"position|(^|_)w?pos(_|\d|emb|$)|(^|_)wpe(_|$)", re.IGNORECASE)
+_SEGMENT = re.compile(r"segment|token_type", re.IGNORECASE)
+
+
+class Candidate(NamedTuple):
+    """One possible site.
+
+    Attributes:
+        layers: whose outputs are perturbed.
+        inputs: the names of the float inputs that are perturbed: all that are no labels where it is empty, none where
+            it is None.
+        why: what it was chosen for.
+    """
+
+    layers: list[Any]
+    inputs: frozenset[str] | None
+    why: str
+
+
+def candidates(model: Any) -> list[Candidate]:
+    """The default sites, the likeliest first; the first that has a run with one x an example is the site.
+
+    Example:
+        >>> model = keras.Sequential([keras.layers.Embedding(9, 4), keras.layers.Dense(2)])
+        >>> [candidate.why for candidate in candidates(model)]
+        ['every Embedding that is not named position, segment or token_type', 'the float inputs']
+    """
+    inside = list(model._flatten_layers())
+    tokens = [
+        layer.token_embedding for layer in inside if isinstance(getattr(layer, "token_embedding", None), keras.Layer)
+    ]
+    embeddings = [layer for layer in inside if isinstance(layer, keras.layers.Embedding)]
+    names = _names(inside)
+    positions = [layer for layer in embeddings if any(map(_POSITION.search, names[id(layer)]))]
+    rest = [layer for layer in embeddings if not any(layer is position for position in positions)]
+    segments = [layer for layer in rest if any(map(_SEGMENT.search, names[id(layer)]))]
+    words = [layer for layer in rest if not any(layer is segment for segment in segments)]
+    masking = [layer for layer in inside if isinstance(layer, keras.layers.Masking)]
+    found = [
+        Candidate(_once(tokens), None, "the layers called token_embedding"),
+        Candidate(_once(words), None, "every Embedding that is not named position, segment or token_type"),
+        Candidate(_once(segments), None, "the only Embedding that is not named position"),
+        # its output carries the mask; noise on its input would unmask the padding
+        Candidate(_once(masking), None, "every Masking layer"),
+        Candidate([], frozenset(), "the float inputs"),
+        Candidate(_once(positions), None, "the only Embedding"),
+    ]
+    return [candidate for candidate in found if candidate.layers or candidate.inputs is not None]
+
+
+def named(model: Any, layers: str | Any | Sequence[Any]) -> Candidate:
+    """The site that `layers=` names: layers, or `keras.Input`s.
+
+    Raises:
+        ValueError: it names one that the model does not have, or has several of.
+    """
+    inside = list(model._flatten_layers())
+    asked = list(layers) if isinstance(layers, (list, tuple)) else [layers]
+    if not asked:
+        raise ValueError("SMART: layers=[] names no layer; leave it out for the default, or name one")
+    found = [_named(inside, layer) for layer in asked]
+    inputs = [layer for layer in found if isinstance(layer, keras.layers.InputLayer)]
+    others = [layer for layer in found if not isinstance(layer, keras.layers.InputLayer)]
+    return Candidate(others, frozenset(layer.name for layer in inputs) or None, "named by layers=")
+
+
+class Batch(NamedTuple):
+    """What a clean pass knows of its batch: the number of examples, or None, and the graph that it is traced in."""
+
+    n: int | None
+    graph: Any
+
+    def unfit(self, layer: Any, output: Any, asked: bool) -> Exception | None:
+        """Why a run of a layer is no site: what to raise where there is no other."""
+        if not is_embeddings(output):
+            got = f"{output.dtype.name} of shape {output.shape}" if tf.is_tensor(output) else type(output).__name__
+            return TypeError(
+                f"SMART: the layer {layer.name!r} must return a float tensor (n, ..., d) to be perturbed, got {got}; "
+                "name another with layers="
+            )
+        if traced_graph(output) is not self.graph:
+            return ValueError(
+                f"SMART: the layer {layer.name!r} runs inside a loop, a branch or a function of its own (an RNN cell, "
+                "tf.map_fn, tf.cond, tf.function), out of which TensorFlow hands no tensor to be perturbed. Name a "
+                "layer outside of it with layers=, give the RNN unroll=True, or leave R_s out: SMARTConfig(lambda_s=0)."
+            )
+        first = output.shape[0]
+        # a size that is known in a batch of any size is not the batch's, unless the user knows better: `Site.fits`
+        if first is None or first == self.n or (self.n is None and asked):
+            return None
+        batch = "any size" if self.n is None else f"{self.n} examples"
+        return ValueError(not_the_batch(f"the layer {layer.name!r}", f"{output.shape} in a batch of {batch}"))
+
+
+def not_the_batch(what: Any, got: str) -> str:
+    """The message about a site that has not one x an example."""
+    return (
+        f"SMART: {what} must have one x an example, shape (n, ..., d), to be perturbed, got {got}: it is shared by the "
+        "batch, as a table of positions is. Name another layer, or an Input, with layers=."
+    )
+
+
+def traced_graph(output: Any = None) -> Any:
+    """The graph of a tensor, else the one that is being traced; None where nothing is."""
+    if tf.executing_eagerly():
+        return None
+    traced = tf.compat.v1.get_default_graph()
+    return getattr(output.flat_values if isinstance(output, tf.RaggedTensor) else output, "graph", traced)
+
+
+def is_embeddings(x: Any) -> bool:
+    """Whether x is a float tensor of shape (n, ..., d)."""
+    return bool(tf.is_tensor(x) and x.dtype.is_floating and x.shape.rank is not None and x.shape.rank >= 2)
+
+
+def _named(inside: list[Any], asked: Any) -> Any:
+    found = [layer for layer in inside if layer is asked or layer.name == asked]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise ValueError(
+            f"SMART: layers= names {asked!r}, which {len(found)} layers of the model are called: give the layer itself "
+            "(SMARTModel saves names: give its layer a name of its own)"
+        )
+    names = ", ".join(layer.name for layer in inside[1:])
+    raise ValueError(
+        f"SMART: layers= names {getattr(asked, 'name', asked)!r}, which the model does not have; it has {names}"
+    )
+
+
+def _names(inside: list[Any]) -> dict[int, list[str]]:
+    """Of each layer, by its id: its own name, and those of the attributes and the keys that hold it."""
+    names = {id(layer): [layer.name] for layer in inside}
+    for owner in inside:
+        for attribute, value in vars(owner).items():
+            held = [(attribute, value)] if isinstance(value, keras.Layer) else []
+            if isinstance(value, dict):
+                held = [(str(key), layer) for key, layer in value.items()]
+            elif isinstance(value, (list, tuple)):
+                held = [(attribute, layer) for layer in value]
+            for name, layer in held:
+                if id(layer) in names:
+                    names[id(layer)].append(name)
+    return names
+
+
+def _once(layers: list[Any]) -> list[Any]:
+    return list({id(layer): layer for layer in layers}.values())
