@@ -151,7 +151,7 @@ class Site:
         if not clean.calls and self.layers:
             raise RuntimeError(
                 f"SMART: {self} did not run in the model's training pass, so there is nothing to perturb. Name a layer "
-                "that runs with layers=."
+                "that runs with layers=. Inside a tf.function of the model's own none does: take the decorator away."
             )
         if not clean.calls:
             raise RuntimeError(

@@ -102,7 +102,8 @@ class Engine:
         if self._recorder is not None:
             self._check_recordable()
             packages = {"tensorflow": tf.__version__, "keras": keras.__version__}
-            self._recorder.begin("tensorflow", packages, config, str(self.site))
+            self._begin_record = partial(self._recorder.begin, "tensorflow", packages, config)
+            self._begin_record(str(self.site))
             weakref.finalize(self, self._recorder.write)  # where a fit broke off and no other one follows
         with model.distribute_strategy.scope():
             self.step = _variable(np.int64(0), "smart_step")
@@ -761,6 +762,7 @@ class Engine:
         recorder, recorded, config = self._recorder, self.recorded, self.config
         assert recorder is not None
         assert recorded is not None
+        self._begin_record(str(self.site))  # the default site may have been another before the first pass
         dtypes = {name: tensor.dtype.name for name, tensor in seen.items()}
         # the recorded weights have the loss's reduction in them already
         outputs = [{"divergence": head.divergence, "weight": head.weight, "by_weights": False} for head in heads]
@@ -819,7 +821,8 @@ class Engine:
         if counts["unnormalised"]:
             raise ValueError(
                 "SMART: the outputs should be probabilities, by the compiled loss or outputs=, but they are negative, "
-                "above 1 or do not sum to 1. Give the loss from_logits=True (and outputs='logits'), or a softmax layer."
+                "above 1 or do not sum to 1. Give the loss from_logits=True (and outputs='logits' or 'label_logits'), "
+                "or a softmax or sigmoid layer."
             )
         if counts["shared"]:
             raise ValueError(not_the_batch(self.site, "another number of them than the batch has examples"))
