@@ -77,13 +77,20 @@ def named(model: Any, layers: str | Any | Sequence[Any]) -> Candidate:
 
 
 class Batch(NamedTuple):
-    """What a clean pass knows of its batch: the number of examples, or None, and the graph that it is traced in."""
+    """What a clean pass knows of its batch.
+
+    Attributes:
+        n: the number of examples, or None.
+        graph: that it is traced in, or None.
+        given: the tensors that the model was given.
+    """
 
     n: int | None
     graph: Any
+    given: list[Any]
 
-    def unfit(self, layer: Any, output: Any, asked: bool) -> Exception | None:
-        """Why a run of a layer is no site: what to raise where there is no other."""
+    def unfit(self, layer: Any, x: Any, output: Any) -> Exception | None:
+        """Why a run of a layer, from x, is no site: what to raise where there is no other."""
         if not is_embeddings(output):
             got = f"{output.dtype.name} of shape {output.shape}" if tf.is_tensor(output) else type(output).__name__
             return TypeError(
@@ -96,19 +103,41 @@ class Batch(NamedTuple):
                 "tf.map_fn, tf.cond, tf.function), out of which TensorFlow hands no tensor to be perturbed. Name a "
                 "layer outside of it with layers=, give the RNN unroll=True, or leave R_s out: SMARTConfig(lambda_s=0)."
             )
-        first = output.shape[0]
-        # a size that is known in a batch of any size is not the batch's, unless the user knows better: `Site.fits`
-        if first is None or first == self.n or (self.n is None and asked):
+        first, n = output.shape[0], self.n
+        # several rows an example, as (n, choices, T) flattened to (n choices, T); a table has no axis before its own
+        several = n is not None and first is not None and n > 0 and first % n == 0 and output.shape.rank > 2
+        if (first is None or n is None or first == n or several) and self._depends(x):
             return None
-        batch = "any size" if self.n is None else f"{self.n} examples"
+        batch = "any size" if n is None else f"{n} examples"
         return ValueError(not_the_batch(f"the layer {layer.name!r}", f"{output.shape} in a batch of {batch}"))
+
+    def _depends(self, x: Any) -> bool:
+        """Whether x is computed from the values that the model was given, and not from their shapes alone.
+
+        Only a graph knows; without one, True.
+        """
+        given, ends = (
+            [t for t in tf.nest.flatten(v, expand_composites=True) if tf.is_tensor(t)] for v in (self.given, x)
+        )
+        if self.graph is None or any(getattr(t, "graph", None) is not self.graph for t in given):
+            return True
+        sources, seen = {t.op.name for t in given}, set()
+        waiting = [t.op for t in ends if getattr(t, "graph", None) is self.graph]
+        while waiting:
+            op = waiting.pop()
+            if op.name in sources:
+                return True
+            if op.name not in seen and op.type not in ("Shape", "ShapeN", "Size", "Rank"):
+                waiting.extend(t.op for t in op.inputs)
+            seen.add(op.name)
+        return not ends
 
 
 def not_the_batch(what: Any, got: str) -> str:
     """The message about a site that has not one x an example."""
     return (
         f"SMART: {what} must have one x an example, shape (n, ..., d), to be perturbed, got {got}: it is shared by the "
-        "batch, as a table of positions is. Name another layer, or an Input, with layers=."
+        "batch, as a table of positions is, or has lost its axis. Name another layer, or an Input, with layers=."
     )
 
 

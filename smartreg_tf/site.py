@@ -161,10 +161,11 @@ class Site:
             )
 
     def fits(self, clean: Pass) -> Tensor:
-        """Whether the first axis of every run of the site is the batch, of which a shape may not tell."""
+        """Whether every run of the site has a row, or as many, for each example, of which a shape may not tell."""
         known, n = given.batch_size(clean.args, clean.kwargs)
         unsure = [call.x for call in clean.calls if known is None or call.x.shape[0] != known]
-        return tf.reduce_all([tf.shape(x)[0] == n for x in unsure]) if unsure else tf.constant(True)
+        whole = [tf.shape(x)[0] % tf.maximum(n, 1) == 0 for x in unsure]
+        return tf.reduce_all(whole) if whole else tf.constant(True)
 
     def padding_mask(self, clean: Pass, call: Call) -> Tensor | None:
         """Which positions of a run of the site are real: Keras' own mask, else the model's padding mask input."""
@@ -241,7 +242,7 @@ class Site:
         repeated = arguments_of(args, kwargs)
         state = State(self.model)
         clean = Pass(*repeated, _values(kept_variables(self.model, state)), state, [], None, tape)
-        batch = Batch(given.batch_size(args, kwargs)[0], traced_graph())
+        batch = Batch(given.batch_size(args, kwargs)[0], traced_graph(), keras.tree.flatten((args, kwargs)))
         sources: list[int | None] = []
 
         def on_call(x: Tensor, mask: Tensor | None, source: int | None) -> Tensor:
@@ -304,15 +305,15 @@ class Site:
         if _argument(original, args, kwargs, "reverse"):  # a tied head: hidden states to logits
             return output
         batch = self._local.batch
-        unfit = None if batch is None else batch.unfit(layer, output, self._named)
+        x = _argument(original, args, kwargs, next(iter(inspect.signature(original).parameters)))
+        unfit = None if batch is None else batch.unfit(layer, x, output)
         if unfit is not None:
             self._unfit[id(layer)] = unfit
         if id(layer) in self._unfit:
             return output
         mask = getattr(output, "_keras_mask", None)
         if mask is None and layer.supports_masking:
-            asked = _argument(original, args, kwargs, next(iter(inspect.signature(original).parameters)))
-            mask = layer.compute_mask(asked, getattr(asked, "_keras_mask", None))
+            mask = layer.compute_mask(x, getattr(x, "_keras_mask", None))
         return self._moved(output, mask, id(layer))
 
     def _moved(self, x: Tensor, mask: Tensor | None, source: int | None) -> Tensor:

@@ -137,8 +137,10 @@ def test_a_site_that_is_shared_by_the_batch_is_refused():
             model.fit(IDS, Y, verbose=0, callbacks=[SMARTCallback(CONFIG, layers=table)])
 
 
-def test_a_varying_number_of_positions_is_told_after_the_step():
-    """Neither axis has a size when the step is traced: nothing is trained on it."""
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize("size", [4, None])
+def test_a_varying_number_of_positions(size, named):
+    """Neither axis has a size when the step is traced: the graph tells what depends on the data."""
 
     class Varying(Unnamed):
         def call(self, ids):
@@ -147,12 +149,54 @@ def test_a_varying_number_of_positions_is_told_after_the_step():
     ids = keras.Input([None], dtype="int32")
     model = keras.Model(ids, layers.Dense(2)(layers.GlobalAveragePooling1D()(Varying()(ids))))
     model.compile("sgd", CE)
-    data = tf.data.Dataset.from_tensor_slices((IDS, Y)).batch(4)
-    data = data.map(lambda x, y: (tf.ensure_shape(x[:, : tf.size(y) + 1], [None, None]), y))
-    with pytest.raises(ValueError, match="must have one x an example.*Name another layer"):
-        model.fit(data, shuffle=False, verbose=0, callbacks=[SMARTCallback(CONFIG)])
-    callback = SMARTCallback(CONFIG, layers=model.layers[1].first)
+    data = tf.data.Dataset.from_tensor_slices((IDS[:, :4], Y)).batch(4, drop_remainder=size is not None)
+    first, second = model.layers[1].first, model.layers[1].second
+    callback = SMARTCallback(CONFIG, layers=first if named else None)
     assert model.fit(data, shuffle=False, verbose=0, callbacks=[callback]).history["smoothness"][0] > 0
+    assert callback.engine.site.layers == [first]
+    with pytest.raises(ValueError, match="must have one x an example.*Name another layer"):
+        model.fit(data, shuffle=False, verbose=0, callbacks=[SMARTCallback(CONFIG, layers=second)])
+
+
+class Choices(keras.Model):
+    """Several texts an example, flattened to one row each, as in multiple choice."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.head = layers.Embedding(V, 4), layers.Dense(1)
+
+    def call(self, ids):
+        z = self.head(ops.mean(self.embedding(ops.reshape(ids, (-1, T))), 1))
+        return ops.reshape(z, (-1, ids.shape[1]))
+
+
+@pytest.mark.parametrize("eager", [False, True])
+def test_several_rows_an_example_have_a_ball_each(eager):
+    model = Choices()
+    model.compile("sgd", CE, run_eagerly=eager)
+    shapes, R_s, _ = deltas(model, np.stack([IDS, IDS[::-1]], 1))
+    assert set(shapes) == {(T, 4)}  # the model is built by the trace, which is then another
+    assert R_s > 0
+
+
+def test_rows_that_mix_examples_are_told_after_the_step():
+    """Only the step knows; nothing is trained on them."""
+
+    class Mixed(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.embedding, self.head = layers.Embedding(V, 4), layers.Dense(2)
+
+        def call(self, ids):
+            known = tf.boolean_mask(ids, ids > 0)  # (tokens of all, ), of which there are not as many each
+            return self.head(ops.mean(self.embedding(ids), 1) + ops.mean(self.embedding(known), 0))
+
+    model = Mixed()
+    model.compile("sgd", CE, jit_compile=False)
+    ids = IDS.copy()
+    ids[0, 0] = 0
+    with pytest.raises(ValueError, match="must have one x an example.*got another number of them than the batch"):
+        model.fit(ids, Y, verbose=0, callbacks=[SMARTCallback(CONFIG)])
 
 
 def test_segment_in_the_name_of_the_only_embedding():

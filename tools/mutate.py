@@ -1180,8 +1180,8 @@ TF = [
         ),
         (
             "what is shared by the batch is a site",
-            "if first is None or first == self.n or",
-            "if first is None or first > 0 or",
+            "or several) and self._depends(x)",
+            "or several or first > 0)",
             SITES + "a_table_of_positions_alone_leaves_the_float_input",
         ),
         (
