@@ -34,8 +34,8 @@ def candidates(model: Any) -> list[Candidate]:
 
     Example:
         >>> model = keras.Sequential([keras.layers.Embedding(9, 4), keras.layers.Dense(2)])
-        >>> [candidate.why for candidate in candidates(model)]
-        ['every Embedding that is not named position, segment or token_type', 'the float inputs']
+        >>> [candidate.layers == [model.layers[0]] for candidate in candidates(model)]  # the second: the float inputs
+        [True, False]
     """
     inside = list(model._flatten_layers())
     tokens = [
@@ -54,7 +54,7 @@ def candidates(model: Any) -> list[Candidate]:
         Candidate(_once(segments), None, "the only Embedding that is not named position"),
         # its output carries the mask; noise on its input would unmask the padding
         Candidate(_once(masking), None, "every Masking layer"),
-        Candidate([], frozenset(), "the float inputs"),
+        Candidate([], frozenset(), "no token Embedding or Masking layer makes one x an example"),
         Candidate(_once(positions), None, "the only Embedding"),
     ]
     return [candidate for candidate in found if candidate.layers or candidate.inputs is not None]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import keras
 import numpy as np
@@ -17,7 +17,19 @@ if TYPE_CHECKING:
     from smartreg_tf.training import Engine
 
 Tensor = Any
-_NAMES = {"smoothness": "R_s", "proximal": "D_Breg"}
+
+
+class Measured(NamedTuple):
+    """What one batch adds.
+
+    Attributes:
+        sums: by R_s and D_Breg, of each output the sum over its examples.
+        examples: how many each output has. faults: what may make them wrong.
+    """
+
+    sums: dict[str, list[Tensor]]
+    examples: list[Tensor]
+    faults: dict[str, Tensor]
 
 
 def measure(engine: Engine, x: Any, y: Any, sample_weight: Any, batch_size: int) -> dict[str, float]:
@@ -25,8 +37,8 @@ def measure(engine: Engine, x: Any, y: Any, sample_weight: Any, batch_size: int)
     model = engine.model
     if not all(layer.built for layer in model._flatten_layers()):
         raise ValueError("SMART: measure() needs a model that has weights; call it on a batch, or fit it, before")
-    sums: dict[str, float] = {}
-    examples = 0
+    sums: dict[str, Any] = {}
+    examples: Any = 0.0
     with ExitStack() as undone:
         undone.callback(State(model).restore)
         if not engine.installed:  # after a fit
@@ -36,12 +48,12 @@ def measure(engine: Engine, x: Any, y: Any, sample_weight: Any, batch_size: int)
         for number, batch in enumerate(_batches(model, x, y, sample_weight, batch_size)):
             inputs, labels, weights = keras.utils.unpack_x_y_sample_weight(batch)
             engine.know_the_loss(inputs, labels)
-            terms = run(inputs, labels, weights, tf.constant(number, tf.int64))
-            n = int(keras.tree.flatten(inputs)[0].shape[0])
-            examples += n
-            for name, term in terms.items():
-                sums[name] = sums.get(name, 0.0) + n * float(term)
-    return {_NAMES[name]: total / examples for name, total in sums.items()}
+            found = run(inputs, labels, weights, tf.constant(number, tf.int64))
+            engine.refuse({name: bool(fault) for name, fault in found.faults.items()})
+            examples = examples + np.array(found.examples, np.float64)
+            for name, terms in found.sums.items():
+                sums[name] = sums.get(name, 0.0) + np.array(terms, np.float64)
+    return {name: float((total / np.maximum(examples, 1)).sum()) for name, total in sums.items()}
 
 
 def _batches(model: Any, x: Any, y: Any, sample_weight: Any, batch_size: int) -> Iterator[Any]:

@@ -83,6 +83,10 @@ class Head(NamedTuple):
             return _log_probabilities(self._classes_last(z), self.kind)
         return floating(self._classes_last(z))
 
+    def has_logits(self, outputs: Any) -> bool:
+        """Whether a softmax or sigmoid layer left its logits."""
+        return self._kept_logits(keras.tree.flatten(outputs)[self.place]) is not None
+
     def unnormalised(self, outputs: Any) -> Tensor:
         """Whether what should be probabilities are none."""
         z = keras.tree.flatten(outputs)[self.place]
@@ -112,6 +116,13 @@ class Head(NamedTuple):
         labels = keras.tree.flatten(self._own(y))
         label = tf.convert_to_tensor(labels[self.place if len(labels) > 1 else 0])
         return _without_last_1(label) != tf.cast(self.ignore_class, label.dtype)
+
+    def examples(self, a: Tensor, y: Any) -> Tensor:
+        """The n of `mean`: how many examples the loss counts."""
+        labelled = self.labelled(y)
+        if labelled is None:
+            return tf.cast(tf.shape(a)[0], a.dtype)
+        return tf.reduce_sum(tf.cast(tf.reduce_any(labelled, list(range(1, labelled.shape.rank))), a.dtype))
 
     def mask(
         self, outputs: Any, masks: Sequence[Tensor | None], y: Any = None, sample_weight: Any = None
@@ -175,7 +186,7 @@ class Head(NamedTuple):
             replicas = tf.distribute.get_strategy().num_replicas_in_sync
             factor *= n * replicas * tf.reduce_sum(counted, list(range(1, counted.shape.rank)))
         elif labelled is not None:
-            factor *= tf.math.divide_no_nan(n, tf.reduce_sum(factor))
+            factor *= tf.math.divide_no_nan(n, self.examples(a, y))
         if weight is None:
             return factor
         by_position = weight.shape.rank > 1

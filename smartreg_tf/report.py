@@ -31,25 +31,29 @@ def describe(model: Any, site: Site, options: Mapping[str, Any], found: Found | 
     """What was chosen and why, by the names that every backend has.
 
     Args:
-        options: the arguments `layers`, `outputs` and `float32`.
+        options: the arguments `outputs` and `float32`.
 
     Example:
         >>> import keras
         >>> model = keras.Sequential([keras.Input([3]), keras.layers.Dense(2)])
-        >>> given = {"layers": None, "outputs": None, "float32": True}
+        >>> given = {"outputs": None, "float32": True}
         >>> describe(model, Site(model), given, None)["site"]
-        Choice(value="the model's float inputs", why='no Embedding or Masking layer was found')
+        Choice(value="the model's float inputs", why='no token Embedding or Masking layer makes one x an example')
     """
-    description = Description(site=Choice(str(site), _why_site(site, options["layers"])))
+    description = Description(site=Choice(str(site), site.why))
     if found is None:
         description |= dict.fromkeys(("x", "outputs", "l_s", "class axis", "mask", "positions"), _LATER)
     else:
         description["x"] = Choice(_each(_shape(x) for x in found.xs), "the runs of the site in a training step")
-        description["outputs"] = Choice(_each(_named(model, head) for head in found.heads), _why_outputs(options))
+        description["outputs"] = Choice(
+            _each(_named(model, head) for head in found.heads), _why_outputs(options, found.heads)
+        )
         description["l_s"] = Choice(
             _each(head.divergence for head in found.heads), "it follows from the kind of output"
         )
-        description["class axis"] = Choice(_each(str(getattr(head, "axis", -1)) for head in found.heads), "as the loss")
+        description["class axis"] = Choice(
+            _each(map(_axis, found.heads)), "the loss's axis, else the one that its labels lack, else the last"
+        )
         description["mask"] = _masked(found.masks, "Keras' mask, or the padding mask among the inputs", "x has no mask")
         description["positions"] = _masked(
             found.positions, "the mask of the outputs, or that of x", "no mask fits the outputs"
@@ -58,14 +62,16 @@ def describe(model: Any, site: Site, options: Mapping[str, Any], found: Found | 
     return Description(description)
 
 
-def _why_site(site: Site, layers: Any) -> str:
-    if layers is not None:
-        return "layers="
-    return "the default: see layers=" if site.layers else "no Embedding or Masking layer was found"
+def _why_outputs(options: Mapping[str, Any], heads: Sequence[Head]) -> str:
+    """Who said it, and what R_s and D_Breg take over from the losses besides."""
+    said = ["the compiled loss" if options["outputs"] is None else "outputs="]
+    said += [f"reduction={head.reduction!r}" for head in heads if head.reduction != "sum_over_batch_size"]
+    said += [f"ignore_class={head.ignore_class}" for head in heads if head.ignore_class is not None]
+    return ", ".join(dict.fromkeys(said))
 
 
-def _why_outputs(options: Mapping[str, Any]) -> str:
-    return "the compiled loss" if options["outputs"] is None else "outputs="
+def _axis(head: Head) -> str:
+    return "none: one value a token" if head.axis is None else str(head.axis)
 
 
 def _named(model: Any, head: Head) -> str:

@@ -7,7 +7,7 @@ import os
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ from smartreg.recording import Recorder, flat
 from smartreg.report import Description
 from smartreg_tf.candidates import not_the_batch
 from smartreg_tf.divergences import DIVERGENCES, as_mask
-from smartreg_tf.measure import measure
+from smartreg_tf.measure import Measured, measure
 from smartreg_tf.outputs import Head, Outputs, find_heads
 from smartreg_tf.passes import differ, random_operations, refusal, traced_random_operations
 from smartreg_tf.perturbation import Ball, climb, each, floating, margin_gradient
@@ -85,7 +85,7 @@ class Engine:
         self.averages: list[Any] = []
         self.weights: list[Any] = []
         self._outputs, self._noise, self._seed, self._float32 = outputs, noise, seed, float32
-        self._options = {"layers": layers, "outputs": outputs, "float32": float32}
+        self._options = {"outputs": outputs, "float32": float32}
         self._patches = Patches()
         self._local = threading.local()
         self._warned = self._begun = False
@@ -399,11 +399,12 @@ class Engine:
         Args:
             x: arrays as `evaluate` takes them, or a `tf.data.Dataset` or `PyDataset` of batches, which has y and the
                 sample weights in it.
-            y: is asked for the kind of the outputs alone, where nothing was trained yet and `outputs=` is not given.
+            y: is asked for what the loss leaves out by `ignore_class`, and for the kind of the outputs and their axis
+                of classes where nothing was trained yet.
             sample_weight: w_i, as in the loss.
 
         Raises:
-            ValueError: the model has no weights yet.
+            ValueError: the model has no weights yet, y is asked for, or the outputs are not what the loss says.
 
         Example:
             >>> model = keras.Sequential([keras.Input([3]), keras.layers.Dense(1, use_bias=False)])
@@ -415,14 +416,32 @@ class Engine:
         """
         return measure(self, x, y, sample_weight, batch_size)
 
-    def measured(self, x: Any, y: Any, sample_weight: Any, number: Tensor) -> dict[str, Tensor]:
+    def measured(self, x: Any, y: Any, sample_weight: Any, number: Tensor) -> Measured:
         """R_s and D_Breg of one batch in eval mode, with the noise of its number."""
         local = self._local
         found, local.lambda_s, local.measured = self._found, 1.0, number
         try:
             with self.site.recording(self.config.start == "margin") as passes, keras.StatelessScope():
                 self._evaluated(x)
-            return self._terms(passes[-1], y, sample_weight, trained=False).terms
+            terms = self._terms(passes[-1], y, sample_weight, trained=False)
+            heads = [head._replace(reduction="sum_over_batch_size") for head in terms.heads]
+            left_out = next((head.ignore_class for head in heads if head.ignore_class is not None), None)
+            if y is None and left_out is not None:
+                raise ValueError(
+                    f"SMART: measure() needs y: the loss leaves out the label {left_out} by its ignore_class, and so "
+                    "do R_s and D_Breg"
+                )
+            targets, positions = terms.seen["outputs"], terms.seen["positions"]
+            examples = [head.examples(target, y) for head, target in zip(heads, targets, strict=True)]
+            sums = {
+                name: [
+                    head.weight * n * head.mean(a, b, mask, sample_weight, y)
+                    for head, n, a, b, mask in zip(heads, examples, terms.seen[other], targets, positions, strict=True)
+                ]
+                for name, other in {"R_s": "perturbed", "D_Breg": "teacher"}.items()
+                if other in terms.seen
+            }
+            return Measured(sums, examples, terms.faults)
         finally:
             self._found, local.measured = found or self._found, None
 
@@ -510,9 +529,7 @@ class Engine:
     # The step
 
     def _terms(self, clean: Pass, y: Any, sample_weight: Any, trained: bool = True) -> _Terms:
-        """R_s, D_Breg and the penalty of one pass: of a training step reduced as the loss is, and with the check that
-        the first one of all can be repeated; else means.
-        """
+        """R_s, D_Breg and the penalty of one pass, and of a training step whether the first of all can be repeated."""
         config, site, lambda_s = self.config, self.site, self._local.lambda_s
         if lambda_s > 0:
             site.require(clean)
@@ -524,8 +541,9 @@ class Engine:
                 clean = site.repeat(clean, differentiable=clean.tape is not None)
             masks = [site.padding_mask(clean, call) for call in clean.calls]
             heads = find_heads(self.model, clean.outputs, self._outputs, masks, y)
-            if not trained:
-                heads = [head._replace(reduction="sum_over_batch_size") for head in heads]
+            if y is None and self._found is not None:  # the labels of before have shown the axes
+                axes = {head.place: head.axis for head in self._found.heads}
+                heads = [head._replace(axis=axes.get(head.place, head.axis)) for head in heads]
             gate = _Gate()
             with clean.tape or nullcontext():
                 targets = [head.logits(clean.outputs) for head in heads]
@@ -816,21 +834,7 @@ class Engine:
             return
         self.faults.assign(np.zeros(len(_FAULTS), np.int64))
         step = int(_numpy(self.step))
-        if counts["repeat"]:
-            raise RuntimeError(refusal(self._drawn))
-        if counts["unnormalised"]:
-            raise ValueError(
-                "SMART: the outputs should be probabilities, by the compiled loss or outputs=, but they are negative, "
-                "above 1 or do not sum to 1. Give the loss from_logits=True (and outputs='logits' or 'label_logits'), "
-                "or a softmax or sigmoid layer."
-            )
-        if counts["shared"]:
-            raise ValueError(not_the_batch(self.site, "another number of them than the batch has examples"))
-        if counts["normalised"]:
-            raise ValueError(
-                "SMART: the outputs should be logits, by the compiled loss or outputs=, but every row of them is "
-                "positive and sums to 1. Give the loss from_logits=False (and outputs='probabilities'), or no softmax."
-            )
+        self.refuse(counts)
         if counts["vanished"] and not self._warned:
             self._warned = True
             warnings.warn(
@@ -849,6 +853,24 @@ class Engine:
                 f"SMART: the penalty of step {step} is not finite; the first values that are not finite are in the "
                 f"{first} pass. Look at the learning rate and the loss before it, or let such steps go without a "
                 "penalty: SMARTConfig(non_finite='skip')."
+            )
+
+    def refuse(self, counts: Mapping[str, Any]) -> None:
+        """Raise where R_s and D_Breg are not what they should be, by the faults that were counted."""
+        if counts["repeat"]:
+            raise RuntimeError(refusal(self._drawn))
+        if counts["unnormalised"]:
+            raise ValueError(
+                "SMART: the outputs should be probabilities, by the compiled loss or outputs=, but they are negative, "
+                "above 1 or do not sum to 1. Give the loss from_logits=True (and outputs='logits' or 'label_logits'), "
+                "or a softmax or sigmoid layer."
+            )
+        if counts["shared"]:
+            raise ValueError(not_the_batch(self.site, "another number of them than the batch has examples"))
+        if counts["normalised"]:
+            raise ValueError(
+                "SMART: the outputs should be logits, by the compiled loss or outputs=, but every row of them is "
+                "positive and sums to 1. Give the loss from_logits=False (and outputs='probabilities'), or no softmax."
             )
 
 
@@ -921,7 +943,7 @@ def _shapes(masks: list[Tensor | None]) -> list[Any]:
 def _raw(head: Head, outputs: Any) -> Tensor:
     """A head's outputs to be compared with themselves: of probabilities near 1 the logits are all rounding."""
     z = head.logits(outputs)
-    if not head.kind.endswith("probabilities") or hasattr(keras.tree.flatten(outputs)[head.place], "_keras_logits"):
+    if not head.kind.endswith("probabilities") or head.has_logits(outputs):
         return z
     return tf.sigmoid(z) if head.kind.startswith("label") else tf.exp(z)
 

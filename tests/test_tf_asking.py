@@ -7,6 +7,7 @@ import tensorflow as tf
 from keras import layers
 from paper_settings import papers
 
+from smartreg import divergences as reference
 from smartreg_tf import SMARTCallback, SMARTModel, attach
 
 CE = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
@@ -122,7 +123,7 @@ def test_describe(capsys):
 
 def test_describe_before_and_without_a_step():
     with attach(tagger(), papers(total_steps=9), layers="words", outputs="logits") as smart:
-        assert smart.describe()["site"].why == "layers="
+        assert smart.describe()["site"].why == "named by layers="
         assert smart.describe()["x"] == ("not known yet", "it is seen in the first training step")
         smart.measure(IDS)
         assert smart.describe()["outputs"] == ("logits", "outputs=")
@@ -142,3 +143,75 @@ def test_precision_says_why():
         assert smart.describe()["precision"] == ("float32", "the model computes in bfloat16, which would lose R_s")
     with attach(model, LINEAR, float32=False) as smart:
         assert smart.describe()["precision"] == ("bfloat16", "float32=False")
+
+
+def of_every_token(loss, eager=True):
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input([4], dtype="int32")
+    outputs = layers.Dense(3, name="head")(layers.Embedding(9, 5, name="words")(inputs))
+    model = keras.Model(inputs, layers.Permute((2, 1))(outputs) if getattr(loss, "axis", -1) == 1 else outputs)
+    model.compile(keras.optimizers.SGD(0.5), loss, run_eagerly=eager, jit_compile=False)
+    return model
+
+
+def divergences_of_every_token(model, averages):
+    """symmetric_kl(theta, theta~) of every token of IDS, (10, 4), in float64."""
+    logits = []
+    for weights in (model.trainable_variables, averages):
+        table, kernel, bias = (tf.convert_to_tensor(weight).numpy().astype(np.float64) for weight in weights)
+        logits.append((table[IDS] @ kernel + bias).reshape(40, 3))
+    return reference.DIVERGENCES["symmetric_kl"].value(*logits).reshape(10, 4)
+
+
+@pytest.mark.parametrize("eager", [True, False])
+@pytest.mark.parametrize("reduction", ["sum_over_batch_size", "sum"])
+def test_measure_is_a_mean_of_what_the_loss_counts(reduction, eager):
+    """Whatever the loss's reduction, over batches that count unequal numbers of examples."""
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, ignore_class=-1, reduction=reduction)
+    model = of_every_token(loss, eager)
+    labels = RNG.integers(3, size=(10, 4))
+    with attach(model, papers(lambda_s=0, beta_early=0.5, beta_late=0.5, total_steps=9)) as smart:
+        model.train_on_batch(IDS, labels)
+        labels[[0, 1, 2, 5]] = -1
+        labels[3, 1:] = labels[7, :2] = -1
+        counted = labels != -1
+        each = divergences_of_every_token(model, smart.averages)
+        of_an_example = (each * counted).sum(1)[counted.any(1)] / counted.sum(1)[counted.any(1)]
+        assert of_an_example.mean() > 1e-4
+        got = smart.measure(IDS, labels, batch_size=4)
+        assert got["D_Breg"] == pytest.approx(of_an_example.mean(), rel=1e-3)
+        with pytest.raises(ValueError, match=r"measure\(\) needs y: the loss leaves out the label -1"):
+            smart.measure(IDS)
+        why = smart.describe()["outputs"].why
+        assert "ignore_class=-1" in why
+        assert ("reduction='sum'" in why) == (reduction == "sum")
+
+
+def test_measure_without_labels_has_the_axis_that_they_showed():
+    def loss(y, z):
+        return keras.losses.sparse_categorical_crossentropy(y, keras.ops.swapaxes(z, 1, 2), from_logits=True)
+
+    loss.axis = 1  # of the outputs: the loss itself does not say it
+    model = of_every_token(loss)
+    with attach(model, papers(lambda_s=0, beta_early=0.5, beta_late=0.5, total_steps=9), outputs="logits") as smart:
+        model.train_on_batch(IDS, RNG.integers(3, size=(10, 4)))
+        assert smart.describe()["class axis"].value == "1"
+        want = divergences_of_every_token(model, smart.averages).mean()
+        assert smart.measure(IDS)["D_Breg"] == pytest.approx(want, rel=1e-3)
+
+
+def test_measure_refuses_what_training_refuses():
+    model = linear(run_eagerly=True)
+    model.compile("sgd", keras.losses.BinaryCrossentropy(), run_eagerly=True)
+    with attach(model, LINEAR) as smart, pytest.raises(ValueError, match="the outputs should be probabilities"):
+        smart.measure(X, Y[:, None])
+
+
+def test_describe_one_value_a_token():
+    inputs = keras.Input([None], dtype="int32")
+    outputs = layers.Reshape([-1])(layers.Dense(1)(layers.Embedding(9, 5)(inputs)))
+    model = keras.Model(inputs, outputs)
+    model.compile("sgd", keras.losses.BinaryCrossentropy(from_logits=True), run_eagerly=True)
+    with attach(model, papers(total_steps=9)) as smart:
+        model.train_on_batch(IDS, np.ones((10, 4)))
+        assert smart.describe()["class axis"].value == "none: one value a token"

@@ -209,7 +209,7 @@ def test_segment_in_the_name_of_the_only_embedding():
     model = classifier(layers.Embedding(V, 4, name="reposition")(ids), ids)
     assert deltas(model, IDS)[0] == [(T, 4)]
     why = [candidate.why for candidate in candidates(model)]
-    assert why == ["the float inputs", "the only Embedding"]
+    assert why == ["no token Embedding or Masking layer makes one x an example", "the only Embedding"]
 
 
 @pytest.mark.parametrize("start", ["gaussian", "margin"])

@@ -1110,7 +1110,7 @@ TF = [
         ),
         (
             "ignored examples are of the n",
-            "factor *= tf.math.divide_no_nan(n, tf.reduce_sum(factor))",
+            "factor *= tf.math.divide_no_nan(n, self.examples(a, y))",
             "factor *= 1",
             LOSSES + "examples_that_the_loss_ignores_are_not_of_the_n[False]",
         ),
@@ -1470,9 +1470,33 @@ TF = [
         ),
         (
             "measure counts every batch once",
-            "n * float(term)",
-            "float(term)",
+            "head.weight * n * head.mean(",
+            "head.weight * head.mean(",
             "test_tf_asking.py::test_measure_by_hand[True]",
+        ),
+        (
+            "measure counts what the loss leaves out",
+            "examples = [head.examples(target, y)",
+            "examples = [head.examples(target, None)",
+            "test_tf_asking.py::test_measure_is_a_mean_of_what_the_loss_counts[sum_over_batch_size-True]",
+        ),
+        (
+            "measure reduces as the loss",
+            'head._replace(reduction="sum_over_batch_size")',
+            "head._replace()",
+            "test_tf_asking.py::test_measure_is_a_mean_of_what_the_loss_counts[sum-True]",
+        ),
+        (
+            "the axis that labels showed is forgotten",
+            "if y is None and self._found is not None:",
+            "if False:",
+            "test_tf_asking.py::test_measure_without_labels_has_the_axis_that_they_showed",
+        ),
+        (
+            "measure takes what training refuses",
+            "            engine.refuse({name: bool(fault) for name, fault in found.faults.items()})\n",
+            "",
+            "test_tf_asking.py::test_measure_refuses_what_training_refuses",
         ),
     ),
     *_of(
