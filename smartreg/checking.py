@@ -242,17 +242,19 @@ class Face(Functions):
     ) -> Array:
         """delta for the reference network, written with operators alone so that any framework can run it."""
         w = {name: self._put(value) for name, value in theta.items()}
+        d = len(theta["W1"])  # it reads that many features: of those that are not finite, none
         share = divergences.position_weights(np.asarray(x), mask)  # (n, tokens, 1)
         row = self._put(np.swapaxes(share, 1, 2))
 
         def network(x: Any) -> Any:
-            z = x @ w["W1"] + w["b1"]
+            z = x[..., :d] @ w["W1"] + w["b1"]
             h = 1 - 2 / (1 + math.e ** (2 * z))  # tanh
             return ((row @ h)[:, 0] if pooled else h) @ w["W2"] + w["b2"]
 
         def network_and_vjp(x: Any) -> Any:
-            outputs, vjp = forward(theta, x, mask, pooled)
-            return outputs, lambda grad: vjp(grad)[1]
+            outputs, vjp = forward(theta, x[..., :d], mask, pooled)
+            beside = np.full((*x.shape[:-1], x.shape[-1] - d), np.nan, x.dtype)
+            return outputs, lambda grad: np.concatenate([vjp(grad)[1], beside], axis=-1)
 
         delta = self._call(
             "ascend",

@@ -274,7 +274,7 @@ def make_ascent(dtype: str, *, seed: int, divergence: str, **settings: Any) -> A
 
 
 def ascent_laws(face: Face, case: AscentCase) -> Iterator[Law]:
-    """delta in its ball, 0 at masked positions, and a small step never lowers the divergence."""
+    """delta in its ball, 0 at masked positions and where x is not finite; a small step never lowers the divergence."""
     theta, x, mask, noise, divergence, config = case
 
     def network(delta: Any) -> Array:
@@ -294,6 +294,19 @@ def ascent_laws(face: Face, case: AscentCase) -> Iterator[Law]:
     yield "inside the ball", worst(np.maximum(length / limit - 1, 0)), bound("norm", face.dtype)
     yield "masked positions stay", worst(delta[~mask]), 0.0
     yield "delta moves", float(not np.any(delta)), 0.0
+    # two features that the network does not read
+    wide, nu = (np.concatenate([z, z[..., :2]], axis=-1) for z in (x, noise))
+    wide[..., -2:] = np.nan, np.inf
+    given = config.replace(ascent_steps=2), nu if config.start == "gaussian" else noise, mask, divergence
+    found = face.ascend(theta, wide, clean, *given)
+    yield "entries that are not finite stay", worst(found[..., -2:]), 0.0
+    excess = np.maximum(_norms(found, config.norm, config.granularity) / limit - 1, 0)
+    yield "and the others are in their ball", worst(excess), bound("norm", face.dtype)
+    if config.start == "gaussian":  # a start has no rounding of the network's
+        alone = ascend(ascent_steps=0)
+        beside = face.ascend(theta, wide, clean, config.replace(ascent_steps=0), *given[1:])[..., :-2]
+        error = _by_row(beside.reshape(len(x), -1), alone.reshape(len(x), -1), _floor(face.dtype))
+        yield "and change nothing for the others", error, bound("expansion", face.dtype)
     # a step short enough for the divergence to be nearly linear, in a ball that does not stop it
     free = {"epsilon": 2.5, "sigma": 0.02, "start": "gaussian"}
     if config.start == "gaussian":

@@ -29,11 +29,12 @@ class NumPy:
     def ascend_tanh(
         self, x: Any, w1: Any, w2: Any, config: SMARTConfig, noise: Any, mask: Any, divergence: str
     ) -> tuple[np.ndarray, np.ndarray]:
-        """delta and f(x + delta), for f(x) = sum_t tanh(x W1) W2."""
+        """delta and f(x + delta), for f(x) = sum_t tanh(x W1) W2; 0 for an x that is not finite, its gradient NaN."""
 
         def forward(x: Any) -> Any:
-            h = np.tanh(x @ w1)
-            return h.sum(1) @ w2, lambda g: ((g @ w2.T)[:, None, :] * (1 - h * h)) @ w1.T
+            finite = np.isfinite(x)
+            h = np.tanh(np.where(finite, x, 0) @ w1)
+            return h.sum(1) @ w2, lambda g: np.where(finite, ((g @ w2.T)[:, None, :] * (1 - h * h)) @ w1.T, np.nan)
 
         delta = self.perturbation.ascend(forward, x, forward(x)[0], config, noise, mask, divergence)
         return delta, forward(x + delta)[0]
@@ -71,6 +72,7 @@ class Torch:
         x, w1, w2, noise, mask = map(self.tensor, (x, w1, w2, noise, mask))
 
         def forward(x: Any) -> Any:
+            x = (x * (0 * x).exp()).where(x.isfinite(), 0)  # the factor is 1, and spoils the gradient of a NaN
             return (x @ w1).tanh().sum(1) @ w2
 
         delta = self.perturbation.ascend(forward, x, forward(x), config, noise, mask, divergence)
@@ -111,6 +113,7 @@ class TensorFlow:
         x, w1, w2, noise, mask = map(self.tensor, (x, w1, w2, noise, mask))
 
         def forward(x: Any) -> Any:
+            x = self.tf.where(self.tf.math.is_finite(x), x * self.tf.exp(0 * x), 0)  # as in PyTorch
             return self.tf.reduce_sum(self.tf.tanh(x @ w1), 1) @ w2
 
         delta = self.perturbation.ascend(forward, x, forward(x), config, noise, mask, divergence)

@@ -257,3 +257,63 @@ def test_examples_do_not_depend_on_each_other(backend):
     together, _ = problem.ascend(backend, config)
     alone, _ = problem.ascend(backend, config, x=problem.x[1:2], noise=problem.noise[1:2], mask=problem.mask[1:2])
     assert alone[0] == pytest.approx(together[1], rel=1e-12)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("start", ["gaussian", "margin"])
+@pytest.mark.parametrize("scale", ["absolute", "rms"])
+def test_a_missing_feature_is_as_one_that_the_model_has_not(backend, norm, granularity, start, scale):
+    """Imputed by 0, whose gradient there is NaN: rms, norms and every other entry are those of the other features."""
+    problem, without = Problem(), Problem()
+    missing = np.array([False, True, False, False, True, False])
+    problem.x[..., missing] = np.nan, np.inf
+    problem.x[2, ..., 4] = -np.inf
+    for name in ("x", "noise"):
+        setattr(without, name, getattr(without, name)[..., ~missing])
+    without.w1 = without.w1[~missing]
+    given = {"norm": norm, "granularity": granularity, "start": start, "scale": scale, "sigma": 0.05, "eta": 0.1}
+    for steps in (0, 2):
+        config = papers(epsilon=0.1, ascent_steps=steps, **given)
+        delta, after = problem.ascend(backend, config)
+        assert np.all(delta[..., missing] == 0)
+        assert np.isfinite(after).all()
+        want, _ = without.ascend(backend, config)
+        assert np.any(want != 0)
+        assert delta[..., ~missing] == pytest.approx(want, rel=1e-6, abs=1e-9)
+
+
+@pytest.mark.parametrize("start", ["gaussian", "margin"])
+@pytest.mark.parametrize("settings", [{}, {"norm": "2"}, {"norm": "1"}, {"projection": "rescale"}])
+def test_missing_entries_of_some_rows(backend, settings, start):
+    """A missing token is a padded one, a row of nothing else stays, and the other rows are as before."""
+    problem = Problem()
+    config = papers(start=start, epsilon=0.1, sigma=0.05, eta=0.1, ascent_steps=2, **settings)
+    problem.x[0, 3], problem.x[3] = 0, 0
+    mask = np.ones((4, 5))
+    mask[0, 3] = mask[3] = 0
+    want, _ = problem.ascend(backend, config, mask=mask)
+    problem.x[0, 3], problem.x[3] = np.nan, -np.inf
+    delta, after = problem.ascend(backend, config, mask=None)
+    assert np.array_equal(delta, want)
+    assert np.all(delta[3] == 0)
+    assert np.any(delta[0] != 0)
+    assert np.isfinite(after).all()
+
+
+def test_rms_is_of_the_finite_entries(backend):
+    x = np.array([[[3.0, np.nan], [4.0, 9.0]], [[np.inf, 1.0], [7.0, -np.inf]], [[np.nan, np.nan], [np.nan, np.inf]]])
+    assert backend.call("rms", x, mask=np.array([[1, 1], [1, 1], [1, 1]])) == pytest.approx([np.sqrt(106 / 3), 5, 0])
+    assert backend.call("rms", x) == pytest.approx([np.sqrt(106 / 3), 5, 0])
+    assert backend.call("rms", x, mask=np.array([[1, 0], [0, 1], [1, 1]])) == pytest.approx([3, 7, 0])
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("start", ["gaussian", "margin"])
+def test_a_broken_gradient_at_a_finite_entry_is_not_hidden(backend, norm, granularity, start):
+    problem = Problem()
+    problem.w2[0, 1] = np.nan  # the row whose outputs have it, and so every gradient of class 1
+    config = papers(start=start, norm=norm, granularity=granularity, ascent_steps=int(start == "gaussian"))
+    delta, _ = problem.ascend(backend, config, mask=None)
+    assert np.isnan(delta).any()

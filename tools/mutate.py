@@ -77,6 +77,8 @@ ASKING = POSITIONS + "asking_leaves_nothing_behind"
 BEST = "test_torch_transformers.py::test_the_best_model_is_the_one_that_was_measured"
 MOVES = "test_training.py::test_theta_tilde_moves_every_S_steps_with_the_scheduled_beta"
 FOLLOWS = "test_config.py::test_the_ascent_goes_with_the_start_of_a_copy"
+MISSING = PURE + "rms_is_of_the_finite_entries[*]"
+BROKEN = PURE + "a_broken_gradient_at_a_finite_entry_is_not_hidden[*-margin-example-inf]"
 
 NUMPY = [
     *_of(
@@ -129,6 +131,7 @@ NUMPY = [
         ("the gradient of the clean side", "outputs, positions)[1]", "outputs, positions)[0]"),
         ("the gradient at padding is kept", "g = np.where(keep, vjp(", "g = np.where(True, vjp(", AGREES),
         ("the noise at padding is kept", "np.where(keep, _each(sigma, x)", "np.where(True, _each(sigma, x)"),
+        ("entries that are not finite are moved", "np.isfinite(x)", "np.ones_like(x, bool)", MISSING),
         ("rms counts padding", "np.where(keep, x * x, 0)", "x * x", RMS),
         ("the mean square without its root", "np.sqrt(np.sum(np.where(keep", "(np.sum(np.where(keep", RMS),
         ("the scale is ignored", 'if config.scale == "rms"', 'if config.scale == "neither"', SIGMA),
@@ -335,7 +338,14 @@ TORCH = [
         ("the gradient at x, not at x + delta", "(c + d).to(point.dtype)", "(c + 0 * d).to(point.dtype)"),
         ("the mask is ignored", "x.isfinite() & expand_mask(mask, x)", "x.isfinite()"),
         ("the gradient at padding is kept", "_step(direction.to(d.dtype).where(k, 0)", "_step(direction.to(d.dtype)"),
+        (
+            "entries that are not finite are moved",
+            "return x.isfinite() if mask is None",
+            "return x == x if mask is None",
+            MISSING,
+        ),
         ("rms counts padding", "x.where(keep, 0).square()", "x.square()"),
+        ("margin, l_inf: a NaN is hidden", "g.sign().where(~g.isnan(), g)", "g.sign()", BROKEN),
         ("the scale is ignored", 'if config.scale == "rms"', 'if config.scale == "neither"'),
         (
             "margin: away from the boundary",
