@@ -206,3 +206,18 @@ def test_second_derivatives_are_those_of_the_gradient(name, case):
     for hessian, high, low in zip(got, up, down, strict=True):
         want = (high - low) / (2 * step)
         np.testing.assert_allclose(hessian, want, atol=1e-7 * max(1.0, np.abs(want).max()))
+
+
+def test_the_third_derivative_where_a_logit_is_0():
+    """Of (sigma(a) - sigma(b)) (a - b) by a: sigma'''(a) (a - b) + 3 sigma''(a), sigma'''(0) = -1/8, sigma''(0) = 0."""
+    a, b = tf.constant([[0.0]], tf.float64), tf.constant([[0.7]], tf.float64)
+    with tf.GradientTape() as third:
+        third.watch(a)
+        with tf.GradientTape() as second:
+            second.watch(a)
+            with tf.GradientTape() as first:
+                first.watch(a)
+                value = divergences.bernoulli_symmetric_kl(a, b)
+            slope = first.gradient(value, a)
+        curvature = second.gradient(slope, a)
+    assert third.gradient(curvature, a).numpy() == pytest.approx(0.7 / 8, rel=1e-12)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import os
 import sys
 import tempfile
@@ -336,13 +337,20 @@ def trainer_rows() -> Iterator[Row]:
         yield Row(f"Trainer, {kind}", injections, found)
 
 
+def tf_rows() -> Iterator[Row]:
+    """Keras' fit, eager and as a graph."""
+    import faults_tf
+
+    return itertools.starmap(Row, faults_tf.rows())
+
+
 def main() -> int:
     """Print the table; 1 where something was left."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--backend", nargs="+", choices=["torch", "tf"], default=["torch", "tf"])
     given = parser.parse_args()
     rows: list[Row] = []
-    sources: dict[str, list[Callable[[], Iterator[Row]]]] = {"torch": [torch_rows, trainer_rows]}
+    sources: dict[str, list[Callable[[], Iterator[Row]]]] = {"torch": [torch_rows, trainer_rows], "tf": [tf_rows]}
     print("| where the exception is raised | injections | left as before |\n|---|---|---|")
     for backend in given.backend:
         for row in (row for source in sources[backend] for row in source()):
