@@ -56,6 +56,7 @@ class SMARTCallback(keras.callbacks.Callback):  # type: ignore[misc]
     Source: Jiang et al. 2020 (arXiv 1911.03437), section 3 and Algorithm 1.
 
     Example:
+        >>> import numpy as np
         >>> model = keras.Sequential(
         ...     [keras.layers.Embedding(9, 4), keras.layers.GlobalAveragePooling1D(), keras.layers.Dense(2)]
         ... )
@@ -226,6 +227,7 @@ def attach(
         order of `model.trainable_variables`.
 
     Example:
+        >>> import numpy as np
         >>> model = keras.Sequential([keras.layers.Dense(2)])
         >>> model.compile("sgd", "mse")
         >>> x, y = np.ones((4, 3), np.float32), np.ones((4, 2), np.float32)

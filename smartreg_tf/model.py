@@ -24,6 +24,7 @@ class SMARTModel(keras.Model):  # type: ignore[misc]
     Source: Jiang et al. 2020 (arXiv 1911.03437), section 3 and Algorithm 1.
 
     Example:
+        >>> import numpy as np
         >>> inner = keras.Sequential([keras.Input([3]), keras.layers.Dense(2)])
         >>> model = SMARTModel(inner, SMARTConfig(total_steps=10))
         >>> model.compile("sgd", "mse")
