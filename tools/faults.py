@@ -3,9 +3,9 @@
 python tools/faults.py [--backend torch tf]
 
 Every call of a submodule in every pass, of a hook, a function that SMART was given: one injection each (of Keras' fits
-many, `faults_tf.py` says where). After it weights, theta~, gradients, buffers, what modules keep, the random stream, the mode, hooks and files must
-be what plain training leaves when its own forward breaks off there, or has ended; and the next step must work. Prints
-the table of docs/faults.md; exit status 1 where something was left.
+many, `faults_tf.py` says where). After it weights, theta~, gradients, buffers, what modules keep, the random stream,
+the mode, hooks and files must be what plain training leaves when its own forward breaks off there, or has ended; and
+the next step must work. Prints the table of docs/faults.md; exit status 1 where something was left.
 """
 
 from __future__ import annotations

@@ -85,10 +85,12 @@ class Keeps(keras.layers.Dropout):  # type: ignore[misc]
     """Dropout that counts its calls and draws from NumPy's stream."""
 
     count = 0
+    highest = 0  # of a class: SMART does not put it back
 
     def call(self, inputs: Any, training: bool = False) -> Any:
         """Keep something, before and after what may break."""
         self.count += 1
+        Keeps.highest = max(Keeps.highest, self.count)
         np.random.rand()  # noqa: NPY002
         TRIGGER()
         return super().call(inputs, training=training)
@@ -214,7 +216,7 @@ class Case:
         """Begin anew."""
         for variable, value in zip(self.variables, self.start, strict=True):
             variable.assign(value)
-        self.keeps.count = 0
+        self.keeps.count = Keeps.highest = 0
         np.random.seed(0)  # noqa: NPY002
 
     def fit(self, at: int, more: list[Any]) -> str:
@@ -272,8 +274,8 @@ class Case:
         np.random.seed(0)  # noqa: NPY002
         np.random.rand(self.keeps.count)  # noqa: NPY002
         mine = np.random.get_state()[1:3]  # noqa: NPY002
-        calls = (steps, steps + 1) if self.eager else (0, 1)
-        left += [] if same(list(stream), list(mine)) and self.keeps.count in calls else ["NumPy's stream, a count"]
+        in_order = self.keeps.count == Keeps.highest <= (steps + 1 if self.eager else 1)  # plain training goes not back
+        left += [] if same(list(stream), list(mine)) and in_order else ["NumPy's stream, a count"]
         with tempfile.TemporaryDirectory() as folder:
             model.save_weights(f"{folder}/plain.weights.h5")
             left += [] if os.listdir(folder) == ["plain.weights.h5"] else ["a save writes more"]
