@@ -43,6 +43,9 @@ class Known:
         self.by_value: set[str] = set()  # arguments that were written into past their version, through .data, say
         self.dropped: list[str] = []  # attributes that came to lead to too much
         self.first = True
+        self.looks = (
+            3  # steps in which frozen weights are compared by value: a momentum encoder starts as what it follows
+        )
 
 
 class Kept:
@@ -182,7 +185,7 @@ class Kept:
                     self._walk(module._buffers, f"{where} ({_label(module)})", key)
                     self._slots.append(_Slot(where, key, module._parameters, _entries, _set_dict))
                     for weight in module._parameters.values():
-                        if weight is not None and not weight.requires_grad and id(weight) not in self._tensors:
+                        if weight is not None and id(weight) not in self._tensors:
                             small = self._known.first or weight.nbytes <= _LARGE or key in self._known.changing
                             self._tensors[id(weight)] = _Value(where, key, weight, small)
                     if not _is_torchs(_kind(module)):
@@ -450,6 +453,8 @@ class _Generator:
 
 
 def _clone(value: Any) -> Any:
+    if isinstance(value, nn.Parameter):
+        return value.detach().clone()
     return value.clone() if isinstance(value, Tensor) else value.copy()
 
 

@@ -62,7 +62,7 @@ class State:
         self._before: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []
         self._known = Known() if known is None else known
         self._frozen = self._frozen_weights()
-        self._versions = [(weight, weight._version, weight.data_ptr()) for weight in self._unchanging()]
+        self._versions = [(weight, weight._version, weight.data_ptr()) for weight in self._frozen_ones()]
         self.kept = Kept(self._modules, given, self._known)
 
     def settle(self, run: Callable[..., Any]) -> list[str]:
@@ -83,7 +83,8 @@ class State:
             for weight, version, at in self._versions
             if weight._version != version or weight.data_ptr() != at
         }
-        if first:
+        if self._known.looks:
+            self._known.looks -= 1
             self._known.written |= {
                 id(parameters[name])
                 for parameters, before in self._frozen
@@ -105,7 +106,11 @@ class State:
                 for (buffers, _), copied in zip(own, copies, strict=True):
                     buffers.update({name: value.clone() for name, value in copied.items()})
                 with kept.as_before(), self.kept.as_before(given_only=True) as (args, kwargs):
-                    run(*args, **kwargs)
+                    try:
+                        run(*args, **kwargs)
+                    except (RuntimeError, AssertionError):  # a forward that takes gradients
+                        with torch.enable_grad():
+                            run(*args, **kwargs)
                     moved = kept.moved()
                 again = [
                     {name for name, value in copied.items() if not alike(buffers.get(name), value)}
@@ -143,13 +148,9 @@ class State:
             before |= values
         self._before = []
 
-    def _unchanging(self) -> list[Tensor]:
-        """The frozen weights of which no copy is kept."""
-        kept = {id(parameters[name]) for parameters, before in self._frozen for name in before}
+    def _frozen_ones(self) -> list[Tensor]:
         weights = (weight for module in self._modules for weight in module._parameters.values())
-        return [
-            weight for weight in weights if weight is not None and id(weight) not in kept and _is_plainly_frozen(weight)
-        ]
+        return [weight for weight in weights if weight is not None and _is_plainly_frozen(weight)]
 
     def _frozen_weights(self) -> list[tuple[dict[str, Any], dict[str, Tensor]]]:
         """Copies of frozen weights that a forward writes into, as a momentum encoder's; in the first step, of all.
@@ -159,7 +160,7 @@ class State:
         weights = {id(w): w for module in self._modules for w in module._parameters.values() if w is not None}
         frozen = {key: w for key, w in weights.items() if _is_plainly_frozen(w)}
         trained = sum(w.nbytes for key, w in weights.items() if key not in frozen)
-        if not (self._known.first and sum(w.nbytes for w in frozen.values()) <= 2 * trained):
+        if not (self._known.looks and sum(w.nbytes for w in frozen.values()) <= 2 * trained):
             frozen = {key: w for key, w in frozen.items() if key in self._known.written}
         if not frozen:
             return []

@@ -380,8 +380,6 @@ class Momentum(Plain):
     def __init__(self, way):
         super().__init__()
         self.follower, self.way = copy.deepcopy(self.head).requires_grad_(False), way
-        with torch.no_grad():
-            self.follower.weight.mul_(0.5)
 
     def forward(self, ids):
         for k, q in zip(self.follower.parameters(), self.head.parameters(), strict=True):
@@ -412,8 +410,10 @@ def test_a_momentum_encoder_moves_once_a_batch(ids, way):
         for k, q in zip(once.follower.parameters(), once.head.parameters(), strict=True):
             k.data.mul_(0.5).add_(q.data, alpha=0.5)
         smart(ids), wanted(ids)
+        with torch.no_grad():  # a step of training: the follower was equal before it
+            for one in (model, once):
+                one.head.weight.mul_(1.5)
         assert smart.metrics["R_s"] == pytest.approx(wanted.metrics["R_s"], rel=1e-4)
-        assert smart.metrics["D_Breg"] == pytest.approx(0, abs=1e-13)
         assert torch.equal(model.follower.weight, once.follower.weight)
     before = model.follower.weight.clone()
     smart.measure(ids)
