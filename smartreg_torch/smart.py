@@ -954,7 +954,7 @@ class SMART:
             first, second = (
                 torch.autograd.grad(targets, xs, ones, retain_graph=True, allow_unused=True) for _ in range(2)
             )
-        except Exception as error:
+        except (AttributeError, IndexError, KeyError, RuntimeError) as error:  # what it has saved is gone
             raise RuntimeError(_ONE_BACKWARD) from error
         both = zip(first, second, strict=True)
         if any(a is not None and b is not None and differing([a], [b], [None]) for a, b in both):
