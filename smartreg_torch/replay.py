@@ -100,11 +100,14 @@ class State:
         with self._streams_replayed(), warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             try:
+                one_each: dict[int, Tensor] = {}
+                tied: dict[int, Tensor] = {}
                 copies = [
-                    {name: value.clone() for name, value in values.items() if value is not None} for _, values in own
+                    {name: _copy(value, one_each) for name, value in values.items() if value is not None}
+                    for _, values in own
                 ]
                 for (buffers, _), copied in zip(own, copies, strict=True):
-                    buffers.update({name: value.clone() for name, value in copied.items()})
+                    buffers.update({name: _copy(value, tied) for name, value in copied.items()})
                 with kept.as_before(), self.kept.as_before(given_only=True) as (args, kwargs):
                     try:
                         run(*args, **kwargs)

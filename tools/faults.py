@@ -11,7 +11,9 @@ the next step must work. Prints the table of docs/faults.md; exit status 1 where
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
+import io
 import itertools
 import os
 import sys
@@ -302,7 +304,8 @@ def trainer_rows() -> Iterator[Row]:
                 trainer.callback_handler.callbacks.insert(0, callback)
             trigger.arm(at)
             try:
-                trainer.train()
+                with contextlib.redirect_stdout(io.StringIO()):
+                    trainer.train()
             except Injected:
                 pass
             else:
@@ -321,7 +324,8 @@ def trainer_rows() -> Iterator[Row]:
             model(torch.ones(2, 2, dtype=torch.long))
             left += ["more than one pass"] if model.count != calls + 1 else []
             trainer.args.max_steps = steps + 2
-            trainer.train()
+            with contextlib.redirect_stdout(io.StringIO()):
+                trainer.train()
             if not trainer.smart or not trainer.smart.metrics.get("R_s", 0) > 0:
                 left.append("the next train()")
         return True, ", ".join(left)
