@@ -22,7 +22,7 @@ _PROBLEM_TYPES = {
 _SPANS = ("start_logits", "end_logits")  # a softmax over the positions
 # Masks by other names than attention_mask: what is true there is for the user to say.
 _MASKS = re.compile(r"(^|_)(masks?|pad|padding|valid)(_|$)", re.IGNORECASE)
-_OTHER_MASKS = re.compile(r"head|special|global|label|decoder|cross|span|masked|sample|class|type", re.IGNORECASE)
+_OTHER_MASKS = re.compile(r"head|special|global|label|decoder|cross|span|masked|sample|class|type|indices", re.I)
 
 
 class Head(NamedTuple):
