@@ -43,9 +43,8 @@ class Known:
         self.by_value: set[str] = set()  # arguments that were written into past their version, through .data, say
         self.dropped: list[str] = []  # attributes that came to lead to too much
         self.first = True
-        self.looks = (
-            3  # steps in which frozen weights are compared by value: a momentum encoder starts as what it follows
-        )
+        # steps in which frozen weights are compared by value: a momentum encoder starts as what it follows
+        self.looks = 3
 
 
 class Kept:
@@ -65,7 +64,6 @@ class Kept:
         self._tensors: dict[int, _Value] = {}
         self._generators: list[tuple[str, _Generator]] = []
         self._seen = {id(module) for module in modules}
-        self._modules = modules
         self._room = _MANY
         self._active: list[_Slot] | None = None  # None before the clean pass: all of them
         self._accepted: list[tuple[_Slot, Any]] = []
@@ -164,8 +162,7 @@ class Kept:
             raise _TooManyError
         if isinstance(value, (Tensor, np.ndarray)):
             if not isinstance(value, nn.Parameter):
-                small = self._known.first or key is None or value.nbytes <= _LARGE or key in self._known.changing
-                self._tensors[id(value)] = _Value(where, key, value, small)
+                self._keep_tensor(value, where, key)
         elif isinstance(value, (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)):
             self._generators.append((where, _Generator(value)))
         elif isinstance(value, tuple):
@@ -186,14 +183,17 @@ class Kept:
                     self._slots.append(_Slot(where, key, module._parameters, _entries, _set_dict))
                     for weight in module._parameters.values():
                         if weight is not None and id(weight) not in self._tensors:
-                            small = self._known.first or weight.nbytes <= _LARGE or key in self._known.changing
-                            self._tensors[id(weight)] = _Value(where, key, weight, small)
+                            self._keep_tensor(weight, where, key)
                     if not _is_torchs(_kind(module)):
                         self._walk_attributes(module, f"{where} ({_label(module)})", key)
         elif type(value).__module__.partition(".")[0] not in _FOREIGN and not isinstance(
             value, (types.FunctionType, types.BuiltinFunctionType, types.ModuleType, enum.Enum)
         ):
             self._walk_attributes(value, where, key)
+
+    def _keep_tensor(self, value: Any, where: str, key: Any) -> None:
+        copied = self._known.first or key is None or value.nbytes <= _LARGE or key in self._known.changing
+        self._tensors[id(value)] = _Value(where, key, value, copied)
 
     def _walk_attributes(self, value: Any, where: str, key: Any) -> None:
         slots = _slot_names(_kind(value))
@@ -306,15 +306,15 @@ class Kept:
             convert: is applied to the arguments' tensors.
             given_only: what modules keep stays as it is.
         """
-        slots, generators = self._slots if self._active is None else self._active, self._generators
+        swapped = convert is not None or any(value.written for value in self._tensors.values())
+        slots, generators = self._slots, self._generators
         if given_only:
             slots, generators = slots[: self._given[0]], generators[: self._given[1]]
-        if convert is not None or any(value.written for value in self._tensors.values()):
-            slots = self._slots
+        elif self._active is not None and not swapped:
+            slots = self._active
         now = [slot.get() for slot in slots]
         states = [generator.get() for _, generator in generators]
         memo: dict[int, Any] = {}
-        swapped = convert is not None or any(value.written for value in self._tensors.values())
 
         def old(value: Any) -> Any:
             if isinstance(value, tuple) and swapped:
@@ -407,7 +407,7 @@ class _Value:
     def __init__(self, where: str, key: Any, value: Any, copied: bool) -> None:
         self.where, self.key, self.value, self.written = where, key, value, False
         self.version = value._version if isinstance(value, Tensor) and not value.is_inference() else None
-        self.copy = _clone(value) if copied else None
+        self.copy = clone(value) if copied else None
         self.stands: Any = None
 
     def settle(self, everything: bool) -> bool:
@@ -427,7 +427,7 @@ class _Value:
         return self.copy is not None and not alike(self.copy, self.value)
 
     def stand_in(self) -> Any:
-        self.stands = self.value if self.copy is None else _clone(self.copy)
+        self.stands = self.value if self.copy is None else clone(self.copy)
         return self.stands
 
 
@@ -452,7 +452,8 @@ class _Generator:
             self._generator.set_state(state)
 
 
-def _clone(value: Any) -> Any:
+def clone(value: Any) -> Any:
+    """A copy of a tensor or an array, of a parameter off the graph."""
     if isinstance(value, nn.Parameter):
         return value.detach().clone()
     return value.clone() if isinstance(value, Tensor) else value.copy()

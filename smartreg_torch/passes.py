@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from smartreg_torch.kept import alike
 from smartreg_torch.replay import device_of
 from smartreg_torch.sharding import fully_sharded, reshard
 
@@ -145,8 +146,8 @@ def differing(clean: Sequence[Tensor], again: Sequence[Tensor], masks: Sequence[
             continue
         wide = torch.promote_types(z.dtype, torch.float32)
         finite = z.isfinite() & z_again.isfinite()
-        alike = finite | (z == z_again) | (z.isnan() & z_again.isnan())
-        if not bool(alike.all()):
+        same = finite | (z == z_again) | (z.isnan() & z_again.isnan())
+        if not bool(same.all()):
             return f"output {i} is finite in one and not in the other"
         apart = float((z.to(wide) - z_again.to(wide)).where(finite, 0).abs().max())
         size = float(z.to(wide).where(finite, 0).abs().max())
@@ -183,7 +184,6 @@ def first_differing_module(model: nn.Module, run: Callable[[], Any]) -> str:
         return trace
 
     for (name, tensors), (other, others) in zip(traced(), traced(), strict=False):
-        alike = name == other and len(tensors) == len(others)
-        if not alike or any(a.shape != b.shape or not torch.equal(a, b) for a, b in zip(tensors, others, strict=True)):
+        if name != other or len(tensors) != len(others) or not all(map(alike, tensors, others)):
             return name
     return ""

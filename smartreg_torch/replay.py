@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from smartreg_torch.kept import Given, Kept, Known, alike
+from smartreg_torch.kept import Given, Kept, Known, alike, clone
 
 __all__ = ["Given", "Known", "State", "device_of"]
 
@@ -61,8 +61,9 @@ class State:
         ]
         self._before: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []
         self._known = Known() if known is None else known
-        self._frozen = self._frozen_weights()
-        self._versions = [(weight, weight._version, weight.data_ptr()) for weight in self._frozen_ones()]
+        frozen = [weight for weight in theta.values() if _is_plainly_frozen(weight)]
+        self._frozen = self._frozen_weights(frozen, theta)
+        self._versions = [(weight, weight._version, weight.data_ptr()) for weight in frozen]
         self.kept = Kept(self._modules, given, self._known)
 
     def settle(self, run: Callable[..., Any]) -> list[str]:
@@ -151,27 +152,23 @@ class State:
             before |= values
         self._before = []
 
-    def _frozen_ones(self) -> list[Tensor]:
-        weights = (weight for module in self._modules for weight in module._parameters.values())
-        return [weight for weight in weights if weight is not None and _is_plainly_frozen(weight)]
-
-    def _frozen_weights(self) -> list[tuple[dict[str, Any], dict[str, Tensor]]]:
+    def _frozen_weights(
+        self, frozen: list[Tensor], theta: Mapping[str, Tensor]
+    ) -> list[tuple[dict[str, Any], dict[str, Tensor]]]:
         """Copies of frozen weights that a forward writes into, as a momentum encoder's; in the first step, of all.
 
         Where they are far more than the trained ones, as under adapters, only of those that were seen to change.
         """
-        weights = {id(w): w for module in self._modules for w in module._parameters.values() if w is not None}
-        frozen = {key: w for key, w in weights.items() if _is_plainly_frozen(w)}
-        trained = sum(w.nbytes for key, w in weights.items() if key not in frozen)
-        if not (self._known.looks and sum(w.nbytes for w in frozen.values()) <= 2 * trained):
-            frozen = {key: w for key, w in frozen.items() if key in self._known.written}
-        if not frozen:
+        size = sum(weight.nbytes for weight in frozen)
+        every = self._known.looks and size <= 2 * (sum(weight.nbytes for weight in theta.values()) - size)
+        copied = {id(weight) for weight in frozen if every or id(weight) in self._known.written}
+        if not copied:
             return []
         copies: dict[int, Tensor] = {}
         found = []
         for module in self._modules:
             before = {
-                name: _copy(w, copies) for name, w in module._parameters.items() if w is not None and id(w) in frozen
+                name: _copy(w, copies) for name, w in module._parameters.items() if w is not None and id(w) in copied
             }
             if before:
                 found.append((module._parameters, before))
@@ -193,8 +190,8 @@ class State:
                 copies: dict[int, Tensor] = {}
                 for buffers, before in self._buffers:
                     buffers.update({name: _copy(buffer, copies) for name, buffer in before.items()})
-                for parameters, values in zip(frozen, self._frozen, strict=True):
-                    parameters[0].update({name: _parameter(value, copies) for name, value in values[1].items()})
+                for parameters, before in self._frozen:
+                    parameters.update({name: _parameter(value, copies) for name, value in before.items()})
                 self._set_modes(self._modes)
                 with self.kept.as_before(convert) as given:
                     yield given
@@ -212,9 +209,8 @@ class State:
 
     @contextmanager
     def _streams_replayed(self) -> Iterator[None]:
-        kind = next((device.type for device in self._devices), "cuda")
         streams = (np.random.get_state(), random.getstate())  # noqa: NPY002
-        with torch.random.fork_rng(list(self._devices), device_type=kind), torch.autocast(*self._autocast):
+        with self.kept_streams(), torch.autocast(*self._autocast):
             try:
                 torch.set_rng_state(self._streams[0])
                 np.random.set_state(self._streams[1])  # noqa: NPY002
@@ -247,7 +243,7 @@ def _is_plainly_frozen(weight: Tensor) -> bool:
 def _copy(value: Tensor, copies: dict[int, Tensor]) -> Tensor:
     """A copy, the same one for the same tensor."""
     if id(value) not in copies:
-        copies[id(value)] = value.detach().clone() if isinstance(value, nn.Parameter) else value.clone()
+        copies[id(value)] = clone(value)
     return copies[id(value)]
 
 

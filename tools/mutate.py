@@ -493,8 +493,8 @@ TORCH = [
         ("Python's random stream is not put back", "random.setstate(streams[1])", "pass", BROKEN_OFF),
         (
             "torch's random stream is not put back",
-            "torch.random.fork_rng(list(self._devices), device_type=kind), torch.autocast",
-            "torch.random.fork_rng([], False), torch.autocast",
+            "with self.kept_streams(), torch.autocast",
+            "with torch.autocast",
             BROKEN_OFF,
         ),
         (
@@ -755,7 +755,7 @@ TORCH = [
         ),
         (
             "one copy of an input for all passes",
-            "self.stands = self.value if self.copy is None else _clone(self.copy)",
+            "self.stands = self.value if self.copy is None else clone(self.copy)",
             "self.stands = self.value if self.copy is None else self.copy",
             REPEATS + "an_input_that_is_written_into",
         ),
@@ -773,14 +773,14 @@ TORCH = [
         ),
         (
             "frozen weights move in every pass",
-            "parameters[0].update({name: _parameter(value, copies)",
-            "parameters[0].update({} if True else {name: _parameter(value, copies)",
+            "parameters.update({name: _parameter(value, copies)",
+            "parameters.update({} if True else {name: _parameter(value, copies)",
             REPEATS + "a_momentum_encoder_moves_once_a_batch",
         ),
         (
             "a shared buffer is copied twice",
-            "    if id(value) not in copies:\n        copies[id(value)] = value.detach()",
-            "    if True:\n        copies[id(value)] = value.detach()",
+            "    if id(value) not in copies:\n        copies[id(value)] = clone",
+            "    if True:\n        copies[id(value)] = clone",
             REPEATS + "state_in_odd_places[SharedBuffer]",
         ),
         (
