@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from keras import layers
 from paper_settings import papers
+from test_tf_life import attributes
 
 from smartreg_tf import SMARTCallback, attach
 
@@ -31,15 +32,6 @@ def small():
 
 def numbers(variables):
     return [np.array(variable) for variable in variables]
-
-
-def attributes(model):
-    return {
-        (place, name): value
-        for place, owner in enumerate(model._flatten_layers())
-        for name, value in vars(owner).items()
-        if name not in ("history", "_eval_epoch_iterator")
-    }
 
 
 class Life(RuleBasedStateMachine):
