@@ -1,8 +1,9 @@
-"""What SMART chose and why, as a text that a person reads: `describe()` of every backend."""
+"""What SMART chose and found, as a person or an observer reads it: the same in every backend."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 
 class Choice(NamedTuple):
@@ -52,3 +53,104 @@ class Description(dict[str, Choice]):
         """
         rows = (f"| {name} | `{value}` | {why} |" for name, (value, why) in self.items())
         return "\n".join(["| | | chosen because |", "|---|---|---|", *rows])
+
+
+class StepSeen(NamedTuple):
+    """One training step as an observer, `on_step=`, sees it.
+
+    The tensors are detached ones on the device in PyTorch, and NumPy arrays in Keras. A list of a term that the step
+    does not have (lambda_s or mu is 0 in it) is empty.
+
+    Attributes:
+        step: the number of the optimiser step that follows, from 1.
+        x: the embeddings, (n, ..., d), one entry for each run of the site.
+        delta: the perturbation of each run.
+        mask: the mask of each run, true at positions that may be perturbed, or None.
+        outputs: f(x; theta), (n, ..., C), one entry for each head.
+        perturbed: f(x + delta; theta) of each head.
+        teacher: f(x; theta~) of each head.
+        positions: the mask of each head's positions, true at those that count, or None.
+        sample_weight: w_i of each head, or None.
+        divergences: the name of l_s of each head.
+        metrics: R_s, D_Breg, max_delta and vanished, as far as the step has them, and the penalty; beta if theta~ has
+            moved.
+    """
+
+    step: int
+    x: list[Any]
+    delta: list[Any]
+    mask: list[Any]
+    outputs: list[Any]
+    perturbed: list[Any]
+    teacher: list[Any]
+    positions: list[Any]
+    sample_weight: list[Any]
+    divergences: list[str]
+    metrics: dict[str, float]
+
+    def tensors(self) -> dict[str, Any]:
+        """Name every tensor by its list and place; what is None is left out.
+
+        Example:
+            >>> seen = StepSeen(1, ["x"], ["d"], [None], ["z"], ["z~"], [], [None], [None], ["symmetric_kl"], {})
+            >>> seen.tensors()
+            {'x/0': 'x', 'delta/0': 'd', 'outputs/0': 'z', 'perturbed/0': 'z~'}
+        """
+        named = self._asdict()
+        return {
+            f"{name}/{k}": tensor
+            for name in StepSeen._fields[1:-2]
+            for k, tensor in enumerate(named[name])
+            if tensor is not None
+        }
+
+
+Observer = Callable[[StepSeen], Any]
+
+
+def warn_of(found: Mapping[str, float], start: str, precision: str = "the embeddings' dtype") -> dict[str, str]:
+    """Word what is wrong with a step that is finite, by "vanished" and "still"; empty if nothing is.
+
+    Args:
+        found: max_delta, and vanished: the fraction of the entries with delta != 0 in which x + delta == x.
+        start: of the configuration.
+        precision: that of x.
+
+    Example:
+        >>> list(warn_of({"max_delta": 0.0, "vanished": 0.0}, "margin"))
+        ['still']
+    """
+    said = {}
+    vanished = found.get("vanished", 0.0)
+    if vanished > 0.5:
+        said["vanished"] = (
+            f"SMART: adding the perturbation leaves {vanished:.0%} of the entries as they were: it is below the "
+            f"precision of {precision}, and R_s measures nothing there. Use a larger epsilon, or, if that is half "
+            "precision, precision='float32'."
+        )
+    if start == "margin" and found.get("max_delta") == 0:
+        said["still"] = (
+            "SMART: nothing is perturbed, max|delta| is 0: no gradient reaches a position that the mask leaves. Is "
+            "the mask true at padding? print(smart.describe()) says which one it is."
+        )
+    return said
+
+
+def not_finite(step: int, first: str, found: Mapping[str, float]) -> str:
+    """Word the error of a step whose penalty is NaN or infinite.
+
+    Args:
+        step: the number of the optimiser step that follows, from 1.
+        first: the pass in which the first such values are: clean, ascent, teacher, perturbed or divergence.
+        found: R_s, D_Breg and max_delta, those that are known.
+
+    Example:
+        >>> not_finite(3, "clean", {"R_s": float("nan")})[:68]
+        'SMART: the penalty of step 3 is not finite (R_s = nan); the first va'
+    """
+    values = ", ".join(f"{name} = {found[name]:g}" for name in ("R_s", "D_Breg", "max_delta") if name in found)
+    return (
+        f"SMART: the penalty of step {step} is not finite{f' ({values})' if values else ''}; the first values that are "
+        f"not finite are in the {first} pass. Look at the learning rate and the loss before it, or let such steps go "
+        "without a penalty: SMARTConfig(non_finite='skip')."
+    )

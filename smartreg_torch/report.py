@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from smartreg.recording import Recorder
+from smartreg.report import StepSeen
 from smartreg_torch.site import Call, shift
 
 
@@ -69,3 +71,24 @@ def observed(calls: list[Call], deltas: list[Tensor]) -> tuple[dict[str, Tensor]
     if own != next_layer:
         found["vanished in the next layer"] = lost(next_layer)
     return found, next_layer[0]
+
+
+def record(recorder: Recorder, seen: StepSeen, distance: float | None) -> None:
+    """Copy a step into main memory for the recorder, half precision as float32, and write when all steps are there.
+
+    Args:
+        distance: max|theta - theta~|; None if mu = 0.
+    """
+    tensors = seen.tensors()
+    wide = {
+        name: torch.promote_types(z.dtype, torch.float32 if z.is_floating_point() else z.dtype)
+        for name, z in tensors.items()
+    }
+    recorder.add(
+        {name: z.detach().to("cpu", wide[name], copy=True).numpy() for name, z in tensors.items()},
+        seen.metrics | {"step": seen.step - 1} | ({} if distance is None else {"distance": distance}),
+        {name: str(z.dtype).removeprefix("torch.") for name, z in tensors.items()},
+        [{"divergence": name, "weight": 1.0, "by_weights": False} for name in seen.divergences],
+    )
+    if recorder.full:
+        recorder.write()

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from smartreg.config import SMARTConfig, SMARTWarning
-from smartreg.recording import Recorder, flat
-from smartreg.report import Choice, Description
+from smartreg.recording import Recorder
+from smartreg.report import Choice, Description, Observer, StepSeen, not_finite, warn_of
 from smartreg_torch.divergences import DIVERGENCES
 from smartreg_torch.lean import Afterwards, check_backward, check_no_graph
 from smartreg_torch.outputs import (
@@ -46,7 +46,7 @@ from smartreg_torch.passes import (
 from smartreg_torch.perturbation import ascend
 from smartreg_torch.proximal import bregman_divergence, ema_update, local, mean_examples, momentum, swapped
 from smartreg_torch.replay import Given, Known, State, device_of
-from smartreg_torch.report import Report, observed
+from smartreg_torch.report import Report, observed, record
 from smartreg_torch.sharding import check_sharding, fully_sharded, is_sharded, reshard
 from smartreg_torch.site import Call, Site, argument_names, shift
 
@@ -54,6 +54,7 @@ Precision = Literal["float32", "model"]
 Masks = str | Callable[..., Tensor | Sequence[Tensor | None]]
 
 
+_FOUND = ("R_s", "D_Breg", "vanished", "max_delta")
 _ONE_BACKWARD = (
     "SMART: the model's backward frees or overwrites what it needs, as some fused kernels do, and the margin start "
     "runs it once before yours: your gradients would be wrong. Say SMARTConfig(start='gaussian')"
@@ -113,6 +114,8 @@ class SMART:
             `smartreg.recording.compare_run`; it must not exist yet, so that no old run is taken for this one. It is
             written after the last of them, or with fewer at `remove()` or when the run ends. Training stays the same,
             bit for bit; the tensors of those steps are kept in main memory.
+        on_step: is called with a `smartreg.report.StepSeen` after each training step that had a penalty: delta, the
+            outputs of all passes and what was found, off the graph and on the device. An exception in it propagates.
 
     Attributes:
         step: optimiser steps taken, counted by `update`.
@@ -159,6 +162,7 @@ class SMART:
         lean: bool = False,
         record: str | os.PathLike[str] | None = None,
         record_steps: int = 10,
+        on_step: Observer | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"SMART: model must be a torch.nn.Module, got {type(model).__name__}")
@@ -170,6 +174,8 @@ class SMART:
             raise TypeError(f"SMART: class_axis must be a whole number, got {class_axis!r}")
         if precision not in get_args(Precision):
             raise ValueError(f"SMART: precision must be 'float32' or 'model', got {precision!r}")
+        if on_step is not None and not callable(on_step):
+            raise TypeError(f"SMART: on_step must be a function of one StepSeen, got {on_step!r}")
         if not isinstance(lean, bool):
             raise TypeError(f"SMART: lean must be True or False, got {lean!r}")
         if any(map(nn.parameter.is_lazy, model.parameters())):
@@ -228,6 +234,7 @@ class SMART:
         self._removed = False
         self._theta: dict[str, nn.Parameter] | None = None  # since the last call, until update()
         self._recorder: Recorder | None = None
+        self._on_step = on_step
         try:
             self.config = config
             if record is not None:
@@ -305,8 +312,13 @@ class SMART:
         self._report = Report(self.step + 1, step.terms | found | {"penalty": penalty}, step.stages, dtype)
         if lambda_s > 0:
             self._smooth_report = self._report
-        if self._recorder is not None and not self._recorder.done:
-            self._record(step, sample_weight)
+        recorder = None if self._recorder is None or self._recorder.done else self._recorder
+        if recorder is not None or self._on_step is not None:
+            seen = self._seen(step, sample_weight)
+            if recorder is not None:
+                record(recorder, seen, _distance(theta, self.teacher) if config.mu > 0 else None)
+            if self._on_step is not None:
+                self._on_step(seen)
         if config.non_finite == "skip" and not self._report.is_finite:
             self._skipped += 1
             penalty = _zero(self.model)
@@ -604,12 +616,11 @@ class SMART:
         return self._found() | {"skipped": float(self._skipped)}
 
     def _found(self) -> dict[str, float]:
-        names = ("R_s", "D_Breg", "vanished", "max_delta")
         values: dict[str, float] = {}
         for report in (self._smooth_report, self._report):
             values |= {} if report is None else report.values
         beta = {} if self._beta is None else {"beta": self._beta}
-        return {name: values[name] for name in names if name in values} | beta
+        return {name: values[name] for name in _FOUND if name in values} | beta
 
     @contextmanager
     def swap_teacher(self) -> Iterator[None]:
@@ -709,16 +720,16 @@ class SMART:
         self.remove()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Everything but the hooks on an optimiser, the recording, and what is left of the last step."""
+        """Everything but the hooks on an optimiser, the recording and observer, and what is left of the last step."""
         state = dict(vars(self))
-        state |= {"_optimizer_hooks": [], "_recorder": None, "_theta": None}
+        state |= {"_optimizer_hooks": [], "_recorder": None, "_on_step": None, "_theta": None}
         state |= {
             "_generator": None if self._generator is None else (self._generator.device, self._generator.get_state())
         }
         return state | {"_weight_then": None, "_known": Known(), "_stamps": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
+        vars(self).update({"_on_step": None} | state)
         if state["_generator"] is not None:
             device, stream = state["_generator"]
             self._generator = torch.Generator(device)
@@ -1005,32 +1016,25 @@ class SMART:
             "pass it as an argument, or draw random numbers from torch's, NumPy's or Python's global stream"
         )
 
-    def _record(self, step: _Step, sample_weight: Tensor | None) -> None:
-        assert self._recorder is not None
-        stages = step.stages
-        tensors = flat(
-            {
-                "x": [call.x for call in step.calls],
-                "delta": stages.get("ascent", []),
-                "mask": step.masks if step.calls else [],
-                "outputs": stages["clean"],
-                "perturbed": stages.get("perturbed", []),
-                "teacher": stages.get("teacher", []),
-                "positions": step.positions,
-                "sample_weight": [sample_weight] * len(step.positions),
-            }
+    def _seen(self, step: _Step, sample_weight: Tensor | None) -> StepSeen:
+        """What an observer sees of a step; reading what was found waits for the device."""
+        assert self._report is not None
+        metrics = {name: self._report.values[name] for name in _FOUND if name in self._report.values}
+        metrics |= {} if self._beta is None else {"beta": self._beta}
+        stages = {name: [z.detach() for z in tensors] for name, tensors in step.stages.items()}
+        return StepSeen(
+            step=self.step + 1,
+            x=[call.x.detach() for call in step.calls],
+            delta=stages.get("ascent", []),
+            mask=step.masks if step.calls else [],
+            outputs=stages["clean"],
+            perturbed=stages.get("perturbed", []),
+            teacher=stages.get("teacher", []),
+            positions=step.positions,
+            sample_weight=[sample_weight] * len(step.positions),
+            divergences=self._divergences(stages["clean"]),
+            metrics=metrics | {"penalty": self._report.values["penalty"]},
         )
-        reported = self._found() | {"penalty": float(step.penalty.detach()), "step": self.step}
-        if self.config.mu > 0:
-            reported["distance"] = _distance(self._parameters(), self.teacher)
-        self._recorder.add(
-            {name: _array(tensor) for name, tensor in tensors.items()},
-            reported,
-            {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in tensors.items()},
-            [{"divergence": name, "weight": 1.0, "by_weights": False} for name in self._divergences(stages["clean"])],
-        )
-        if self._recorder.full:
-            self._recorder.write()
 
     def _judge(self) -> None:
         """Warn of the last step, or raise, if that was not done."""
@@ -1039,34 +1043,17 @@ class SMART:
             return
         report.judged = True
         stages, report.stages = report.stages, {}
-        vanished = report.values.get("vanished in the next layer", report.values.get("vanished", 0.0))
-        if vanished > 0.5:
-            self._warn(
-                "vanished",
-                f"SMART: adding the perturbation leaves {vanished:.0%} of the entries as they were: it is below "
-                f"the precision of {report.dtype}, and R_s measures nothing there. Use a larger epsilon, or where that "
-                "is half precision, precision='float32'.",
-            )
-        if self.config.start == "margin" and report.values.get("max_delta") == 0:
-            self._warn(
-                "still",
-                "SMART: nothing is perturbed, max|delta| is 0: no gradient reaches a position that the mask leaves. Is "
-                "the mask true at padding? print(smart.describe()) says which one it is.",
-            )
+        found = dict(report.values)
+        found["vanished"] = found.get("vanished in the next layer", found.get("vanished", 0.0))
+        for what, message in warn_of(found, self.config.start, str(report.dtype)).items():
+            self._warn(what, message)
         if self.config.non_finite == "skip" or report.is_finite:
             return
         first = next(
             (name for name, tensors in stages.items() if not all(bool(z.isfinite().all()) for z in tensors)),
             "divergence",
         )
-        values = ", ".join(
-            f"{name} = {report.values[name]:g}" for name in ("R_s", "D_Breg", "max_delta") if name in report.values
-        )
-        raise FloatingPointError(
-            f"SMART: the penalty of step {report.step} is not finite ({values}); the first values that are not "
-            f"finite are in the {first} pass. Look at the learning rate and the loss before it, or let such steps go "
-            "without a penalty: SMARTConfig(non_finite='skip')."
-        )
+        raise FloatingPointError(not_finite(report.step, first, report.values))
 
     def _check_updates(self, theta: Mapping[str, nn.Parameter]) -> None:
         """Warn once if the weights move and no step is counted. Batches that are accumulated do not move them."""
@@ -1192,12 +1179,6 @@ def _shapes(arguments: Mapping[str, Any]) -> list[torch.Size]:
 
 def _is_distributed() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-def _array(tensor: Tensor) -> Any:
-    """A copy in main memory, half precision as float32."""
-    wide = torch.promote_types(tensor.dtype, torch.float32) if tensor.is_floating_point() else tensor.dtype
-    return tensor.detach().to("cpu", wide, copy=True).numpy()
 
 
 @torch.no_grad()
