@@ -21,7 +21,7 @@ import json
 import math
 import random
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -43,6 +43,7 @@ BATCHES = (1, 2, 4, 8, 16)
 LENGTHS = (16, 32, 64, 128)
 BATCH, LENGTH = 4, 32  # where another thing is changed
 ASCENT_STEPS = range(6)
+PANELS = ("batch", "length", "T_x", "parameters, M")
 SIZES = ((2, 32), (2, 128), (4, 256), (4, 512), (8, 512), (12, 768))  # layers, width; the last is BERT-base
 STARTS = ("paper's start", "margin start")
 METHODS = [f"SMART, {start}: {terms}" for start in STARTS for terms in ("R_s", "R_s + MBPP")]
@@ -91,12 +92,15 @@ def point_of_size(layers: int, width: int, device: str) -> Point:
     return point(sum(weight.numel() for weight in model.parameters()) / 1e6, model, BATCH, LENGTH)
 
 
-def panels(device: str) -> Iterator[tuple[str, list[Point]]]:
+def points_of(panel: str, device: str) -> list[Point]:
+    if panel == "parameters, M":
+        return [point_of_size(*size, device) for size in SIZES]
     minilm = make_model("minilm").to(device)
-    yield "batch", [point(batch, minilm, batch, LENGTH) for batch in BATCHES]
-    yield "length", [point(length, minilm, BATCH, length) for length in LENGTHS]
-    yield "T_x", [point_of_ascent(T_x, minilm) for T_x in ASCENT_STEPS]
-    yield "parameters, M", [point_of_size(*size, device) for size in SIZES]
+    if panel == "batch":
+        return [point(batch, minilm, batch, LENGTH) for batch in BATCHES]
+    if panel == "length":
+        return [point(length, minilm, BATCH, length) for length in LENGTHS]
+    return [point_of_ascent(T_x, minilm) for T_x in ASCENT_STEPS]
 
 
 def measure(points: list[Point], rounds: int) -> None:
@@ -183,7 +187,7 @@ def report(console: Console, name: str, points: list[Point]) -> None:
 def draw(found: dict[str, list[Point]], file: Path) -> None:
     """A panel a thing that is changed: medians and quartiles, and the floors dotted."""
     figure, axes = plt.subplots(2, 2, figsize=(9, 7))
-    for axis, (name, points) in zip(axes.flat, found.items(), strict=True):
+    for axis, (name, points) in zip(axes.flat, found.items(), strict=False):
         x = [p.at for p in points]
         rows = [summarise(p.rounds, p.floors) for p in points]
         for method in list(points[0].steps)[1:]:
@@ -208,6 +212,7 @@ def draw(found: dict[str, list[Point]], file: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="How the cost of SMART grows: batch, length, T_x, size of the model.")
     add = parser.add_argument
+    add("--panel", nargs="+", choices=PANELS, default=list(PANELS))
     add("--rounds", type=int, default=9)
     add("--threads", type=int, default=2)
     add("--device", default="cpu")
@@ -220,7 +225,8 @@ def main() -> None:
     for file in (args.json, args.figure):
         file.parent.mkdir(parents=True, exist_ok=True)
     console, found = Console(highlight=False, width=130), {}
-    for name, points in panels(args.device):
+    for name in args.panel:
+        points = points_of(name, args.device)
         measure(points, args.rounds)
         report(console, name, points)
         found[name] = points
