@@ -1,4 +1,4 @@
-"""The largest disagreement of any two backends over thousands of hypothesis examples, as the table of docs/backends.md.
+"""Search thousands of hypothesis examples for the largest disagreement of two backends: the table of docs/backends.md.
 
 python tools/disagreement.py               # prints the table, and puts it into docs/backends.md
 python tools/disagreement.py --examples 50 --no-write
@@ -30,7 +30,7 @@ DTYPES = ("float32", "float64")
 
 
 def results(face: Face, function: str, case: Any) -> Iterator[tuple[str, Any]]:
-    """What a backend gives on a case: (name, array)."""
+    """Yield what a backend gives on a case: (name, array)."""
     if function in DIVERGENCES:
         yield function, face.value(function, case.a, case.b, case.mask)[:, None]
         for gradient in face.grad(function, case.a, case.b, case.mask):
@@ -49,7 +49,7 @@ def results(face: Face, function: str, case: Any) -> Iterator[tuple[str, Any]]:
 
 
 def cases(function: str, dtype: str) -> Any:
-    """The strategy of a function's cases."""
+    """Return the strategy of a function's cases."""
     if function in DIVERGENCES:
         return strategies.pairs(function, dtype)
     if function == "bregman_divergence":
@@ -60,7 +60,7 @@ def cases(function: str, dtype: str) -> Any:
 
 
 def search(function: str, dtype: str, examples: int, backends: dict[str, Any], worst: dict[Any, float]) -> int:
-    """Look for the worst example of one function in one type; the number of examples seen."""
+    """Look for the worst example of one function in one type. Return the number of examples seen."""
     faces = {name: Face(backend, dtype) for name, backend in backends.items()}
     count = 0
 
@@ -104,8 +104,8 @@ def main() -> None:
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     units = " and ".join(f"{eps(dtype):.2g}" for dtype in DTYPES)
     text = (
-        f"The largest disagreement over {count:,} hypothesis examples, searched for the worst, in units in the last\n"
-        f"place of the largest entry of a row ({units} of it). `tox run -e nightly` prints it\n"
+        f"The largest disagreement over {count:,} hypothesis examples, searched for the worst. The unit is one in the\n"
+        f"last place of the largest entry of a row ({units} of it). `tox run -e nightly` prints the table\n"
         "and puts it here.\n\n" + "\n".join(lines)
     )
     print(text)
