@@ -318,7 +318,7 @@ def clips_outputs():
 
 REFUSED = {
     "XLNet": xlnet,
-    "multiple choice (`BertForMultipleChoice` and its kin)": multiple_choice,
+    "multiple choice (such as `BertForMultipleChoice`)": multiple_choice,
     "time-major tokens, (tokens, n), with outputs (n, C)": lambda: own("time"),
     "`inputs_embeds=` in place of `input_ids`": given_embeddings,
     "the embedding under `no_grad`": lambda: own("no_grad"),
@@ -361,7 +361,7 @@ def page(cells, said, refused):
         table="\n".join(lines),
         count=len(ARCHITECTURES),
         said="\n\n".join(
-            f"{name}: `SMART(model, config, {ARCHITECTURES[name].said})`, without which\n\n```\n{said[name]}\n```"
+            f"{name}: `SMART(model, config, {ARCHITECTURES[name].said})`. Without it:\n\n```\n{said[name]}\n```"
             for name in SAID
         ),
         refused="\n\n".join(f"{case}:\n\n```\n{refused[case]}\n```" for case in REFUSED),
@@ -386,18 +386,18 @@ TEXT = """# Which models work
 
 <!-- python tools/make_architectures.py writes this page from the runs of tests/test_torch_matrix.py -->
 
-{count} architectures in PyTorch, with tiny random weights: the tests run every cell, and this page is what came out.
-The site and the outputs are what SMART finds by itself, except where the next section says otherwise. Others should
-work that have one embedding or take floating-point input, with the batch on the first axis of both it and the logits,
-and the classes on the last axis of the logits; where SMART cannot tell, it asks.
+The table has {count} architectures in PyTorch, with tiny random weights. The tests run every cell, and write this page.
+SMART finds the site and the outputs by itself, except for the architectures of the next section. Others should
+work if they have one embedding or take floating-point input. The batch must be on the first axis of both it and the
+logits, and the classes on the last axis of the logits. If SMART cannot tell, it asks.
 
-- *site*: where the perturbation enters. `input` is what the model is given: pixels.
+- *site*: where the perturbation enters. `input` is what the model is given, such as pixels.
 - *outputs*: what is compared. n is the batch; there are 7 tokens, 31 in the vocabulary, 3 classes.
 - *train step*: two AdamW steps on loss + penalty. All is finite, R_s and D_Breg are positive, the weights move.
-- *accumulation*: the gradient of two micro-batches is that of the whole batch, with dropout off, whose masks are drawn
-  by batch.
-- *checkpointing*: with `gradient_checkpointing_enable(gradient_checkpointing_kwargs={{"use_reentrant": False}})` (since
-  transformers 5 also called `activation_checkpointing_enable`) the penalty's gradient is the same.
+- *accumulation*: the gradient of two micro-batches is that of the whole batch. Dropout is off, because its masks are
+  drawn by batch.
+- *checkpointing*: with `gradient_checkpointing_enable(gradient_checkpointing_kwargs={{"use_reentrant": False}})` the
+  penalty's gradient is the same. Transformers 5 also calls it `activation_checkpointing_enable`.
 - *autocast*: in bfloat16 autocast the penalty and its gradient are those of float32.
 
 {table}
@@ -405,21 +405,19 @@ and the classes on the last axis of the logits; where SMART cannot tell, it asks
 `T5Classifier`, `SentenceBERT` (one BERT over two texts), `Siamese`, `LSTM` and the CNN (`Sequential`) are modules of
 our own, in tests/architectures.py.
 
-## What has to be said
+## Architectures that need an argument
 
 {said}
 
-Longformer needs nothing said where the tokenizer pads with `pad_to_multiple_of=config.attention_window` (which is 4
-here), nor does Wav2Vec2 where the feature encoder is frozen, as it usually is: then the waveform is perturbed.
+Longformer needs no argument if the tokenizer pads with `pad_to_multiple_of=config.attention_window` (which is 4 here).
+Nor does Wav2Vec2 if the feature encoder is frozen, as it usually is: then the waveform is perturbed.
 
-## What does not work
-
-Each of these ends with the message below it.
+## What does not work, and its message
 
 {refused}
 
-What SMART cannot see, in a model of one's own: time on the first axis of the site and of the outputs. Classes on axis
-1, (n, C, tokens), are found by the shape of x, the mask, the labels or the config; if these say nothing, SMART asks for
+In a model of one's own SMART cannot see time on the first axis of the site and of the outputs. It finds classes on axis
+1, (n, C, tokens), by the shape of x, the mask, the labels or the config. If these say nothing, SMART asks for
 `class_axis=`. What the Trainer refuses is in [trainer.md](trainer.md).
 """
 
@@ -441,7 +439,7 @@ def test_an_architecture(name, column, written):
 @pytest.mark.parametrize("name", SAID)
 def test_what_has_to_be_said_is_asked_for(name, written):
     told = message(lambda: without_what_is_said(name))
-    assert f"{ARCHITECTURES[name].said})`, without which\n\n```\n{told}\n```" in written[0]
+    assert f"{ARCHITECTURES[name].said})`. Without it:\n\n```\n{told}\n```" in written[0]
 
 
 @pytest.mark.parametrize("case", REFUSED)

@@ -1,4 +1,4 @@
-"""Writes docs/architectures.md from a run of the tests' own functions, which check what they write; about a minute.
+"""Write docs/architectures.md from a run of the tests' own functions, which check what they write: about a minute.
 
 python tools/make_architectures.py
 """
