@@ -52,6 +52,21 @@ def last_early_step(config: SMARTConfig) -> float:
     return round(config.early_fraction * (config.total_steps or 0), 9)
 
 
+def moves(step: Any, config: SMARTConfig) -> Any:
+    """Whether theta~ moves after this optimiser step: after every S of them, S = `proximal_steps`.
+
+    Args:
+        step: optimiser steps taken so far, this one included; a number or a tensor of any backend.
+
+    Source: paper, Algorithm 1, lines 4 and 14.
+
+    Example:
+        >>> [moves(step, SMARTConfig(proximal_steps=2, mu=0)) for step in (1, 2, 3, 4)]
+        [False, True, False, True]
+    """
+    return step % config.proximal_steps == 0
+
+
 def ema_update(teacher: Mapping[str, Array], theta: Mapping[str, Array], beta: float) -> dict[str, Array]:
     """theta~ <- (1 - beta) theta + beta theta~, kept in float32 or wider.
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -14,7 +13,7 @@ from smartreg.proximal import momentum
 from smartreg_torch.divergences import DIVERGENCES
 from smartreg_torch.perturbation import output_mask
 
-__all__ = ["bregman_divergence", "ema_update", "local", "mean_examples", "momentum", "swapped"]
+__all__ = ["bregman_divergence", "ema_update", "local", "mean_examples", "momentum"]
 
 
 @torch.no_grad()
@@ -75,42 +74,6 @@ def mean_examples(values: Tensor, sample_weight: Tensor | None = None) -> Tensor
             f"sample_weight must have one weight an example, {tuple(values.shape)}, got {tuple(sample_weight.shape)}"
         )
     return (values * sample_weight.to(values)).mean()
-
-
-@contextmanager
-def swapped(theta: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> Iterator[None]:
-    """The parameters theta hold the values of theta~ inside the block.
-
-    The tensors themselves stay, only their storage changes: tied weights, references that modules keep of their own
-    and a graph recorded outside the block are all as they should be. Sharded ones (DTensors) keep the storage too,
-    which fully_shard gathers from, and change what is in it.
-
-    Example:
-        >>> w = torch.nn.Parameter(torch.tensor(1.0))
-        >>> with swapped({"w": w}, {"w": torch.tensor(2.0)}):
-        ...     print(w.item())
-        2.0
-        >>> w.item()
-        1.0
-    """
-
-    def put(values: Mapping[str, Tensor]) -> None:
-        for name, value in values.items():
-            if hasattr(theta[name], "to_local"):
-                local(theta[name]).copy_(local(value))
-            else:
-                theta[name].data = value.to(theta[name])
-
-    kept = {name: theta[name].data for name in teacher}
-    kept = {name: data.clone() if hasattr(data, "to_local") else data for name, data in kept.items()}
-    cached = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(False)  # its half-precision copies are of theta
-    try:
-        put(teacher)
-        yield
-    finally:
-        torch.set_autocast_cache_enabled(cached)
-        put(kept)
 
 
 def local(tensor: Tensor) -> Tensor:

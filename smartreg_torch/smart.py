@@ -6,7 +6,7 @@ import os
 import sys
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from types import TracebackType
 from typing import Any, Literal, NamedTuple, Self, get_args
@@ -44,11 +44,12 @@ from smartreg_torch.passes import (
     widened,
 )
 from smartreg_torch.perturbation import ascend
-from smartreg_torch.proximal import bregman_divergence, ema_update, local, mean_examples, momentum, swapped
+from smartreg_torch.proximal import bregman_divergence, mean_examples
 from smartreg_torch.replay import Given, Known, State, device_of
 from smartreg_torch.report import Report, observed, record
-from smartreg_torch.sharding import check_sharding, fully_sharded, is_sharded, reshard
+from smartreg_torch.sharding import check_sharding, fully_sharded, reshard
 from smartreg_torch.site import Call, Site, argument_names, shift
+from smartreg_torch.teacher import Stamp, Teacher, in_model
 
 Precision = Literal["float32", "model"]
 Masks = str | Callable[..., Tensor | Sequence[Tensor | None]]
@@ -119,7 +120,6 @@ class SMART:
 
     Attributes:
         step: optimiser steps taken, counted by `update`.
-        teacher: theta~ by parameter name, in float32 or wider; DTensors where the weights are.
 
     The first training step also makes sure that a pass can be repeated: at delta = 0 it must give what the clean pass
     gave. `describe()` says what was chosen, and why.
@@ -204,8 +204,7 @@ class SMART:
         self.precision = precision
         self._lean = lean
         self.step = 0
-        self.teacher: dict[str, Tensor] = {}
-        self._stamps: dict[str, _Stamp] | None = {}  # of the weights that theta~ was made of; None once begun
+        self._teacher = Teacher()
         self._site_asked = site
         self._site: Site | None = None
         self._outputs, self._divergence, self._mask, self._noise = outputs, divergence, mask, noise
@@ -215,18 +214,15 @@ class SMART:
         self._generator: torch.Generator | None = None
         self._report: Report | None = None  # of the last step, None where it had no penalty
         self._smooth_report: Report | None = None  # of the last step that had R_s
-        self._beta: float | None = None
         self._skipped = 0
         self._calls_since_update = 0
-        self._weight_then: _Stamp | None = None  # of a weight at the first call since update()
+        self._weight_then: Stamp | None = None  # of a weight at the first call since update()
         self._idle = False  # whether the last call was with gradients, but in eval mode
         self._calls_compiled = 0
         self._warned: set[str] = set()
         self._known = Known()
-        self._initial: set[str] = set()  # in the first step: the weights of which theta~ is a copy
         self._needs_graph = self._is_checking = False  # whether passes without a graph fail in the model's forward
         self._checked: set[Any] = set()  # the arguments with which a pass was seen to repeat
-        self._copies_teacher = True  # until its pass was seen to leave theta~ alone
         self._heads: list[Head] = []
         self._choices: dict[str, Choice] = {}
         self._parameter_names = argument_names(self.model)
@@ -247,6 +243,11 @@ class SMART:
             raise
 
     @property
+    def teacher(self) -> dict[str, Tensor]:
+        """theta~ by parameter name, in float32 or wider; DTensors if the weights are."""
+        return self._teacher.averages
+
+    @property
     def config(self) -> SMARTConfig:
         """The settings. Others may be set between two steps, to warm lambda_s up, say; they are checked then."""
         return self._config
@@ -263,7 +264,7 @@ class SMART:
                 torch.compiler.reset()  # code that was compiled before there was the site's hook would go on without it
         self._config = config
         if config.mu > 0:
-            self._follow_new_parameters(self._parameters())
+            self._teacher.follow(self._parameters())
 
     def __call__(
         self, *args: Any, sample_weight: Tensor | None = None, label_mask: Tensor | None = None, **kwargs: Any
@@ -299,10 +300,8 @@ class SMART:
         self._check_updates(theta)
         lambda_s = config.smoothness_weight(self.step)
         if config.mu > 0:
-            self._follow_new_parameters(theta)
-            if self._stamps is not None:
-                self._initial = {name for name, average in self.teacher.items() if _equal(average, theta[name])}
-        self._stamps = None
+            self._teacher.follow(theta)
+        self._teacher.begin(theta)
         step = self._step(self._wrapped, theta, (args, kwargs), lambda_s, sample_weight, label_mask)
         if not step.terms:
             self._report = None
@@ -316,7 +315,7 @@ class SMART:
         if recorder is not None or self._on_step is not None:
             seen = self._seen(step, sample_weight)
             if recorder is not None:
-                record(recorder, seen, _distance(theta, self.teacher) if config.mu > 0 else None)
+                record(recorder, seen, self._teacher.distance(theta) if config.mu > 0 else None)
             if self._on_step is not None:
                 self._on_step(seen)
         if config.non_finite == "skip" and not self._report.is_finite:
@@ -356,7 +355,7 @@ class SMART:
             kwargs["sample_weight"] = sample_weight
         theta = self._parameters()
         if self.config.mu > 0:
-            self._follow_new_parameters(theta)
+            self._teacher.follow(theta)
         generator, lean, heads = self._generator, self._lean, self._heads
         whole = [] if self._sharded else theta.values()
         outside = State(self.model, theta, (args, kwargs))
@@ -445,10 +444,7 @@ class SMART:
                 calls = clean.enter_context(site.recording(differentiable))
             output = clean_call(*args, **kwargs)
         self._check_written(state.settle(self._call))
-        for name in self._initial:  # a layer may initialise itself by its first batch: that is theta_0
-            if not _equal(self.teacher[name], theta[name]):
-                local(self.teacher[name]).copy_(local(theta[name]))
-        self._initial = set()
+        self._teacher.settle(theta)
         if in_float32 is None:
             raw = chosen(output, self._outputs)
         else:  # the clean pass once more: the rounding of the model's own is far above R_s
@@ -494,16 +490,12 @@ class SMART:
             self._check_loss(raw if in_float32 is None else chosen(output, self._outputs))
             self._checked.add(first)
         if config.mu > 0:  # here, while there is one graph: what this pass frees the next can have
-            teacher = self.teacher
-            if self._copies_teacher:  # the model may write into its weights: an embedding with max_norm does
-                teacher = {name: average.clone() for name, average in teacher.items()}
-            copied = {name for name in teacher if in_float32 and is_half(theta[name])}  # theta~ too, in passes
-            with self._averaged(theta, copied, teacher):
-                taught = self._without_graph(lambda: passes(teacher))
+            averages = self._teacher.for_a_pass()
+            copied = {name for name in averages if in_float32 and is_half(theta[name])}  # theta~ too, in passes
+            with in_model(theta, averages, self._sharded, copied):
+                taught = self._without_graph(lambda: passes(averages))
             if is_first:
-                self._copies_teacher = any(
-                    not torch.equal(local(average), local(self.teacher[name])) for name, average in teacher.items()
-                )
+                self._teacher.see(averages)
             stages["teacher"] = taught
             terms["D_Breg"] = _total(
                 bregman_divergence(z, z_taught, name, m, sample_weight)
@@ -564,9 +556,8 @@ class SMART:
             )
         self.step += 1
         self._calls_since_update, self._weight_then = 0, None
-        if self.config.mu > 0 and self.step % self.config.proximal_steps == 0:
-            self._beta = momentum(self.step, self.config)
-            ema_update(self.teacher, self._parameters() if self._theta is None else self._theta, self._beta)
+        if self.config.mu > 0:
+            self._teacher.move(self._parameters() if self._theta is None else self._theta, self.step, self.config)
         self._theta = None
 
     def attach(self, optimizer: torch.optim.Optimizer) -> Self:
@@ -619,7 +610,7 @@ class SMART:
         values: dict[str, float] = {}
         for report in (self._smooth_report, self._report):
             values |= {} if report is None else report.values
-        beta = {} if self._beta is None else {"beta": self._beta}
+        beta = {} if self._teacher.beta is None else {"beta": self._teacher.beta}
         return {name: values[name] for name in _FOUND if name in values} | beta
 
     @contextmanager
@@ -632,28 +623,15 @@ class SMART:
             >>> with smart.swap_teacher():
             ...     averaged = {name: value.clone() for name, value in model.state_dict().items()}
         """
-        # copies, since a model may write into its weights, as an embedding with max_norm does
-        averages = {name: average.clone() for name, average in self.teacher.items()}
-        with self._averaged(self._parameters(), (), averages):
+        with in_model(self._parameters(), self._teacher.copied(), self._sharded):
             yield
-
-    @contextmanager
-    def _averaged(
-        self, theta: Mapping[str, nn.Parameter], without: Iterable[str], teacher: Mapping[str, Tensor]
-    ) -> Iterator[None]:
-        reshard(self._sharded)
-        try:
-            with swapped(theta, {name: teacher[name] for name in teacher.keys() - without}):
-                yield
-        finally:
-            reshard(self._sharded)  # what was gathered inside was of theta~
 
     def state_dict(self) -> dict[str, Any]:
         """What a run needs to go on bit for bit: step, theta~ and the noise generator. Loads with `weights_only`."""
         return {
             "step": self.step,
             "skipped": self._skipped,
-            "teacher": {name: average.clone() for name, average in self.teacher.items()},
+            "teacher": self._teacher.copied(),
             "seed": self._seed,
             "generator": None if self._generator is None else self._generator.get_state(),
         }
@@ -678,15 +656,7 @@ class SMART:
                 "SMART.load_state_dict: the state has no theta~, since it was saved with mu=0. Resume it with mu=0, or "
                 "start a new run from its weights"
             )
-        shapes = {name: tuple(local(average).shape) for name, average in saved.items()}
-        own = {name: tuple(local(average).shape) for name, average in self.teacher.items()}
-        if shapes != own:
-            differing = sorted(name for name in shapes.keys() | own.keys() if shapes.get(name) != own.get(name))
-            raise ValueError(
-                "SMART.load_state_dict: theta~ in the state is not of this model's trainable parameters: "
-                f"{differing[:5]} differ. Make SMART after freezing layers, adding adapters or fully_shard, as it was "
-                "made then; with sharded weights each process loads what it saved."
-            )
+        self._teacher.check_saved(saved)
         generator = None
         if state["generator"] is not None:
             generator = torch.Generator(device_of(self.model))
@@ -696,10 +666,9 @@ class SMART:
                 raise ValueError(
                     f"SMART.load_state_dict: the state's noise generator is none of {generator.device}: {error}"
                 ) from error
-        for name, average in self.teacher.items():
-            local(average).copy_(local(saved[name]))
+        self._teacher.load(saved)
         self.step, self._skipped, self._seed = state["step"], state["skipped"], state["seed"]
-        self._generator, self._stamps = generator, None
+        self._generator = generator
 
     def remove(self) -> None:
         """Undo everything: the model and the optimiser are as they were without SMART. `swap_teacher` still works."""
@@ -726,10 +695,12 @@ class SMART:
         state |= {
             "_generator": None if self._generator is None else (self._generator.device, self._generator.get_state())
         }
-        return state | {"_weight_then": None, "_known": Known(), "_stamps": None}
+        return state | {"_weight_then": None, "_known": Known()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update({"_on_step": None} | state)
+        if "_teacher" not in state:  # of a version before there were these
+            state |= {"_on_step": None, "_teacher": Teacher(state.pop("teacher"), state.pop("_beta"))}
+        vars(self).update(state)
         if state["_generator"] is not None:
             device, stream = state["_generator"]
             self._generator = torch.Generator(device)
@@ -1020,7 +991,7 @@ class SMART:
         """What an observer sees of a step; reading what was found waits for the device."""
         assert self._report is not None
         metrics = {name: self._report.values[name] for name in _FOUND if name in self._report.values}
-        metrics |= {} if self._beta is None else {"beta": self._beta}
+        metrics |= {} if self._teacher.beta is None else {"beta": self._teacher.beta}
         stages = {name: [z.detach() for z in tensors] for name, tensors in step.stages.items()}
         return StepSeen(
             step=self.step + 1,
@@ -1068,7 +1039,7 @@ class SMART:
                 "after optimizer.step(), or smart.attach(optimizer) once.",
             )
         if then is None and weight is not None:
-            self._weight_then = _Stamp(weight)
+            self._weight_then = Stamp(weight)
 
     def _check_recompiling(self, before: int) -> None:
         # once, and once more for each axis that turns out to have several lengths, is as it should be
@@ -1098,65 +1069,8 @@ class SMART:
                 if parameter is not None and parameter not in known:
                     known.add(parameter)
                     found[f"{prefix}.{name}" if prefix else name] = parameter
-        gone = sorted(self.teacher.keys() - found.keys())
-        if gone:
-            raise RuntimeError(
-                f"SMART: the model no longer has {gone[:3]}, of which theta~ was made ({len(gone)} parameters in all). "
-                "Make SMART after adapters are added, merged or deleted: SMART(get_peft_model(model, ...), config)"
-            )
-        whole = [name for name, average in self.teacher.items() if is_sharded(found[name]) != is_sharded(average)]
-        if whole:
-            raise RuntimeError(
-                f"SMART: {whole[:3]} were sharded after theta~ was made of them. Make SMART after fully_shard(model)"
-            )
+        self._teacher.check(found)
         return found
-
-    def _follow_new_parameters(self, theta: Mapping[str, nn.Parameter]) -> None:
-        """Start theta~ of a parameter at its value when it is first trainable, and keep it on its device.
-
-        Until the first training step theta~ follows weights that are loaded or replaced: it starts at theta_0.
-        """
-        for name, parameter in theta.items():
-            average = self.teacher.get(name)
-            if average is None and not parameter.requires_grad:
-                continue
-            wide = torch.promote_types(parameter.dtype, torch.float32)
-            stamp = None if self._stamps is None else self._stamps.get(name)
-            moved = stamp is not None and not stamp.holds(parameter)
-            if average is None or moved:
-                self.teacher[name] = parameter.detach().to(wide, copy=True)
-                if self._stamps is not None:
-                    self._stamps[name] = _Stamp(parameter)
-            elif local(average).shape != local(parameter).shape:
-                raise RuntimeError(
-                    f"SMART: {name} has the shape {tuple(parameter.shape)}, and theta~ was made of "
-                    f"{tuple(average.shape)}: it was resized during training. Make a new SMART(model, config) after it"
-                )
-            else:  # the model may have moved, or have become wider
-                self.teacher[name] = average.to(parameter.device, torch.promote_types(average.dtype, wide))
-
-
-class _Stamp:
-    """Tells whether a parameter was replaced or written into since."""
-
-    def __init__(self, parameter: nn.Parameter) -> None:
-        self._parameter = weakref.ref(parameter)
-        self._mark = self._marked(parameter)
-
-    @staticmethod
-    def _marked(parameter: nn.Parameter) -> tuple[Any, ...]:
-        own = local(parameter)
-        return 0 if own.is_inference() else parameter._version, own.shape, own.device, own.data_ptr()
-
-    def holds(self, parameter: nn.Parameter) -> bool:
-        """Whether this is that parameter, as it was, if on another device."""
-        then, now = self._mark, self._marked(parameter)
-        in_place = now[2] != then[2] or now[3] == then[3]  # a model that moves to another device keeps its values
-        return self._parameter() is parameter and now[:2] == then[:2] and in_place
-
-
-def _equal(average: Tensor, parameter: Tensor) -> bool:
-    return torch.equal(local(average), local(parameter).to(local(average)))
 
 
 def _virtual_tokens(model: Any) -> int:
@@ -1179,13 +1093,6 @@ def _shapes(arguments: Mapping[str, Any]) -> list[torch.Size]:
 
 def _is_distributed() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-@torch.no_grad()
-def _distance(theta: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> float:
-    """max|theta - theta~|, theta~ in the dtype in which its pass has it."""
-    pairs = [(local(theta[name]), local(average)) for name, average in teacher.items() if local(average).numel()]
-    return max((float((weight - average.to(weight)).abs().max()) for weight, average in pairs), default=0.0)
 
 
 def _total(terms: Any) -> Tensor:
