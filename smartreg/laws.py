@@ -25,7 +25,7 @@ Array = NDArray[Any]
 Law = tuple[str, float, float]
 
 HALF = ("bfloat16", "float16")  # computed in float32
-BALLS = {norm: project.__name__ for norm, project in perturbation._PROJECTIONS.items()}
+BALLS = {name: norm.project.__name__ for name, norm in perturbation.NORMS.items()}
 _ORDERS = {"inf": np.inf, "2": 2, "1": 1}
 
 # The largest error of each kind in units in the last place of the type that is computed in; docs/math.md asks for

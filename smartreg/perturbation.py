@@ -8,7 +8,7 @@ imputes, is as one that is masked: delta is 0 there, and no norm and no root mea
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -36,10 +36,10 @@ def normalize(g: ArrayLike, norm: Norm = "inf", granularity: Granularity = "exam
     """
     g = _floating(g)
     rows = _rows(g, granularity)
-    largest = np.max(np.abs(rows), axis=-1, keepdims=True)
+    largest = _largest(rows)
     unit = rows / np.where(largest > 0, largest, 1)
-    if norm != "inf":
-        length = _length(unit, norm)
+    if norm != "inf":  # of which the length is 1 by now
+        length = NORMS[norm].length(unit)
         unit = unit / np.where(length > 0, length, 1)
     return unit.reshape(g.shape)
 
@@ -105,9 +105,6 @@ def project_l1_ball(delta: ArrayLike, epsilon: ArrayLike, granularity: Granulari
     return _shrink(shrunk, _scaled_length(shrunk, "1"), radius, inside).reshape(delta.shape)
 
 
-_PROJECTIONS = {"inf": project_linf_ball, "2": project_l2_ball, "1": project_l1_ball}
-
-
 def ascend(
     forward: Forward,
     x: ArrayLike,
@@ -147,30 +144,84 @@ def ascend(
     """
     check_divergence("ascend", divergence)
     x, target = _floating(x), np.asarray(target)
-    keep = _movable(x, mask)
-    scale = rms(x, mask) if config.scale == "rms" else np.ones(len(x), x.dtype)
-    epsilon, sigma, eta = (value * scale for value in (config.epsilon, config.sigma, config.eta))
+    ball = Ball(x, config, mask)
     positions = output_mask(target, mask)
+
+    def gradient(deltas: list[Array]) -> list[Array]:
+        outputs, vjp = forward(x + deltas[0])
+        return [vjp(DIVERGENCES[divergence].grad(target, outputs, positions)[1])]
 
     if config.start == "gaussian":
         if noise is None:
             raise ValueError("ascend: start='gaussian' needs noise of the shape of x, got None")
-        delta: Array = np.where(keep, _each(sigma, x) * np.asarray(noise, x.dtype), 0)
+        start = ball.gaussian_start(noise)
     else:
         _, vjp = forward(x)
-        direction = np.where(keep, vjp(margin_gradient(target, noise, positions, divergence)), 0)
-        delta = _steepest(direction, epsilon, config)
-    delta = _project(delta, epsilon, config) if config.projection == "ball" else delta
+        start = ball.margin_start(vjp(margin_gradient(target, noise, positions, divergence)))
+    return climb([ball], [start], gradient)[0]
 
-    for _ in range(config.ascent_steps):
-        outputs, vjp = forward(x + delta)
-        g = np.where(keep, vjp(DIVERGENCES[divergence].grad(target, outputs, positions)[1]), 0)
-        if config.projection == "ball":
-            step = _each(eta, x) * normalize(g, config.norm, config.granularity)
-        else:
-            step = _each(eta, x) * g
-        delta = _project(delta + step, epsilon, config)
-    return delta
+
+def climb(balls: list[Ball], starts: list[Array], gradient: Callable[[list[Array]], list[Array]]) -> list[Array]:
+    """Take T_x steps of projected ascent, each delta in its own ball.
+
+    Args:
+        balls, starts: one of each for every delta.
+        gradient: deltas -> the gradient of l_s at each of them.
+
+    Source: paper, Algorithm 1, lines 7 to 10.
+    """
+    deltas = starts
+    for _ in range(balls[0].config.ascent_steps):
+        deltas = [ball.step(delta, g) for ball, delta, g in zip(balls, deltas, gradient(deltas), strict=True)]
+    return deltas
+
+
+class Ball:
+    """The set {delta: ||delta||_p <= epsilon}, and how delta moves in it: one start, then `step` for each gradient.
+
+    Args:
+        x: embeddings, (n, ..., d), float32 or wider.
+        config, mask: as `ascend` takes them.
+    """
+
+    def __init__(self, x: Array, config: SMARTConfig, mask: ArrayLike | None = None) -> None:
+        self.config = config
+        self.keep = _counted(x, mask)
+        scale = _rms(x, self.keep) if config.scale == "rms" else np.ones(len(x), x.dtype)
+        self.epsilon, self.sigma, self.eta = (value * scale for value in (config.epsilon, config.sigma, config.eta))
+
+    def gaussian_start(self, noise: ArrayLike) -> Array:
+        """delta = nu, nu ~ N(0, sigma^2 I), projected; `noise` is standard normal."""
+        noise = np.asarray(noise, self.epsilon.dtype)
+        return self._start(self._kept(_each(self.sigma, noise) * noise))
+
+    def margin_start(self, direction: Array) -> Array:
+        """delta = argmax_{||delta||_p <= epsilon} <direction, delta>, 0 if the direction is 0."""
+        rows = _rows(self._kept(direction), self.config.granularity)
+        unit = NORMS[self.config.norm].steepest(rows).reshape(direction.shape)
+        return self._start(_each(self.epsilon, unit) * unit)
+
+    def step(self, delta: Array, g: Array) -> Array:
+        """delta <- Proj( delta + eta g / ||g|| ), or the released code's rescaling of delta + eta g."""
+        g = self._kept(g)
+        if self.config.projection == "ball":
+            g = normalize(g, self.config.norm, self.config.granularity)
+        return self.project(delta + _each(self.eta, g) * g)
+
+    def project(self, delta: Array) -> Array:
+        """The nearest point of the ball, or the released code's delta / (||delta||_inf + epsilon)."""
+        if self.config.projection == "ball":
+            return NORMS[self.config.norm].project(delta, self.epsilon, self.config.granularity)
+        rows = _rows(delta, self.config.granularity)
+        divisor = _largest(rows) + _each(self.epsilon, rows)
+        rescaled: Array = rows / np.where(divisor > 0, divisor, 1)
+        return rescaled.reshape(delta.shape)
+
+    def _start(self, delta: Array) -> Array:
+        return self.project(delta) if self.config.projection == "ball" else delta
+
+    def _kept(self, values: Array) -> Array:
+        return np.where(self.keep, values, 0)  # a product would keep a NaN
 
 
 def margin_gradient(
@@ -214,7 +265,10 @@ def rms(x: ArrayLike, mask: ArrayLike | None = None) -> Array:
         array([3.])
     """
     x = _floating(x)
-    keep = _movable(x, mask)
+    return _rms(x, _counted(x, mask))
+
+
+def _rms(x: Array, keep: NDArray[np.bool_]) -> Array:
     axes = tuple(range(1, x.ndim))
     count = np.maximum(keep.sum(axis=axes), 1).astype(x.dtype)
     result: Array = np.sqrt(np.sum(np.where(keep, x * x, 0), axis=axes) / count)
@@ -232,8 +286,8 @@ def expand_mask(mask: ArrayLike, x: Array) -> NDArray[np.bool_]:
     return keep.reshape(keep.shape + (1,) * (x.ndim - keep.ndim))
 
 
-def _movable(x: Array, mask: ArrayLike | None) -> NDArray[np.bool_]:
-    """Which entries may be perturbed: the finite ones where the mask is true."""
+def _counted(x: Array, mask: ArrayLike | None) -> NDArray[np.bool_]:
+    """Which entries of x are perturbed, as booleans of its shape: those that are finite and not masked."""
     finite: NDArray[np.bool_] = np.isfinite(x)
     return finite if mask is None else finite & expand_mask(mask, x)
 
@@ -245,29 +299,6 @@ def output_mask(outputs: Array, mask: ArrayLike | None) -> ArrayLike | None:
     return mask
 
 
-def _steepest(g: Array, epsilon: Array, config: SMARTConfig) -> Array:
-    """argmax_{||delta||_p <= epsilon} <g, delta>, 0 where g = 0."""
-    if config.norm == "inf":
-        return _each(epsilon, g) * np.sign(g)
-    if config.norm == "2":
-        return _each(epsilon, g) * normalize(g, "2", config.granularity)
-    rows = _rows(g, config.granularity)
-    at = np.argmax(np.abs(rows), axis=-1, keepdims=True)
-    corner = np.zeros_like(rows)
-    np.put_along_axis(corner, at, np.sign(np.take_along_axis(rows, at, -1)), -1)
-    return _each(epsilon, g) * corner.reshape(g.shape)
-
-
-def _project(delta: Array, epsilon: Array, config: SMARTConfig) -> Array:
-    if config.projection == "ball":
-        return _PROJECTIONS[config.norm](delta, epsilon, config.granularity)
-    rows = _rows(delta, config.granularity)
-    guard = _radius(epsilon, rows)
-    divisor = np.max(np.abs(rows), axis=-1, keepdims=True) + guard
-    rescaled: Array = rows / np.where(divisor > 0, divisor, 1)
-    return rescaled.reshape(delta.shape)
-
-
 def _shrink(rows: Array, length: Array, radius: Array, inside: Array) -> Array:
     """Rows that are not inside, to the radius."""
     # a few ulps less, so that the rounding of the product cannot leave the ball and a second projection does nothing
@@ -277,15 +308,56 @@ def _shrink(rows: Array, length: Array, radius: Array, inside: Array) -> Array:
 
 
 def _scaled_length(rows: Array, norm: Norm) -> Array:
-    largest = np.max(np.abs(rows), axis=-1, keepdims=True)
-    length: Array = largest * _length(rows / np.where(largest > 0, largest, 1), norm)
+    largest = _largest(rows)
+    length: Array = largest * NORMS[norm].length(rows / np.where(largest > 0, largest, 1))
     return length
 
 
-def _length(rows: Array, norm: Norm) -> Array:
-    square = norm == "2"
-    total: Array = np.sum(rows * rows if square else np.abs(rows), axis=-1, keepdims=True)
-    return np.sqrt(total) if square else total
+def _largest(rows: Array) -> Array:
+    largest: Array = np.max(np.abs(rows), axis=-1, keepdims=True)
+    return largest
+
+
+def _l2_length(rows: Array) -> Array:
+    length: Array = np.sqrt(np.sum(rows * rows, axis=-1, keepdims=True))
+    return length
+
+
+def _l1_length(rows: Array) -> Array:
+    length: Array = np.sum(np.abs(rows), axis=-1, keepdims=True)
+    return length
+
+
+def _l2_unit(rows: Array) -> Array:
+    return normalize(rows, "2", "token")
+
+
+def _l1_corner(rows: Array) -> Array:
+    at = np.argmax(np.abs(rows), axis=-1, keepdims=True)
+    corner = np.zeros_like(rows)
+    np.put_along_axis(corner, at, np.sign(np.take_along_axis(rows, at, -1)), -1)
+    return corner
+
+
+class _Norm(NamedTuple):
+    """A norm of rows, (..., k). To add one, write these three functions and its line in `NORMS`.
+
+    Attributes:
+        length: ||row||_p, (..., 1), of rows whose largest entry is 1.
+        project: the projection onto the ball, called as `project_linf_ball`.
+        steepest: argmax_{||u||_p <= 1} <row, u>, 0 if the row is 0.
+    """
+
+    length: Callable[[Array], Array]
+    project: Callable[[ArrayLike, ArrayLike, Granularity], Array]
+    steepest: Callable[[Array], Array]
+
+
+NORMS: dict[Norm, _Norm] = {
+    "inf": _Norm(_largest, project_linf_ball, np.sign),
+    "2": _Norm(_l2_length, project_l2_ball, _l2_unit),
+    "1": _Norm(_l1_length, project_l1_ball, _l1_corner),
+}
 
 
 def _rows(x: Array, granularity: Granularity) -> Array:

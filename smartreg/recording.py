@@ -418,10 +418,7 @@ def _longest(x: Array, delta: Array, mask: Array | None, config: SMARTConfig) ->
     if ball:
         radius = config.epsilon * (rms(x, mask) if config.scale == "rms" else radius)
     rows = _rows(delta, config.granularity)
-    if ball and config.norm != "inf":
-        length = _scaled_length(rows, config.norm)[..., 0]
-    else:
-        length = np.max(np.abs(rows), axis=-1)
+    length = _scaled_length(rows, config.norm if ball else "inf")[..., 0]
     radius = radius.reshape((-1,) + (1,) * (length.ndim - 1))
     return float(np.max(np.where(length == 0, 0, length / radius)))
 

@@ -7,7 +7,7 @@ axes but the batch ("example"), or the last one ("token"). `smartreg.perturbatio
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import tensorflow as tf
 
@@ -35,8 +35,8 @@ def normalize(g: Tensor, norm: Norm = "inf", granularity: Granularity = "example
     rows = _rows(g, granularity)
     largest = _largest(rows)
     unit = rows / tf.where(largest > 0, largest, 1)
-    if norm != "inf":
-        length = _length(unit, norm)
+    if norm != "inf":  # of which the length is 1 by now
+        length = NORMS[norm].length(unit)
         unit = unit / tf.where(length > 0, length, 1)
     return tf.reshape(unit, tf.shape(g))
 
@@ -102,9 +102,6 @@ def project_l1_ball(delta: Tensor, epsilon: Tensor, granularity: Granularity = "
     return tf.reshape(_shrink(shrunk, _scaled_length(shrunk, "1"), radius, inside), tf.shape(delta))
 
 
-_PROJECTIONS = {"inf": project_linf_ball, "2": project_l2_ball, "1": project_l1_ball}
-
-
 def ascend(
     forward: Callable[[Tensor], Tensor],
     x: Tensor,
@@ -130,7 +127,8 @@ def ascend(
         divergence: the name of l_s in `smartreg_tf.divergences`.
 
     Returns:
-        delta, of the shape of x, ||delta||_p <= epsilon unless `config.projection` is "rescale".
+        delta, of the shape of x, ||delta||_p <= epsilon unless `config.projection` is "rescale"; 0 where x is masked,
+        NaN or infinite.
 
     Source: paper, Algorithm 1, lines 5 to 10. The margin start: docs/math.md.
 
@@ -150,22 +148,28 @@ def ascend(
             value = loss(forward(at))
         return tape.gradient(value, at, unconnected_gradients="zero")
 
-    if config.start == "gaussian":
-        if noise is None:
-            raise ValueError("ascend: start='gaussian' needs noise of the shape of x, got None")
-        delta = ball.gaussian_start(noise)
-    else:
-        upwards = margin_gradient(target, noise, positions, divergence)
-        delta = ball.margin_start(gradient(x, lambda outputs: tf.reduce_sum(tf.cast(outputs, upwards.dtype) * upwards)))
-
     def towards(deltas: list[Tensor]) -> list[Tensor]:
         return [gradient(x + deltas[0], lambda outputs: DIVERGENCES[divergence].value(target, outputs, positions))]
 
-    return climb([ball], [delta], towards)[0]
+    if config.start == "gaussian":
+        if noise is None:
+            raise ValueError("ascend: start='gaussian' needs noise of the shape of x, got None")
+        start = ball.gaussian_start(noise)
+    else:
+        upwards = margin_gradient(target, noise, positions, divergence)
+        start = ball.margin_start(gradient(x, lambda outputs: tf.reduce_sum(tf.cast(outputs, upwards.dtype) * upwards)))
+    return climb([ball], [start], towards)[0]
 
 
 def climb(balls: list[Ball], starts: list[Tensor], gradient: Callable[[list[Tensor]], list[Tensor]]) -> list[Tensor]:
-    """T_x steps of projected ascent, each delta in its own ball; `gradient` takes and gives one tensor a ball."""
+    """Take T_x steps of projected ascent, each delta in its own ball.
+
+    Args:
+        balls, starts: one of each for every delta.
+        gradient: deltas -> the gradient of l_s at each of them.
+
+    Source: paper, Algorithm 1, lines 7 to 10.
+    """
     deltas = starts
     for _ in range(balls[0].config.ascent_steps):
         deltas = [ball.step(delta, g) for ball, delta, g in zip(balls, deltas, gradient(deltas), strict=True)]
@@ -173,40 +177,50 @@ def climb(balls: list[Ball], starts: list[Tensor], gradient: Callable[[list[Tens
 
 
 class Ball:
-    """Where the delta of one site may be, and how it moves there: one start, then `step` for each gradient.
+    """The set {delta: ||delta||_p <= epsilon}, and how delta moves in it: one start, then `step` for each gradient.
 
     Args:
-        x: the site's embeddings, (n, ..., d), float32 or float64.
-        config, mask: as `ascend` takes them. Entries of x that are not finite are treated like masked ones.
+        x: embeddings, (n, ..., d), float32 or float64.
+        config, mask: as `ascend` takes them.
     """
 
     def __init__(self, x: Tensor, config: SMARTConfig, mask: Tensor | None = None) -> None:
         self.config = config
         self.keep = _counted(x, mask)
-        scale = rms(x, mask) if config.scale == "rms" else tf.ones(tf.shape(x)[:1], x.dtype)
+        scale = _rms(x, self.keep) if config.scale == "rms" else tf.ones(tf.shape(x)[:1], x.dtype)
         self.epsilon, self.sigma, self.eta = (value * scale for value in (config.epsilon, config.sigma, config.eta))
 
     def gaussian_start(self, noise: Tensor) -> Tensor:
         """delta = nu, nu ~ N(0, sigma^2 I), projected; `noise` is standard normal."""
         noise = tf.cast(noise, self.epsilon.dtype)
-        return self._project_start(self._kept(each(self.sigma, noise) * noise))
+        return self._start(self._kept(each(self.sigma, noise) * noise))
 
     def margin_start(self, direction: Tensor) -> Tensor:
-        """delta = argmax_{||delta||_p <= epsilon} <direction, delta>, 0 where the direction is."""
-        return self._project_start(_steepest(self._kept(direction), self.epsilon, self.config))
+        """delta = argmax_{||delta||_p <= epsilon} <direction, delta>, 0 if the direction is 0."""
+        rows = _rows(self._kept(direction), self.config.granularity)
+        unit = tf.reshape(NORMS[self.config.norm].steepest(rows), tf.shape(direction))
+        return self._start(each(self.epsilon, direction) * unit)
 
     def step(self, delta: Tensor, g: Tensor) -> Tensor:
-        """delta <- Proj( delta + eta g / ||g|| ), or the released code's rescaling."""
+        """delta <- Proj( delta + eta g / ||g|| ), or the released code's rescaling of delta + eta g."""
         g = self._kept(g)
         if self.config.projection == "ball":
             g = normalize(g, self.config.norm, self.config.granularity)
-        return _project(delta + each(self.eta, g) * g, self.epsilon, self.config)
+        return self.project(delta + each(self.eta, g) * g)
+
+    def project(self, delta: Tensor) -> Tensor:
+        """The nearest point of the ball, or the released code's delta / (||delta||_inf + epsilon)."""
+        if self.config.projection == "ball":
+            return NORMS[self.config.norm].project(delta, self.epsilon, self.config.granularity)
+        rows = _rows(delta, self.config.granularity)
+        divisor = _largest(rows) + each(self.epsilon, rows)
+        return tf.reshape(rows / tf.where(divisor > 0, divisor, 1), tf.shape(delta))
+
+    def _start(self, delta: Tensor) -> Tensor:
+        return self.project(delta) if self.config.projection == "ball" else delta
 
     def _kept(self, values: Tensor) -> Tensor:
-        return tf.where(self.keep, values, tf.zeros_like(values))  # a product would leave a NaN where the mask is false
-
-    def _project_start(self, delta: Tensor) -> Tensor:
-        return _project(delta, self.epsilon, self.config) if self.config.projection == "ball" else delta
+        return tf.where(self.keep, values, tf.zeros_like(values))  # a product would keep a NaN
 
 
 def margin_gradient(
@@ -248,14 +262,17 @@ def rms(x: Tensor, mask: Tensor | None = None) -> Tensor:
         array([3.], dtype=float32)
     """
     x = floating(x)
-    keep = _counted(x, mask)
+    return _rms(x, _counted(x, mask))
+
+
+def _rms(x: Tensor, keep: Tensor) -> Tensor:
     axes = list(range(1, x.shape.rank))
     count = tf.maximum(tf.reduce_sum(tf.cast(keep, x.dtype), axes), 1)
     return tf.sqrt(tf.reduce_sum(tf.where(keep, x * x, tf.zeros_like(x)), axes) / count)
 
 
 def _counted(x: Tensor, mask: Tensor | None) -> Tensor:
-    """Which entries of x are perturbed, as booleans of its shape: those that are finite, where the mask is true."""
+    """Which entries of x are perturbed, as booleans of its shape: those that are finite and not masked."""
     finite = tf.math.is_finite(x)
     return finite if mask is None else finite & expand_mask(mask, x)
 
@@ -286,25 +303,6 @@ def floating(x: Tensor) -> Tensor:
     return x if x.dtype == tf.float64 else tf.cast(x, tf.float32)
 
 
-def _steepest(g: Tensor, epsilon: Tensor, config: SMARTConfig) -> Tensor:
-    """argmax_{||delta||_p <= epsilon} <g, delta>, 0 where g = 0."""
-    if config.norm == "inf":
-        return each(epsilon, g) * tf.sign(g)
-    if config.norm == "2":
-        return each(epsilon, g) * normalize(g, "2", config.granularity)
-    rows = _rows(g, config.granularity)
-    corner = tf.one_hot(tf.argmax(tf.abs(rows), -1), tf.shape(rows)[-1], dtype=g.dtype) * tf.sign(rows)
-    return each(epsilon, g) * tf.reshape(corner, tf.shape(g))
-
-
-def _project(delta: Tensor, epsilon: Tensor, config: SMARTConfig) -> Tensor:
-    if config.projection == "ball":
-        return _PROJECTIONS[config.norm](delta, epsilon, config.granularity)
-    rows = _rows(delta, config.granularity)
-    divisor = _largest(rows) + _radius(epsilon, rows)
-    return tf.reshape(rows / tf.where(divisor > 0, divisor, 1), tf.shape(delta))
-
-
 def _shrink(rows: Tensor, length: Tensor, radius: Tensor, inside: Tensor) -> Tensor:
     """Rows that are not inside, to the radius."""
     # a few ulps less, so that the rounding of the product cannot leave the ball and a second projection does nothing
@@ -315,17 +313,48 @@ def _shrink(rows: Tensor, length: Tensor, radius: Tensor, inside: Tensor) -> Ten
 
 def _scaled_length(rows: Tensor, norm: Norm) -> Tensor:
     largest = _largest(rows)
-    return largest * _length(rows / tf.where(largest > 0, largest, 1), norm)
-
-
-def _length(rows: Tensor, norm: Norm) -> Tensor:
-    if norm == "2":
-        return tf.sqrt(tf.reduce_sum(rows * rows, -1, keepdims=True))
-    return tf.reduce_sum(tf.abs(rows), -1, keepdims=True)
+    return largest * NORMS[norm].length(rows / tf.where(largest > 0, largest, 1))
 
 
 def _largest(rows: Tensor) -> Tensor:
     return tf.reduce_max(tf.abs(rows), -1, keepdims=True)
+
+
+def _l2_length(rows: Tensor) -> Tensor:
+    return tf.sqrt(tf.reduce_sum(rows * rows, -1, keepdims=True))
+
+
+def _l1_length(rows: Tensor) -> Tensor:
+    return tf.reduce_sum(tf.abs(rows), -1, keepdims=True)
+
+
+def _l2_unit(rows: Tensor) -> Tensor:
+    return normalize(rows, "2", "token")
+
+
+def _l1_corner(rows: Tensor) -> Tensor:
+    return tf.one_hot(tf.argmax(tf.abs(rows), -1), tf.shape(rows)[-1], dtype=rows.dtype) * tf.sign(rows)
+
+
+class _Norm(NamedTuple):
+    """A norm of rows, (..., k). To add one, write these three functions and its line in `NORMS`.
+
+    Attributes:
+        length: ||row||_p, (..., 1), of rows whose largest entry is 1.
+        project: the projection onto the ball, called as `project_linf_ball`.
+        steepest: argmax_{||u||_p <= 1} <row, u>, 0 if the row is 0.
+    """
+
+    length: Callable[[Tensor], Tensor]
+    project: Callable[[Tensor, Tensor, Granularity], Tensor]
+    steepest: Callable[[Tensor], Tensor]
+
+
+NORMS: dict[Norm, _Norm] = {
+    "inf": _Norm(_largest, project_linf_ball, tf.sign),
+    "2": _Norm(_l2_length, project_l2_ball, _l2_unit),
+    "1": _Norm(_l1_length, project_l1_ball, _l1_corner),
+}
 
 
 def _rows(x: Tensor, granularity: Granularity) -> Tensor:

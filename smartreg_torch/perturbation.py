@@ -8,7 +8,7 @@ imputes, is as one that is masked: delta is 0 there, and no norm and no root mea
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -35,10 +35,10 @@ def normalize(g: Tensor, norm: Norm = "inf", granularity: Granularity = "example
         tensor([[0.6000, 0.8000]])
     """
     rows = _rows(g, granularity)
-    largest = rows.abs().amax(-1, keepdim=True)
+    largest = _largest(rows)
     unit = rows / largest.where(largest > 0, 1)
-    if norm != "inf":
-        length = _length(unit, norm)
+    if norm != "inf":  # of which the length is 1 by now
+        length = NORMS[norm].length(unit)
         unit = unit / length.where(length > 0, 1)
     return unit.view_as(g)
 
@@ -101,9 +101,6 @@ def project_l1_ball(delta: Tensor, epsilon: Tensor | float, granularity: Granula
     return _shrink(shrunk, _scaled_length(shrunk, "1"), radius, inside).view_as(delta)
 
 
-_PROJECTIONS = {"inf": project_linf_ball, "2": project_l2_ball, "1": project_l1_ball}
-
-
 def ascend(
     forward: Callable[[Any], Any],
     x: T,
@@ -148,53 +145,19 @@ def ascend(
         tensor([[-0.1000,  0.1000]])
     """
     single = isinstance(x, Tensor)
-    xs, targets, masks = _listed(x), _listed(target), _listed(mask)
+    xs, targets, noises, masks = (_listed(value) for value in (x, target, noise, mask))
     names = [divergence] if isinstance(divergence, str) else list(divergence)
     for name in names:
         check_divergence("ascend", name)
-    noises = _listed(noise)
-    if mask is None:
-        masks = [None] * len(xs)
+    balls = [Ball(point, config, m) for point, m in zip(xs, masks or [None] * len(xs), strict=True)]
+    positions = [output_mask(z, masks) for z in targets] if positions is None else positions
 
     def outputs_at(points: list[Tensor]) -> list[Tensor]:
         return _listed(forward(points[0] if single else points))
 
-    clean = [point.detach().to(_wide(point)) for point in xs]
-    keep = [_movable(point, m) for m, point in zip(masks, clean, strict=True)]
-    positions = [output_mask(z, masks) for z in targets] if positions is None else positions
-    scale = [
-        _rms(point, k) if config.scale == "rms" else point.new_ones(len(point))
-        for point, k in zip(clean, keep, strict=True)
-    ]
-    epsilon, sigma, eta = ([value * s for s in scale] for value in (config.epsilon, config.sigma, config.eta))
-
-    if config.start == "gaussian":
-        if noise is None:
-            raise ValueError("ascend: start='gaussian' needs noise of the shape of x, got None")
-        delta = [
-            (_radius(s, point) * nu.to(point)).where(k, 0)
-            for s, point, nu, k in zip(sigma, clean, noises, keep, strict=True)
-        ]
-    else:
+    def gradient(deltas: list[Tensor]) -> list[Tensor]:
         with torch.enable_grad():
-            in_graph = all(point.requires_grad for point in xs) and all(z.requires_grad for z in targets)
-            points = xs if in_graph else [point.detach().requires_grad_() for point in xs]
-            outputs = targets if in_graph else outputs_at(points)
-            ascents = [
-                margin_gradient(z, nu, m, name)
-                for z, nu, m, name in zip(outputs, noises or [None] * len(outputs), positions, names, strict=True)
-            ]
-        g = _gradients(outputs, points, ascents, retain_graph=in_graph)
-        delta = [
-            _steepest(direction.to(_wide(direction)).where(k, 0), e, config)
-            for direction, k, e in zip(g, keep, epsilon, strict=True)
-        ]
-    if config.projection == "ball":
-        delta = [_project(d, e, config) for d, e in zip(delta, epsilon, strict=True)]
-
-    for _ in range(config.ascent_steps):
-        with torch.enable_grad():
-            points = [(c + d).to(point.dtype).requires_grad_() for c, d, point in zip(clean, delta, xs, strict=True)]
+            points = [(b.x + d).to(x.dtype).requires_grad_() for b, d, x in zip(balls, deltas, xs, strict=True)]
             outputs = outputs_at(points)
             total = torch.stack(
                 [
@@ -202,12 +165,88 @@ def ascend(
                     for name, z, z_at, m in zip(names, targets, outputs, positions, strict=True)
                 ]
             ).sum()
-        g = _gradients([total], points)
-        delta = [
-            _project(d + _step(direction.to(d.dtype).where(k, 0), s, config), e, config)
-            for d, direction, k, s, e in zip(delta, g, keep, eta, epsilon, strict=True)
-        ]
-    return cast(T, delta[0] if single else delta)
+        return _gradients([total], points)
+
+    if config.start == "gaussian":
+        if noise is None:
+            raise ValueError("ascend: start='gaussian' needs noise of the shape of x, got None")
+        starts = [ball.gaussian_start(nu) for ball, nu in zip(balls, noises, strict=True)]
+    else:
+        with torch.enable_grad():
+            in_graph = all(point.requires_grad for point in xs) and all(z.requires_grad for z in targets)
+            points = xs if in_graph else [point.detach().requires_grad_() for point in xs]
+            outputs = targets if in_graph else outputs_at(points)
+            upwards = [
+                margin_gradient(z, nu, m, name)
+                for z, nu, m, name in zip(outputs, noises or [None] * len(outputs), positions, names, strict=True)
+            ]
+        directions = _gradients(outputs, points, upwards, retain_graph=in_graph)
+        starts = [ball.margin_start(direction) for ball, direction in zip(balls, directions, strict=True)]
+    deltas = climb(balls, starts, gradient)
+    return cast(T, deltas[0] if single else deltas)
+
+
+def climb(balls: list[Ball], starts: list[Tensor], gradient: Callable[[list[Tensor]], list[Tensor]]) -> list[Tensor]:
+    """Take T_x steps of projected ascent, each delta in its own ball.
+
+    Args:
+        balls, starts: one of each for every delta.
+        gradient: deltas -> the gradient of l_s at each of them.
+
+    Source: paper, Algorithm 1, lines 7 to 10.
+    """
+    deltas = starts
+    for _ in range(balls[0].config.ascent_steps):
+        deltas = [ball.step(delta, g) for ball, delta, g in zip(balls, deltas, gradient(deltas), strict=True)]
+    return deltas
+
+
+class Ball:
+    """The set {delta: ||delta||_p <= epsilon}, and how delta moves in it: one start, then `step` for each gradient.
+
+    Args:
+        x: embeddings, (n, ..., d).
+        config, mask: as `ascend` takes them.
+    """
+
+    def __init__(self, x: Tensor, config: SMARTConfig, mask: Tensor | None = None) -> None:
+        self.config = config
+        self.x = x = x.detach().to(_wide(x))
+        self.keep = _counted(x, mask)
+        scale = _rms(x, self.keep) if config.scale == "rms" else x.new_ones(len(x))
+        self.epsilon, self.sigma, self.eta = (value * scale for value in (config.epsilon, config.sigma, config.eta))
+
+    def gaussian_start(self, noise: Tensor) -> Tensor:
+        """delta = nu, nu ~ N(0, sigma^2 I), projected; `noise` is standard normal."""
+        noise = noise.to(self.x)
+        return self._start(self._kept(_each(self.sigma, noise) * noise))
+
+    def margin_start(self, direction: Tensor) -> Tensor:
+        """delta = argmax_{||delta||_p <= epsilon} <direction, delta>, 0 if the direction is 0."""
+        rows = _rows(self._kept(direction), self.config.granularity)
+        unit = NORMS[self.config.norm].steepest(rows).view_as(direction)
+        return self._start(_each(self.epsilon, unit) * unit)
+
+    def step(self, delta: Tensor, g: Tensor) -> Tensor:
+        """delta <- Proj( delta + eta g / ||g|| ), or the released code's rescaling of delta + eta g."""
+        g = self._kept(g)
+        if self.config.projection == "ball":
+            g = normalize(g, self.config.norm, self.config.granularity)
+        return self.project(delta + _each(self.eta, g) * g)
+
+    def project(self, delta: Tensor) -> Tensor:
+        """The nearest point of the ball, or the released code's delta / (||delta||_inf + epsilon)."""
+        if self.config.projection == "ball":
+            return NORMS[self.config.norm].project(delta, self.epsilon, self.config.granularity)
+        rows = _rows(delta, self.config.granularity)
+        divisor = _largest(rows) + _each(self.epsilon, rows)
+        return (rows / divisor.where(divisor > 0, 1)).view_as(delta)
+
+    def _start(self, delta: Tensor) -> Tensor:
+        return self.project(delta) if self.config.projection == "ball" else delta
+
+    def _kept(self, values: Tensor) -> Tensor:
+        return values.to(self.x.dtype).where(self.keep, 0)  # a product would keep a NaN
 
 
 def margin_gradient(
@@ -251,7 +290,7 @@ def rms(x: Tensor, mask: Tensor | None = None) -> Tensor:
         >>> rms(torch.tensor([[[3.0, 3.0], [9.0, 9.0]]]), torch.tensor([[1, 0]]))
         tensor([3.])
     """
-    return _rms(x.to(_wide(x)), _movable(x, mask))
+    return _rms(x.to(_wide(x)), _counted(x, mask))
 
 
 def _rms(x: Tensor, keep: Tensor) -> Tensor:
@@ -268,8 +307,8 @@ def expand_mask(mask: Tensor, x: Tensor) -> Tensor:
     return (mask != 0).reshape(mask.shape + (1,) * (x.ndim - mask.ndim))
 
 
-def _movable(x: Tensor, mask: Tensor | None) -> Tensor:
-    """Which entries may be perturbed: the finite ones where the mask is true."""
+def _counted(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Which entries of x are perturbed, as booleans of its shape: those that are finite and not masked."""
     return x.isfinite() if mask is None else x.isfinite() & expand_mask(mask, x)
 
 
@@ -297,37 +336,6 @@ def _gradients(
     return found
 
 
-def _steepest(g: Tensor, epsilon: Tensor | float, config: SMARTConfig) -> Tensor:
-    """argmax_{||delta||_p <= epsilon} <g, delta>, 0 where g = 0."""
-    radius = _radius(epsilon, g)
-    if config.norm == "inf":
-        return radius * _sign(g)
-    if config.norm == "2":
-        return radius * normalize(g, "2", config.granularity)
-    rows = _rows(g, config.granularity)
-    at = rows.abs().argmax(-1, keepdim=True)
-    corner = torch.zeros_like(rows).scatter(-1, at, _sign(rows.gather(-1, at)))
-    return radius * corner.view_as(g)
-
-
-def _sign(g: Tensor) -> Tensor:
-    """The sign, NaN where g is: torch's own is 0 there, which would hide a broken gradient."""
-    return g.sign().where(~g.isnan(), g)
-
-
-def _step(g: Tensor, eta: Tensor | float, config: SMARTConfig) -> Tensor:
-    length = _radius(eta, g)
-    return length * (normalize(g, config.norm, config.granularity) if config.projection == "ball" else g)
-
-
-def _project(delta: Tensor, epsilon: Tensor | float, config: SMARTConfig) -> Tensor:
-    if config.projection == "ball":
-        return _PROJECTIONS[config.norm](delta, epsilon, config.granularity)
-    rows = _rows(delta, config.granularity)
-    divisor = rows.abs().amax(-1, keepdim=True) + _radius(epsilon, rows)
-    return (rows / divisor.where(divisor > 0, 1)).view_as(delta)
-
-
 def _shrink(rows: Tensor, length: Tensor, radius: Tensor, inside: Tensor) -> Tensor:
     """Rows that are not inside, to the radius."""
     # a few ulps less, so that the rounding of the product cannot leave the ball and a second projection does nothing
@@ -336,12 +344,55 @@ def _shrink(rows: Tensor, length: Tensor, radius: Tensor, inside: Tensor) -> Ten
 
 
 def _scaled_length(rows: Tensor, norm: Norm) -> Tensor:
-    largest = rows.abs().amax(-1, keepdim=True)
-    return largest * _length(rows / largest.where(largest > 0, 1), norm)
+    largest = _largest(rows)
+    return largest * NORMS[norm].length(rows / largest.where(largest > 0, 1))
 
 
-def _length(rows: Tensor, norm: Norm) -> Tensor:
-    return rows.square().sum(-1, keepdim=True).sqrt() if norm == "2" else rows.abs().sum(-1, keepdim=True)
+def _largest(rows: Tensor) -> Tensor:
+    return rows.abs().amax(-1, keepdim=True)
+
+
+def _l2_length(rows: Tensor) -> Tensor:
+    return rows.square().sum(-1, keepdim=True).sqrt()
+
+
+def _l1_length(rows: Tensor) -> Tensor:
+    return rows.abs().sum(-1, keepdim=True)
+
+
+def _sign(g: Tensor) -> Tensor:
+    """The sign, NaN where g is: torch's own is 0 there, which would hide a broken gradient."""
+    return g.sign().where(~g.isnan(), g)
+
+
+def _l2_unit(rows: Tensor) -> Tensor:
+    return normalize(rows, "2", "token")
+
+
+def _l1_corner(rows: Tensor) -> Tensor:
+    at = rows.abs().argmax(-1, keepdim=True)
+    return torch.zeros_like(rows).scatter(-1, at, _sign(rows.gather(-1, at)))
+
+
+class _Norm(NamedTuple):
+    """A norm of rows, (..., k). To add one, write these three functions and its line in `NORMS`.
+
+    Attributes:
+        length: ||row||_p, (..., 1), of rows whose largest entry is 1.
+        project: the projection onto the ball, called as `project_linf_ball`.
+        steepest: argmax_{||u||_p <= 1} <row, u>, 0 if the row is 0.
+    """
+
+    length: Callable[[Tensor], Tensor]
+    project: Callable[[Tensor, Tensor | float, Granularity], Tensor]
+    steepest: Callable[[Tensor], Tensor]
+
+
+NORMS: dict[Norm, _Norm] = {
+    "inf": _Norm(_largest, project_linf_ball, _sign),
+    "2": _Norm(_l2_length, project_l2_ball, _l2_unit),
+    "1": _Norm(_l1_length, project_l1_ball, _l1_corner),
+}
 
 
 def _rows(x: Tensor, granularity: Granularity) -> Tensor:
@@ -352,10 +403,13 @@ def _rows(x: Tensor, granularity: Granularity) -> Tensor:
 
 
 def _radius(epsilon: Tensor | float, rows: Tensor) -> Tensor:
-    """A number, or one an example, (n,), against (n, ..., d)."""
-    if not isinstance(epsilon, Tensor):
-        return rows.new_full((), epsilon)
-    return epsilon.to(rows).reshape((-1,) + (1,) * (rows.ndim - 1)) if epsilon.ndim else epsilon.to(rows)
+    radius = epsilon.to(rows) if isinstance(epsilon, Tensor) else rows.new_full((), epsilon)
+    return _each(radius, rows) if radius.ndim else radius
+
+
+def _each(values: Tensor, x: Tensor) -> Tensor:
+    """One value an example, (n,), against (n, ..., d)."""
+    return values.reshape((-1,) + (1,) * (x.ndim - 1))
 
 
 def _wide(x: Tensor) -> torch.dtype:

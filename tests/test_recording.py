@@ -11,7 +11,7 @@ from paper_settings import papers
 from smartreg import SMARTConfig, SMARTWarning
 from smartreg.divergences import DIVERGENCES
 from smartreg.laws import bound
-from smartreg.perturbation import _project
+from smartreg.perturbation import Ball
 from smartreg.proximal import mean_examples, momentum
 from smartreg.recording import Recorder, compare_run, flat
 
@@ -45,9 +45,8 @@ def recorded(path, config=CONFIG, dtype=np.float32, steps=3):
         delta = []
         for point, mask in zip(x, masks, strict=True):
             keep = np.ones((N, TOKENS), bool) if mask is None else mask != 0
-            size = (keep[..., None] * point**2).sum((1, 2)) / (keep.sum(1) * D)
             noise = keep[..., None] * numbers(point.shape, rng, dtype)
-            delta.append(_project(noise, (config.epsilon * np.sqrt(size)).astype(dtype), config))
+            delta.append(Ball(point, config, mask).project(noise))
         outputs = [numbers((N, TOKENS, 3), rng, dtype), numbers((N, 1), rng, dtype)]
         outputs[0][:, :, 2] = -np.inf  # a masked class
         perturbed, teacher = ([z + numbers(z.shape, rng, dtype) * dtype(0.1) for z in outputs] for _ in range(2))
