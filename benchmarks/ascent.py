@@ -1,14 +1,15 @@
-"""How much of the inner maximum of R_s each ascent reaches, and for how many passes.
+"""Measure how much of the inner maximum of R_s each ascent reaches, and for how many passes.
 
 python benchmarks/ascent.py
 python benchmarks/ascent.py --train ../shared/data/sst2/train.tsv --dev ../shared/data/sst2/dev.tsv
 
-The divergence at delta, mean over the examples, as a fraction of the largest that is known: by 64 restarts of 60 steps
-from random vertices, whose step lengths fall, and by all methods. On the small models this is the maximum or very near
-to it. Dropout is off. A pass is a forward, or a backward to the embeddings; the clean and the perturbed pass, which all
-methods have, are not counted. "Steepest" steps are those that suit the norm (sign(g) for l_inf, g/||g||_2 for l_2),
-and their length is the best of epsilon/4, epsilon/2 and epsilon on these very examples. Random methods are medians
-over the seeds.
+The figure is the divergence at delta, mean over the examples, as a fraction of the largest that is known. The largest
+is that of 64 restarts of 60 steps from random vertices, whose step lengths fall, and of all methods. On the small
+models this is the maximum or very near to it. Dropout is off.
+
+A pass is a forward, or a backward to the embeddings. The clean and the perturbed pass, which all methods have, are not
+counted. "Steepest" steps are those that suit the norm: sign(g) for l_inf, g/||g||_2 for l_2. Their length is the best
+of epsilon/4, epsilon/2 and epsilon on these very examples. Random methods are medians over the seeds.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ TUNED = (0.25, 0.5, 1.0)  # step lengths in radii
 
 @dataclass
 class Problem:
-    """A model from its embeddings on, and the examples to perturb."""
+    """A model behind its embeddings, and the examples to perturb."""
 
     name: str
     forward: Callable[[Tensor, Tensor | None], Tensor]
@@ -57,44 +58,44 @@ class Problem:
             self.clean = self.forward(self.x, self.mask)
 
     def of(self, x: Tensor, mask: Tensor | None) -> Problem:
-        """The same model at other examples."""
+        """Return the same model with other examples."""
         return dataclasses.replace(self, x=x, mask=mask)
 
     def values(self, delta: Tensor) -> Tensor:
-        """l_s of each example, (n,)."""
+        """Compute l_s of each example, (n,)."""
         with torch.no_grad():
             return DIVERGENCES[self.divergence](self.forward(self.x + delta, self.mask), self.clean)
 
     def gradient(self, delta: Tensor) -> Tensor:
-        """Of l_s, with respect to delta."""
+        """Compute the gradient of l_s with respect to delta."""
         delta = delta.detach().requires_grad_()
         value = DIVERGENCES[self.divergence](self.forward(self.x + delta, self.mask), self.clean).sum()
         return self.kept(torch.autograd.grad(value, delta)[0])
 
     def kept(self, delta: Tensor) -> Tensor:
-        """0 where there is padding."""
+        """Set delta to 0 at padding."""
         return delta if self.mask is None else delta.where(expand_mask(self.mask, delta), 0)
 
 
 class Ball:
-    """The radius, in units of each example's rms, and what the norm makes of it."""
+    """A ball: its radius in units of each example's rms, and its norm."""
 
     def __init__(self, problem: Problem, radius: float, norm: str) -> None:
         self.problem, self.radius, self.norm = problem, radius, norm
         self.epsilon = radius * rms(problem.x, problem.mask)
 
     def project(self, delta: Tensor) -> Tensor:
-        """Into the ball, padding left out."""
+        """Project into the ball, padding left out."""
         project = project_linf_ball if self.norm == "inf" else project_l2_ball
         return project(self.problem.kept(delta), self.epsilon)
 
     def steepest(self, g: Tensor) -> Tensor:
-        """argmax of <g, delta> in the ball."""
+        """Return the argmax of <g, delta> in the ball."""
         unit = g.sign() if self.norm == "inf" else normalize(g, "2")
         return unit * self.epsilon.reshape(-1, *[1] * (g.ndim - 1))
 
     def library(self, seed: int, **settings: Any) -> Tensor:
-        """delta by `smartreg_torch.perturbation.ascend`."""
+        """Return the delta of `smartreg_torch.perturbation.ascend`."""
         problem, generator = self.problem, torch.Generator().manual_seed(seed)
         margin = settings["start"] == "margin"
         noise = torch.randn((problem.clean if margin else problem.x).shape, generator=generator)
@@ -103,7 +104,7 @@ class Ball:
         return ascend(forward, problem.x, problem.clean, config, noise, problem.mask, problem.divergence)
 
     def steps(self, delta: Tensor, count: int, lengths: tuple[float, ...]) -> Tensor:
-        """Steepest steps; of several lengths, the one that is best on these examples."""
+        """Take steepest steps of each length. Return the result that is best on these examples."""
         found = []
         for length in lengths:
             at = delta
@@ -113,13 +114,13 @@ class Ball:
         return max(found, key=lambda at: float(self.problem.values(at).mean()))
 
     def vertex(self, seed: int) -> Tensor:
-        """A random point of the ball's boundary."""
+        """Draw a random point of the ball's boundary."""
         noise = torch.randn(self.problem.x.shape, generator=torch.Generator().manual_seed(1000 + seed))
         return self.project(self.steepest(self.problem.kept(noise)))
 
 
 def methods(ball: Ball) -> dict[str, tuple[int, Callable[[int], Tensor]]]:
-    """Of each: its passes, and the divergence of each example that it reaches with a seed."""
+    """Return for each method its passes, and a function from a seed to the divergence of each example."""
     problem = ball.problem
     eta = 100 * ball.radius  # the published eta / epsilon
     found: dict[str, tuple[int, Callable[[int], Tensor]]] = {}
@@ -166,7 +167,7 @@ def methods(ball: Ball) -> dict[str, tuple[int, Callable[[int], Tensor]]]:
 
 
 def best_known(problem: Problem, radius: float, norm: str) -> Tensor:
-    """The largest value of each example over the restarts, which are run as one batch."""
+    """Find the largest value of each example over the restarts, which run as one batch."""
     restarts = problem.restarts
     mask = None if problem.mask is None else torch.cat([problem.mask] * restarts)
     ball = Ball(problem.of(torch.cat([problem.x] * restarts), mask), radius, norm)
@@ -177,7 +178,7 @@ def best_known(problem: Problem, radius: float, norm: str) -> Tensor:
 
 
 def measure(problem: Problem, radius: float, norm: str) -> dict[str, dict[str, float]]:
-    """Of each method its passes, and the divergence that it reaches: mean over the examples, median over the seeds."""
+    """Measure the passes and the divergence of each method: mean over the examples, median over the seeds."""
     ball = Ball(problem, radius, norm)
     best = best_known(problem, radius, norm)
     runs: dict[str, tuple[int, list[Tensor]]] = {}
@@ -195,7 +196,7 @@ def measure(problem: Problem, radius: float, norm: str) -> dict[str, dict[str, f
 
 
 def network(x: np.ndarray, y: np.ndarray, outputs: int) -> nn.Module:
-    """Two hidden layers, trained until it fits."""
+    """Train two hidden layers until they fit."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(x.shape[1], 64), nn.GELU(), nn.Linear(64, 64), nn.GELU(), nn.Linear(64, outputs))
     inputs = torch.tensor(x, dtype=torch.float32)
@@ -211,7 +212,7 @@ def network(x: np.ndarray, y: np.ndarray, outputs: int) -> nn.Module:
 
 
 def small_problems() -> list[Problem]:
-    """Digits of 3 and of 10 classes, pairs of digits (50 classes), and the progress of diabetes (regression)."""
+    """Make the small problems: 3 and 10 digits, pairs of digits (50 classes), progress of diabetes (regression)."""
     digits = load_digits()
     x, y = (digits.data - 8) / 8, digits.target
     order = np.random.default_rng(0).permutation(len(x))
@@ -238,14 +239,14 @@ def small_problems() -> list[Problem]:
                 held_out,
                 None,
                 "squared_error" if outputs == 1 else "symmetric_kl",
-                seeds=100 if outputs == 1 else 5,  # which side of x an ascent takes is drawn, and few examples decide
+                seeds=100 if outputs == 1 else 5,  # an ascent draws its side of x, and few examples decide
             )
         )
     return problems
 
 
 def minilm(train: Path, dev: Path) -> Problem:
-    """MiniLM, fine-tuned as examples/finetune_text.py does, and 32 rows of dev at their word embeddings."""
+    """Fine-tune MiniLM as examples/finetune_text.py does. The examples are the word embeddings of 32 rows of dev."""
     sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
     import finetune_text as example
 
@@ -294,13 +295,13 @@ def report(console: Console, problem: str, norm: str, radii: dict[float, dict[st
             comparisons += [(better, theirs, least) for _, theirs, least in comparisons[:2]]
         for ours, theirs, least in comparisons:
             ratio = rows[ours]["divergence"] / rows[theirs]["divergence"]
-            verdict = "" if ratio >= least else f"   FALLS SHORT of {least:g}"
+            verdict = "" if ratio >= least else f"   LESS THAN {least:g}"
             console.print(f"  {radius:g} rms: {ours} reaches {ratio:.2f} of {theirs}{verdict}")
     console.print()
 
 
 def draw(results: list[dict[str, Any]], file: Path) -> None:
-    """Fraction of the largest known divergence against passes, a panel a problem, at the middle radius."""
+    """Draw the fraction of the largest known divergence against passes at the middle radius, one panel a problem."""
     figure, axes = plt.subplots(1, len(results), figsize=(3.2 * len(results), 3.4), sharey=True, squeeze=False)
     families = {"paper's": "C1", "Gaussian": "C2", "margin": "C0", "random": "0.5", "20": "0.5"}
     for axis, result in zip(axes[0], results, strict=True):

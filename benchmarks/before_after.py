@@ -3,9 +3,9 @@
 git worktree add ../before COMMIT
 python benchmarks/before_after.py --before ../before -- benchmarks/step_cost.py --model minilm --batch 8 --rounds 4
 
-Each turn runs the command once in each tree, in an order that alternates, so that what else the machine does falls on
-both. The command writes the seconds of its rounds with --json. A change is the ratio after over the ratio before, less
-1: the median over the turns, with the least and the largest.
+Each turn runs the command once in each tree, in an order that alternates. So other load on the machine slows both. The
+command writes the seconds of its rounds with --json. A change is the ratio after over the ratio before, minus 1. The
+table has the median over the turns, with the least and the largest.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ AFTER = Path(__file__).resolve().parents[1]
 
 
 def rounds_in(found: Any, at: str = "") -> Iterator[tuple[str, list[dict[str, float]]]]:
-    """Every list of rounds in a benchmark's JSON, each with the settings that it is of."""
+    """Yield every list of rounds in a benchmark's JSON, each with its settings."""
     if isinstance(found, dict):
         said = " ".join(str(found[name]) for name in ("model", "mode", "batch", "length") if name in found)
         for name, value in found.items():
@@ -42,7 +42,7 @@ def rounds_in(found: Any, at: str = "") -> Iterator[tuple[str, list[dict[str, fl
 
 
 def run(tree: Path, command: list[str]) -> dict[tuple[str, str], float]:
-    """The median ratio of each method to the plain step, by setting."""
+    """Compute the median ratio of each method to the plain step, by setting."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "seconds.json"
         given = ["--json", str(file), "--figure", str(Path(folder) / "figure.png")]

@@ -1,12 +1,14 @@
-"""Examples a second of two processes (DistributedDataParallel, gloo, one thread each) over those of one.
+"""Compare the examples a second of two processes with those of one (DistributedDataParallel, gloo, one thread each).
 
 python benchmarks/ddp.py
 
 Each process has the same batch as the one alone, so 2 is ideal. Three ways take turns with every method, round by
-round: one process while the other waits, two that know nothing of each other, and two with DDP. The two share the
-machine (its memory bandwidth, its caches), which the second way alone shows; the third adds the averaging of the
-gradients. Throughput over one: t_one sum_r 1/t_r, t_r the seconds of a step in process r, of the same round; medians
-over the rounds with their quartiles. "Beside plain's" is a method's with DDP over plain training's with DDP.
+round: one process while the other waits, two processes apart, and two with DDP. Two processes share the machine: its
+memory bandwidth and its caches. The second way shows this alone; the third adds the averaging of the gradients.
+
+Throughput over one is t_one sum_r 1/t_r. t_r is the seconds of a step in process r, of the same round. The table has
+the medians over the rounds with their quartiles. "Beside plain's" is a method's with DDP over plain training's with
+DDP.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ Round = dict[str, dict[str, list[float]]]  # method -> way -> seconds of each pr
 
 
 def measure(rank: int, meeting: str, batch: int, length: int, rounds: int, file: str) -> None:
-    """One of the two processes; the first writes down what both have found."""
+    """Run one of the two processes. The first writes down what both have found."""
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

@@ -1,10 +1,10 @@
-"""The peak memory of a training step with SMART over a plain step's.
+"""Compare the peak memory of a training step with SMART with a plain step's.
 
 python benchmarks/memory.py
 
-Each method has a process of its own, so that no other's memory is in its peak: of the resident set on a CPU (as Linux
-tells it), of the allocator on a GPU. What there is once the model has run on one row of one token without a graph is
-taken off; what is left is gradients, activations, theta~ and what else the method keeps.
+Each method has a process of its own, so that no other's memory is in its peak. On a CPU it is the peak of the resident
+set, as Linux reports it; on a GPU the allocator's. The memory after the model has run on one row of one token without a
+graph is subtracted. What is left is gradients, activations, theta~ and whatever else the method keeps.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from step_cost import FLOORS, Bench, make_model
 
 
 def now(device: str) -> float:
-    """In MB; the peak begins anew."""
+    """Return the memory now in MB, and reset the peak."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     else:
@@ -36,7 +36,7 @@ def now(device: str) -> float:
 
 
 def peak(device: str) -> float:
-    """In MB, since `now`."""
+    """Return the peak in MB, since `now`."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
     found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
@@ -45,7 +45,7 @@ def peak(device: str) -> float:
 
 
 def measure(model: str, batch: int, length: int, method: str, device: str) -> dict[str, float]:
-    """The peak before and after two steps, in this process."""
+    """Measure the peak before and after two steps, in this process."""
     network = make_model(model).to(device)
     with torch.no_grad():
         network(torch.ones(1, 1, dtype=torch.long, device=device))
@@ -58,9 +58,9 @@ def measure(model: str, batch: int, length: int, method: str, device: str) -> di
 
 
 def in_a_process(*arguments: object) -> dict[str, float]:
-    """`measure`, in a process of its own."""
+    """Run `measure` in a process of its own."""
     command = [sys.executable, __file__, "--one", *map(str, arguments)]
-    # glibc keeps what is freed, in pieces, unless each tensor is mapped on its own
+    # glibc keeps freed memory in pieces, unless each tensor is mapped on its own
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_MMAP_MAX_": "1000000"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
@@ -70,7 +70,7 @@ def in_a_process(*arguments: object) -> dict[str, float]:
 
 
 def draw(settings: list[dict[str, Any]], file: Path) -> None:
-    """Peaks over the plain step's, a group of bars a setting."""
+    """Draw the peaks over the plain step's, one group of bars for each setting."""
     figure, axis = plt.subplots(figsize=(9, 4.2))
     methods = [method for method in settings[0]["MB"] if method != "plain"]
     width = 0.85 / len(methods)

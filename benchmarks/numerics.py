@@ -1,4 +1,4 @@
-"""What float32 leaves of R_s at the published epsilon: the usual formula, and ours, against float64.
+"""Print what float32 leaves of R_s at the published epsilon: the usual formula and ours, against float64.
 
 python benchmarks/numerics.py
 """
@@ -22,7 +22,7 @@ Divergence = Callable[[Tensor, Tensor], Tensor]
 
 
 def two_kl_terms(a: Tensor, b: Tensor) -> Tensor:
-    """KL(P||Q) + KL(Q||P) as one writes it down, and as the public packages do."""
+    """Compute KL(P||Q) + KL(Q||P) as one writes it down, and as the public packages do."""
     log_p, log_q = a.log_softmax(-1), b.log_softmax(-1)
     terms = kl_div(log_q, log_p, log_target=True, reduction="none")
     return (terms + kl_div(log_p, log_q, log_target=True, reduction="none")).sum(-1)
@@ -33,7 +33,7 @@ def logits(model: BertForSequenceClassification, embeddings: Tensor) -> Tensor:
 
 
 def gradient(model: BertForSequenceClassification, x: Tensor, delta: Tensor, divergence: Divergence) -> Tensor:
-    """Of R_s, with respect to all the weights."""
+    """Compute the gradient of R_s with respect to all the weights."""
     r_s = divergence(logits(model, x + delta), logits(model, x)).mean()
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     found = torch.autograd.grad(r_s, weights, allow_unused=True)

@@ -1,4 +1,4 @@
-"""Seconds of steps and passes, round by round, as ratios to the plain step: what the cost benchmarks have in common."""
+"""Compare the seconds of steps and passes, round by round, with the plain step: shared by the cost benchmarks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rich.table import Table
 def in_turn(
     steps: Mapping[str, Callable[[], float]], passes: Callable[[], dict[str, float]], rng: random.Random
 ) -> dict[str, float]:
-    """The seconds of one round's steps and passes, taken in an order of its own, so that none always follows one."""
+    """Time the steps and passes of one round, in a random order, so that none always follows the same one."""
     seconds, found = dict.fromkeys(steps, 0.0), dict[str, float]()
     for name in rng.sample([*steps, None], len(steps) + 1):
         if name is None:
@@ -29,11 +29,11 @@ def in_turn(
 
 
 def summarise(rounds: list[dict[str, float]], needs: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
-    """Of each method in `needs` the quartiles of its ratio to the plain step, its floor, and how far it is over that.
+    """Summarise each method in `needs`: quartiles of its ratio to the plain step, its floor, how far it is over that.
 
     Args:
         rounds: seconds by method and pass, one dict a round.
-        needs: of each method how many plain steps "P" and passes its mathematics needs.
+        needs: for each method how many plain steps "P" and passes its mathematics needs.
     """
     rows = {}
     for name in [name for name in rounds[0] if name in needs]:
@@ -59,7 +59,7 @@ def quartiles(values: list[float]) -> tuple[float, float, float]:
 
 
 def spread(values: list[float]) -> str:
-    """The median, and the quartiles."""
+    """Format the median and the quartiles."""
     low, median, high = quartiles(values)
     return f"{median:.2f} ({low:.2f} to {high:.2f})"
 
@@ -77,7 +77,7 @@ def report(console: Console, title: str, rows: dict[str, dict[str, float]], pass
 
 
 def draw(settings: list[dict[str, Any]], name: str, file: Path) -> None:
-    """A panel a setting, its `name` above: the medians with their quartiles, and the floors as ticks."""
+    """Draw one panel for each setting: the medians with their quartiles, and the floors as ticks."""
     down, across = math.ceil(len(settings) / 4), min(len(settings), 4)
     size = (3 + 2.2 * across, 0.7 + 3.3 * down)
     figure, axes = plt.subplots(down, across, figsize=size, sharex=True, sharey="row", squeeze=False)

@@ -1,17 +1,18 @@
-"""How the cost of a training step with SMART grows with the batch, the length, T_x and the size of the model.
+"""Measure how the cost of a step with SMART grows with the batch, the length, T_x and the size of the model.
 
 python benchmarks/scale.py
 
-MiniLM at 4 x 32 tokens, and one thing changed at a time; the sizes are BERTs of random weights, 2 to 12 layers of width
-32 to 768. In each panel all points and methods take turns, round by round, each point with a plain step and passes F
-and X of its own. In plain steps: the median over the rounds of the ratio to the plain step of the same point and round.
-The words underneath are made of the figures, each the median over the rounds with its quartiles:
+The model is MiniLM at 4 x 32 tokens, and one thing is changed at a time. The sizes are BERTs of random weights, 2 to
+12 layers of width 32 to 768. In each panel all points and methods take turns, round by round. Each point has a plain
+step and passes F and X of its own. Plain steps are the median over the rounds of the ratio to the plain step of the
+same point and round. The words below a panel are the median over the rounds of each figure, with its quartiles:
 
-- "as batch^k": k is the slope of the least-squares line through log seconds against log batch;
-- the trend: plain steps at the last point over those at the first, "no trend beyond the noise" where the quartiles
-  have 1 between them;
-- "an ascent step": the slope of the least-squares line through plain steps against T_x; its floor is F + X, the mean
-  over the points; "straight within": the largest distance of a median from the line through the medians.
+- "as batch^k": k is the slope of the least-squares line through log seconds against log batch.
+- The trend is the plain steps at the last point over those at the first. If 1 is between the quartiles, it says "no
+  trend beyond the noise".
+- "an ascent step" is the slope of the least-squares line through plain steps against T_x. Its floor is F + X, the mean
+  over the points.
+- "straight within" is the largest distance of a median from the line through the medians.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from smartreg_torch import SMARTConfig
 
 BATCHES = (1, 2, 4, 8, 16)
 LENGTHS = (16, 32, 64, 128)
-BATCH, LENGTH = 4, 32  # where another thing is changed
+BATCH, LENGTH = 4, 32  # while another thing is changed
 ASCENT_STEPS = range(6)
 PANELS = ("batch", "length", "T_x", "parameters, M")
 SIZES = ((2, 32), (2, 128), (4, 256), (4, 512), (8, 512), (12, 768))  # layers, width; the last is BERT-base
@@ -51,7 +52,7 @@ METHODS = [f"SMART, {start}: {terms}" for start in STARTS for terms in ("R_s", "
 
 @dataclass
 class Point:
-    """One place on the axis of a panel: what is timed there, and the seconds, round by round."""
+    """One point on the axis of a panel: what is timed there, and the seconds, round by round."""
 
     at: float
     bench: Bench
@@ -60,7 +61,7 @@ class Point:
     rounds: list[dict[str, float]] = field(default_factory=list)
 
     def ratios(self, method: str) -> list[float]:
-        """Plain steps, round by round."""
+        """Return the plain steps, round by round."""
         return [r[method] / r["plain"] for r in self.rounds]
 
 
@@ -104,7 +105,7 @@ def points_of(panel: str, device: str) -> list[Point]:
 
 
 def measure(points: list[Point], rounds: int) -> None:
-    """As step_cost.measure, all points in each round."""
+    """Measure as step_cost.measure does, all points in each round."""
     rng = random.Random(0)
     for _ in range(rounds + 1):
         for p in points:
@@ -120,13 +121,13 @@ def by_round(points: list[Point]) -> list[tuple[dict[str, float], ...]]:
 
 
 def slopes(points: list[Point], y: Callable[[dict[str, float]], float], log: bool) -> list[float]:
-    """Of the least-squares line through the points, round by round."""
+    """Fit the least-squares line through the points. Return its slopes, round by round."""
     x = [math.log(p.at) if log else p.at for p in points]
     return [statistics.linear_regression(x, [y(r) for r in records]).slope for records in by_round(points)]
 
 
 def growth(name: str, points: list[Point], method: str) -> str:
-    """The exponent of the seconds, and the trend in plain steps."""
+    """Describe the exponent of the seconds and the trend in plain steps."""
     said = f"as {name.split(',')[0]}^{spread(slopes(points, lambda r: math.log(r[method]), log=True))}"
     if method == "plain":
         return said
@@ -141,7 +142,7 @@ def growth(name: str, points: list[Point], method: str) -> str:
 
 
 def ascent(points: list[Point], method: str) -> str:
-    """What one more ascent step costs."""
+    """Describe what one more ascent step costs."""
     a_step = slopes(points, lambda r: r[method] / r["plain"], log=False)
     floors = [statistics.mean((r["F"] + r["X"]) / r["plain"] for r in records) for records in by_round(points)]
     over = statistics.median(a / floor for a, floor in zip(a_step, floors, strict=True)) - 1
@@ -168,7 +169,7 @@ def words(name: str, points: list[Point]) -> list[str]:
 
 
 def report(console: Console, name: str, points: list[Point]) -> None:
-    """Plain steps and how far they are over the floor, a column a point."""
+    """Print plain steps and how far they are over the floor, one column for each point."""
     title = f"{name}: x plain (over the floor), {len(points[0].rounds)} rounds"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
     table.add_column("method", no_wrap=True)
@@ -185,7 +186,7 @@ def report(console: Console, name: str, points: list[Point]) -> None:
 
 
 def draw(found: dict[str, list[Point]], file: Path) -> None:
-    """A panel a thing that is changed: medians and quartiles, and the floors dotted."""
+    """Draw one panel for each thing that is changed: medians and quartiles, and the floors dotted."""
     figure, axes = plt.subplots(2, 2, figsize=(9, 7))
     for axis, (name, points) in zip(axes.flat, found.items(), strict=False):
         x = [p.at for p in points]

@@ -1,15 +1,20 @@
-"""What each way to save passes does to the trained model: its accuracy, and how smooth it has become.
+"""Measure what each way to save passes does to the trained model: its accuracy, and how smooth it has become.
 
 python benchmarks/shortcuts.py
 python benchmarks/shortcuts.py --train ../shared/data/sst2/train.tsv --dev ../shared/data/sst2/dev.tsv
 
-R_s alone (mu = 0), by the paper's start and the margin start, and by shortcuts from the margin start: on every k-th
-step with k times the weight; on a part of the batch; and with the direction of the task loss's own gradient, which has
-been paid for, where the clean side of R_s is detached since its graph is spent. All start from the same weights and see
-the same batches, and all but a part of the batch, which is two calls of the model, the same dropout masks. "needs" is
-what a step costs, in plain steps P and its passes F, X (see step_cost.py), and its number takes F = 0.48 and X = 0.27
-of a plain step, MiniLM's at 8 x 128 tokens. R_s is measured afterwards, with a stronger ascent than any had in
-training; intervals are 95% t-intervals over the seeds, of the difference to plain training paired by seed.
+R_s alone (mu = 0) is trained by the paper's start, by the margin start, and by shortcuts from the margin start:
+
+- R_s in every k-th step, with k times the weight;
+- R_s on a part of the batch;
+- the direction of the task loss's own gradient, which is computed anyway. The clean side of R_s is then detached,
+  because its graph is freed.
+
+All start from the same weights and see the same batches. All have the same dropout masks, except for a part of the
+batch, which is two calls of the model. "needs" is what a step costs, in plain steps P and passes F and X (see
+step_cost.py). Its number takes F = 0.48 and X = 0.27 of a plain step, MiniLM's at 8 x 128 tokens. R_s is measured
+afterwards, with a stronger ascent than any had in training. The intervals are 95% t-intervals over the seeds, of the
+difference to plain training paired by seed.
 """
 
 from __future__ import annotations
@@ -57,7 +62,7 @@ class Method:
 
     @property
     def needs(self) -> tuple[str, float]:
-        """In words, and in plain steps."""
+        """Return the needs in words, and in plain steps."""
         if self.detached:
             return "2P", 2.0
         if self.start is None:
@@ -81,7 +86,7 @@ METHODS = {
 
 
 class Digits:
-    """The demo's: ten classes from five labels each, and the accuracy under attack too."""
+    """The digits of the demo: ten classes from five labels each, also with the accuracy under attack."""
 
     name = "digits"
     site: str | None = "input"
@@ -92,7 +97,7 @@ class Digits:
         self.pretrained = demo.pretrain(self.data)
 
     def start(self, seed: int) -> tuple[nn.Module, torch.optim.Optimizer, Any, list[dict[str, Tensor]]]:
-        """The model as every method gets it, its optimiser and scheduler, and the batches of the whole run."""
+        """Return the model that every method starts from, its optimiser and scheduler, and the batches of the run."""
         x, y = demo.few_labels(self.data, 5, seed)
         model = demo.network(demo.initial_weights(self.pretrained, seed))
         rows = demo.batches(len(x), demo.BATCH, demo.STEPS, seed)
@@ -100,19 +105,19 @@ class Digits:
         return model, torch.optim.Adam(model.parameters(), lr=1e-3), None, batches
 
     def logits(self, output: Any) -> Tensor:
-        """Of what the model returns."""
+        """Return the logits of the model's output."""
         return output
 
     def embed(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        """The x that is perturbed."""
+        """Return the x that is perturbed."""
         return batch["input"]
 
     def at(self, model: nn.Module, x: Tensor, batch: dict[str, Tensor]) -> Tensor:
-        """The logits from x on."""
+        """Compute the logits from x."""
         return model(x)
 
     def measure(self, model: nn.Module) -> dict[str, float]:
-        """The scores of the trained model, R_s among them."""
+        """Measure the scores of the trained model, R_s among them."""
         x, y = torch.from_numpy(self.data.x_test), torch.from_numpy(self.data.y_test)
         points = {"accuracy": x, "attacked": demo.worst(model, x, y, demo.CONFIG.epsilon)}
         with torch.no_grad():
@@ -135,7 +140,7 @@ class Text:
         self.collate = finetune_text.collator(AutoTokenizer.from_pretrained(self.folder), 64, False)
 
     def start(self, seed: int) -> tuple[nn.Module, torch.optim.Optimizer, Any, list[dict[str, Tensor]]]:
-        """The model as every method gets it, its optimiser and scheduler, and the batches of the whole run."""
+        """Return the model that every method starts from, its optimiser and scheduler, and the batches of the run."""
         torch.manual_seed(seed)  # the new head
         labels = {"id2label": dict(enumerate(self.classes))}
         model = AutoModelForSequenceClassification.from_pretrained(self.folder, dtype=torch.float32, **labels)
@@ -148,27 +153,27 @@ class Text:
         return model, optimizer, get_linear_schedule_with_warmup(optimizer, len(batches) // 10, len(batches)), batches
 
     def logits(self, output: Any) -> Tensor:
-        """Of what the model returns."""
+        """Return the logits of the model's output."""
         return output.logits
 
     def embed(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
-        """The x that is perturbed."""
+        """Return the x that is perturbed."""
         return model.get_input_embeddings()(batch["input_ids"])
 
     def at(self, model: nn.Module, x: Tensor, batch: dict[str, Tensor]) -> Tensor:
-        """The logits from x on."""
+        """Compute the logits from x."""
         rest = {name: value for name, value in batch.items() if name != "input_ids"}
         return model(inputs_embeds=x, **rest).logits
 
     def measure(self, model: nn.Module) -> dict[str, float]:
-        """The scores of the trained model, R_s among them."""
+        """Measure the scores of the trained model, R_s among them."""
         dev, some = (sorted(rows, key=finetune_text.length) for rows in (self.dev, self.dev[:64]))
         batches = [[self.collate(rows[k : k + 32]) for k in range(0, len(rows), 32)] for rows in (dev, some)]
         return finetune_text.evaluate(model, batches[0], batches[1], finetune_text.measuring(self.config))
 
 
 def train(task: Digits | Text, method: Method, seed: int) -> nn.Module:
-    """One run, in evaluation mode at its end."""
+    """Train once. Return the model in evaluation mode."""
     model, optimizer, scheduler, batches = task.start(seed)
     torch.manual_seed(seed)  # dropout
     model.train()
@@ -204,7 +209,7 @@ def train(task: Digits | Text, method: Method, seed: int) -> nn.Module:
 
 
 def detached(task: Digits | Text, model: nn.Module, inputs: dict[str, Tensor], labels: Tensor) -> None:
-    """The task's backward, delta = epsilon sign(its gradient at x), and R_s's backward on the perturbed side alone."""
+    """Back-propagate the task, take delta = epsilon sign(gradient at x), and back-propagate R_s at x + delta alone."""
     config, before = task.config, torch.get_rng_state()
     x = task.embed(model, inputs)
     if not x.requires_grad:
@@ -247,7 +252,7 @@ def report(console: Console, task: Digits | Text, runs: dict[str, list[dict[str,
 
 
 def keys(weights: list[float], methods: list[str]) -> Iterator[tuple[str, str, float]]:
-    """A run's name, its method and its lambda_s."""
+    """List the runs: name, method and lambda_s."""
     for method in methods:
         for weight in weights if method != "plain" else [0.0]:
             yield (method if method == "plain" else f"{method} @ {weight:g}"), method, weight

@@ -1,15 +1,21 @@
-"""What a training step with SMART costs, in plain steps, beside the floor that its passes set and beside its peers.
+"""Measure what a training step with SMART costs in plain steps, beside the floor of its passes and beside its peers.
 
 python benchmarks/step_cost.py
 
-All methods take turns, round by round and each round in another order, on one model and one batch, so that what else
-the machine does falls on all of them. A row is the median over the rounds of the ratio to the plain step of the same
-round, with its quartiles. A step is the forward and the backward pass, and theta~'s update where there is a theta~; the
-optimiser is left out, which costs the same with every method. The floor is the sum of the passes that the method's
-mathematics needs, each timed alone in the same round: a plain step P; F forward; X backward to the embeddings; S a
-forward and a backward pass to the weights above the embeddings, which is what a perturbed pass must be where it starts
-at the embeddings of the clean one, whose matrix then gets one gradient for both. theta~'s update, U, is timed too and
-is in no floor.
+All methods take turns on one model and one batch, in another order in each round. So other load on the machine slows
+all of them. A row is the median over the rounds of the ratio to the plain step of the same round, with its quartiles.
+A step is the forward and the backward pass, and theta~'s update if there is a theta~. The optimiser is left out,
+because it costs the same with every method.
+
+The floor is the sum of the passes that the method's mathematics needs, each timed alone in the same round:
+
+- P, a plain step;
+- F, a forward pass;
+- X, a backward pass to the embeddings;
+- S, a forward and a backward pass to the weights above the embeddings. A perturbed pass must be this if it starts at
+  the embeddings of the clean one: their matrix then gets one gradient for both.
+
+theta~'s update, U, is timed too and is in no floor.
 """
 
 from __future__ import annotations
@@ -69,7 +75,7 @@ OURS: dict[str, tuple[dict[str, Any], bool]] = {
 
 
 def make_model(name: str) -> Any:
-    """MiniLM-L6 as it comes with the demo extra, or a BERT-base of random weights, with a new head of two classes."""
+    """Load MiniLM-L6 of the demo extra, or make a BERT-base of random weights, with a new head of two classes."""
     torch.manual_seed(0)
     if name == "bert-base":
         return BertForSequenceClassification(BertConfig())
@@ -92,7 +98,7 @@ class Bench:
         self._smarts: list[SMART] = []
 
     def step(self, method: str) -> Step:
-        """The forward and backward pass of a method in FLOORS; SMART's are there until `close`."""
+        """Return the forward and backward pass of a method in FLOORS. SMART's stay on the model until `close`."""
         start, _, terms = method.removeprefix("SMART, ").partition(": ")
         if start in OURS:
             settings, lean = OURS[start]
@@ -106,12 +112,12 @@ class Bench:
         return {"plain": self.plain, "R-Drop": self.r_drop}[method]
 
     def close(self) -> None:
-        """Leave the model as it was."""
+        """Take SMART off the model."""
         for smart in self._smarts:
             smart.remove()
 
     def seconds(self, step: Step) -> float:
-        """How long it takes, on a GPU until it is done."""
+        """Time a step, on a GPU until it is done."""
         self.model.zero_grad(set_to_none=True)
         self._wait()
         begin = time.perf_counter()
@@ -127,18 +133,18 @@ class Bench:
         return torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.bf16)
 
     def logits_at(self, embeddings: Tensor) -> Tensor:
-        """The eval_fn that the public packages ask for."""
+        """Compute the logits from embeddings: the eval_fn that the public packages ask for."""
         mask = self.inputs["attention_mask"]
         return self.model(inputs_embeds=embeddings, attention_mask=mask).logits
 
     def plain(self) -> None:
-        """Forward and backward of the task loss."""
+        """Run the forward and backward pass of the task loss."""
         with self._autocast():
             loss = functional.cross_entropy(self.model(**self.inputs).logits, self.labels)
         loss.backward()
 
     def passes(self) -> dict[str, float]:
-        """Seconds of F, X, S and U, each alone."""
+        """Time F, X, S and U, each alone."""
         with self._autocast():
             embeddings = self.model.get_input_embeddings()(self.inputs["input_ids"]).detach().requires_grad_()
         found = {}
@@ -173,7 +179,7 @@ class Bench:
         return {name: weight.detach().clone() for name, weight in self.model.named_parameters()}
 
     def smart(self, config: SMARTConfig, lean: bool) -> Step:
-        """Ours; theta~ moves in the step."""
+        """Return a step with SMART, in which theta~ moves."""
         smart = SMART(self.model, config, precision="model" if self.bf16 else "float32", lean=lean)
         self._smarts.append(smart)
 
@@ -187,7 +193,7 @@ class Bench:
         return step
 
     def package(self, regulariser: Any) -> Step:
-        """As their READMEs say: an eval_fn from embeddings to logits, and the penalty of (embeddings, logits)."""
+        """Run a public package as its README says: an eval_fn, and the penalty of (embeddings, logits)."""
 
         def step() -> None:
             with self._autocast():
@@ -199,7 +205,7 @@ class Bench:
         return step
 
     def r_drop(self) -> None:
-        """Liang et al. 2021, equation 4: two dropout masks, and alpha/2 of the two KL terms between their outputs."""
+        """Run R-Drop (Liang et al. 2021, eq. 4): two dropout masks, and alpha/2 of the two KL terms between them."""
         with self._autocast():
             twice = {name: torch.cat([value, value]) for name, value in self.inputs.items()}
             z = self.model(**twice).logits
@@ -209,7 +215,7 @@ class Bench:
         (loss + 0.5 * (both[0] + both[1])).backward()
 
     def freelb(self, K: int, xi: float = 0.1, alpha: float = 0.1) -> None:
-        """Zhu et al. 2020, Algorithm 1: the mean gradient over K ascent steps of delta, ||delta||_2 <= xi."""
+        """Run FreeLB (Zhu et al. 2020, Algorithm 1): the mean gradient over K ascent steps, ||delta||_2 <= xi."""
         embedding, ids = self.model.get_input_embeddings(), self.inputs["input_ids"]
         size = embedding.weight.shape[1] * ids.shape[1]
         shape = (*ids.shape, embedding.weight.shape[1])
@@ -229,13 +235,13 @@ class Bench:
 
 
 def turns(method: str) -> int:
-    """Steps after which the method is where it was: K."""
+    """Return K, the number of steps after which the method repeats."""
     settings, _ = OURS.get(method.removeprefix("SMART, ").partition(": ")[0], ({}, False))
     return int(settings.get("smoothness_steps", 1))
 
 
 def measure(bench: Bench, rounds: int, methods: list[str]) -> list[dict[str, float]]:
-    """Seconds of each step (the mean over its turns) and pass, round by round; a first round is thrown away."""
+    """Time each step (the mean over its turns) and pass, round by round. The first round is thrown away."""
 
     def timed(method: str) -> Callable[[], float]:
         step, K = bench.step(method), turns(method)

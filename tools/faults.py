@@ -1,11 +1,12 @@
-"""Raise an exception at every place where the user's own code runs inside SMART, and see that nothing is left changed.
+"""Raise an exception at every place in which the user's own code runs inside SMART, and check what is left changed.
 
 python tools/faults.py [--backend torch tf]
 
-Every call of a submodule in every pass, of a hook, a function that SMART was given: one injection each (of Keras' fits
-many, `faults_tf.py` says where). After it weights, theta~, gradients, buffers, what modules keep, the random stream,
-the mode, hooks and files must be what plain training leaves when its own forward breaks off there, or has ended; and
-the next step must work. Prints the table of docs/faults.md; exit status 1 where something was left.
+Each call of a submodule in each pass, of a hook or of a function that SMART was given gets one injection.
+`faults_tf.py` lists the places of Keras' fits. Afterwards weights, theta~, gradients, buffers, what modules keep, the
+random stream, the mode, hooks and files must be what plain training leaves when its own forward breaks off there, or
+has ended. The next step must work. Prints the table of docs/faults.md. The exit status is 1 if something was left
+changed.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Injected(Exception):  # noqa: N818
 
 
 class Trigger:
-    """Raises at its `at`-th call. Its count is kept where SMART does not put it back after a pass."""
+    """Raises at its `at`-th call. SMART cannot put its count back after a pass, because it is thread-local."""
 
     def __init__(self) -> None:
         self._own = threading.local()
@@ -45,15 +46,15 @@ class Trigger:
 
     @property
     def calls(self) -> int:
-        """How often it was called."""
+        """Return how often it was called."""
         return int(self._own.calls)
 
     def arm(self, after: int | None) -> None:
-        """Raise at the call that comes so many calls from now; None: never."""
+        """Set the call to raise at, counted from now; None means never."""
         self._own.at = None if after is None else self.calls + after
 
     def __call__(self, *_: Any) -> None:
-        """Be a forward hook."""
+        """Count a call as a forward hook, or raise."""
         self._own.calls += 1
         if self._own.calls == self._own.at:
             raise Injected
@@ -63,7 +64,7 @@ class Trigger:
 
 
 class Row(NamedTuple):
-    """One kind of place: how many exceptions were raised there, and what the first that left something left."""
+    """One kind of place: the exceptions raised there, and what was left changed."""
 
     place: str
     injections: int
@@ -71,7 +72,7 @@ class Row(NamedTuple):
 
 
 def torch_rows(only: str = "") -> Iterator[Row]:
-    """A step of a PyTorch loop that breaks off in each call of each pass, in ways whose names have `only` in them."""
+    """Break off a step of a PyTorch loop in each call of each pass, for the rows whose names contain `only`."""
     import numpy as np
     import torch
     from torch import nn
@@ -80,7 +81,7 @@ def torch_rows(only: str = "") -> Iterator[Row]:
     from smartreg_torch import SMART, SMARTConfig
 
     class Model(nn.Module):
-        """Dropout, BatchNorm, what a module keeps, and a layer that is checkpointed."""
+        """A model with dropout, BatchNorm, attributes that a forward changes, and a layer that is checkpointed."""
 
         def __init__(self, trigger: Trigger) -> None:
             super().__init__()
@@ -102,7 +103,7 @@ def torch_rows(only: str = "") -> Iterator[Row]:
             return {"logits": self.head(self.norm(x)), "noise": noise}
 
     def watched(model: Any) -> dict[str, Any]:
-        """All that must be as plain training leaves it."""
+        """Collect all that must be as plain training leaves it."""
         grads = {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
         return {
             "weights": {name: p.detach().clone() for name, p in model.named_parameters()},
@@ -139,7 +140,7 @@ def torch_rows(only: str = "") -> Iterator[Row]:
         return model.bfloat16() if half else model
 
     def attempt(at: int | None, config: Any, how: dict[str, bool], first: int) -> tuple[int, str]:
-        """Break at the at-th call of step `first` or its backward; what was left, "" if nothing."""
+        """Break off at the at-th call of step `first` or its backward. Return what was left, or ""."""
         trigger, plain_trigger = Trigger(), Trigger()
         model = seeded(trigger, how["half"], how["checkpoints"])
         twin = copy.deepcopy(model)
@@ -195,7 +196,7 @@ def torch_rows(only: str = "") -> Iterator[Row]:
             plain_trigger.arm(None)
             plain = watched(twin)
             if broken != "forward":
-                mine.pop("gradients"), plain.pop("gradients")  # a backward that breaks off leaves those it has reached
+                mine.pop("gradients"), plain.pop("gradients")  # a broken backward leaves those that it reached
             left = [name for name in plain if different(mine[name], plain[name])]
             left += ["theta~"] if different(teacher, smart.teacher) else []
             left += (
@@ -250,7 +251,7 @@ def torch_rows(only: str = "") -> Iterator[Row]:
 
 
 def trainer_rows() -> Iterator[Row]:
-    """A callback of the user's that raises in each of its methods, and an override in each of the Trainer's."""
+    """Raise in each method of a user's callback, and in each override of a Trainer's method."""
     import torch
     import transformers
     from torch import nn
@@ -279,7 +280,7 @@ def trainer_rows() -> Iterator[Row]:
     methods += ["create_optimizer", "create_scheduler", "_save_checkpoint", "_load_best_model", "get_batch_samples"]
 
     def attempt(kind: str, name: str, at: int) -> tuple[bool, str]:
-        """Whether it was reached, and what was left."""
+        """Return whether the place was reached, and what was left."""
         trigger = Trigger()
         raising = {name: lambda self, *a, **k: trigger()} if kind != "override" else {}
         callback = type("Raises", (TrainerCallback,), raising)()
@@ -342,14 +343,14 @@ def trainer_rows() -> Iterator[Row]:
 
 
 def tf_rows() -> Iterator[Row]:
-    """Keras' fit, eager and as a graph."""
+    """Break off Keras' fit, eager and as a graph."""
     import faults_tf
 
     return itertools.starmap(Row, faults_tf.rows())
 
 
 def main() -> int:
-    """Print the table; 1 where something was left."""
+    """Print the table. Return 1 if something was left changed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--backend", nargs="+", choices=["torch", "tf"], default=["torch", "tf"])
     given = parser.parse_args()

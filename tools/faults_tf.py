@@ -1,10 +1,10 @@
 """The rows of `tools/faults.py` for Keras: exceptions at every place of a fit with SMART.
 
-Each place where the user's code runs, and SMART's own methods, are broken in turn: a layer in every pass, the loss, the
-metric, the noise, the optimiser, the callbacks that stand before and after SMART's. Afterwards the attributes of the
-model, its layers and its optimiser and its number of variables must be as before. The weights, the statistics, the
+Each place in which the user's code runs is broken in turn: a layer in every pass, the loss, the metric, the noise, the
+optimiser, the callbacks before and after SMART's. So are SMART's own methods. Afterwards the attributes of the model,
+its layers and its optimiser must be as before, and so must its number of variables. The weights, the statistics, the
 optimiser's state and theta~ must be those that the same fit had after as many steps. The random streams and what a
-layer keeps must be where plain training leaves them. The next plain step and save must be plain.
+layer keeps must be as plain training leaves them. The next plain step and save must be plain.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ OWN: dict[type, list[str]] = {
 
 
 class InjectedError(Exception):
-    """What every fault here raises."""
+    """The error that every fault here raises."""
 
 
 class Trigger:
@@ -47,7 +47,7 @@ class Trigger:
         self.calls, self.at = 0, 0
 
     def arm(self, at: int) -> None:
-        """Count from 0 again; 0: never raise."""
+        """Count from 0 again, and raise at call `at`; 0 means never."""
         self.calls, self.at = 0, at
 
     def __call__(self) -> None:
@@ -57,7 +57,7 @@ class Trigger:
             raise InjectedError
 
     def around(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function, counted before and after it."""
+        """Return the function, with a count before and after it."""
 
         def counted(*args: Any, **kwargs: Any) -> Any:
             self()
@@ -72,7 +72,7 @@ TRIGGER = Trigger()
 
 
 def counted(kind: type) -> type:
-    """A class of layers whose `call` may break."""
+    """Make a class of layers whose `call` may raise."""
 
     def call(self: Any, inputs: Any) -> Any:
         return TRIGGER.around(super(made, self).call)(inputs)
@@ -88,7 +88,7 @@ class Keeps(keras.layers.Dropout):  # type: ignore[misc]
     highest = 0  # of a class: SMART does not put it back
 
     def call(self, inputs: Any, training: bool = False) -> Any:
-        """Keep something, before and after what may break."""
+        """Change a count and draw a number, then perhaps raise."""
         self.count += 1
         Keeps.highest = max(Keeps.highest, self.count)
         np.random.rand()  # noqa: NPY002
@@ -97,27 +97,27 @@ class Keeps(keras.layers.Dropout):  # type: ignore[misc]
 
 
 class Optimizer(keras.optimizers.SGD):  # type: ignore[misc]
-    """SGD that may break before and after its update."""
+    """SGD that may raise before and after its update."""
 
     def apply(self, *args: Any, **kwargs: Any) -> Any:
-        """Keras' own."""
+        """Update as Keras does, with a count before and after."""
         return TRIGGER.around(super().apply)(*args, **kwargs)
 
 
 def loss(y: Any, z: Any) -> Any:
-    """A loss of one's own."""
+    """Compute a loss of one's own, or raise."""
     TRIGGER()
     return keras.losses.sparse_categorical_crossentropy(y, z, from_logits=True)
 
 
 def metric(y: Any, z: Any) -> Any:
-    """A metric of one's own."""
+    """Compute a metric of one's own, or raise."""
     TRIGGER()
     return keras.metrics.sparse_categorical_accuracy(y, z)
 
 
 def noise(step: Any, like: Any) -> Any:
-    """The noise of the start."""
+    """Return the noise of the start, or raise."""
     TRIGGER()
     return keras.ops.ones_like(like)
 
@@ -140,12 +140,12 @@ class Recorder(keras.callbacks.Callback):  # type: ignore[misc]
         self.after: dict[int, Any] = {}
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        """Called by fit."""
+        """Keep the values after the step."""
         self.after[int(self.model.optimizer.iterations)] = self.values()
 
 
 def small(eager: bool, policy: str) -> Any:
-    """A model that has done everything once that plain Keras leaves on it."""
+    """Make a model, and fit it once, so that all that plain Keras leaves on a model is there."""
     TRIGGER.arm(0)
     keras.utils.set_random_seed(0)
     keras.config.set_dtype_policy(policy)
@@ -163,7 +163,7 @@ def small(eager: bool, policy: str) -> Any:
 
 
 def held(model: Any) -> dict[Any, Any]:
-    """What is on the model, its layers and its optimiser, less what `Keeps` keeps."""
+    """Collect the attributes of the model, its layers and its optimiser, except those of `Keeps`."""
     return {
         (place, name): value
         for place, owner in enumerate([*model._flatten_layers(), model.optimizer])
@@ -173,17 +173,17 @@ def held(model: Any) -> dict[Any, Any]:
 
 
 def numbers(variables: Any) -> list[Any]:
-    """The values of variables."""
+    """Return the values of variables."""
     return [np.array(variable) for variable in variables]
 
 
 def same(a: list[Any], b: list[Any]) -> bool:
-    """Whether all are equal, bit for bit."""
+    """Return whether all are equal, bit for bit."""
     return len(a) == len(b) and all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 class Case:
-    """One way to fit one model with SMART, broken again and again."""
+    """One way to fit one model with SMART, broken off again and again."""
 
     def __init__(self, eager: bool, policy: str, attached: bool, last: bool, own: bool, config: SMARTConfig) -> None:
         self.eager, self.attached, self.last, self.own, self.config = eager, attached, last, own, config
@@ -204,16 +204,16 @@ class Case:
         self.left = [problem for problem in [self.problem(0, "")] if problem]
 
     def trained(self) -> list[Any]:
-        """What an optimiser step moves."""
+        """Return what an optimiser step moves."""
         return numbers([*self.model.trainable_variables, *self.model.optimizer.variables])
 
     def moved(self) -> list[Any]:
-        """What a forward pass moves: the statistics, and the seeds of the dropout masks."""
+        """Return what a forward pass moves: the statistics, and the seeds of the dropout masks."""
         metrics = {id(variable) for variable in self.model.metrics_variables}
         return numbers(v for v in self.model.non_trainable_variables if id(v) not in metrics)
 
     def reset(self) -> None:
-        """Begin anew."""
+        """Set everything to its start."""
         for variable, value in zip(self.variables, self.start, strict=True):
             variable.assign(value)
         self.keeps.count = Keeps.highest = 0
@@ -244,7 +244,7 @@ class Case:
             else:
                 callbacks = [SMARTCallback(self.config, **given), Other()]
                 self.model.fit(IDS, Y, callbacks=[*callbacks[:: -1 if self.last else 1], *more], **OPTIONS)
-        except Exception as error:  # TensorFlow makes another of it; its traceback would keep the fit alive
+        except Exception as error:  # TensorFlow raises another error; its traceback would keep the fit alive
             return f"{type(error).__name__} {error}"
         finally:
             setattr(Engine, "__init__", begun)  # noqa: B010
@@ -254,10 +254,10 @@ class Case:
         return ""
 
     def problem(self, at: int, error: str) -> str:
-        """What is not as it should be; empty where all is."""
+        """Return what is not as it should be, or ""."""
         if at and InjectedError.__name__ not in error:
             return f"another error: {error}"[:200]
-        gc.collect()  # the frames of a broken evaluation are in a cycle, and hold the fit until then
+        gc.collect()  # the frames of a broken evaluation are in a cycle, and hold the fit until it is collected
         model, steps, none = self.model, int(self.model.optimizer.iterations), object()
         after = held(model)
         keys = {*self.before, *after}
@@ -274,7 +274,7 @@ class Case:
         np.random.seed(0)  # noqa: NPY002
         np.random.rand(self.keeps.count)  # noqa: NPY002
         mine = np.random.get_state()[1:3]  # noqa: NPY002
-        in_order = self.keeps.count == Keeps.highest <= (steps + 1 if self.eager else 1)  # plain training goes not back
+        in_order = self.keeps.count == Keeps.highest <= (steps + 1 if self.eager else 1)  # as plain training does
         left += [] if same(list(stream), list(mine)) and in_order else ["NumPy's stream, a count"]
         with tempfile.TemporaryDirectory() as folder:
             model.save_weights(f"{folder}/plain.weights.h5")
@@ -284,14 +284,14 @@ class Case:
         return ", ".join(left)
 
     def inject(self, at: int) -> str:
-        """One exception; what it left."""
+        """Raise one exception. Return what it left."""
         self.engines.clear()
         self.reset()
         return self.problem(at, self.fit(at, []))
 
 
 def rows() -> Iterator[tuple[str, int, list[str]]]:
-    """The rows of the table: which fit, how many exceptions, what they left."""
+    """Yield the rows of the table: which fit, how many exceptions, what they left."""
     both = SMARTConfig(beta_early=0.9, beta_late=0.9, ascent_steps=1)
     plain: dict[str, Any] = {"policy": "float32", "attached": False, "last": False, "own": False, "config": both}
     ways: dict[str, dict[str, Any]] = {
@@ -307,7 +307,7 @@ def rows() -> Iterator[tuple[str, int, list[str]]]:
     for mode in ("run_eagerly", "graph"):
         for name, changes in ways.items():
             case = Case(mode == "run_eagerly", **{**plain, **changes})
-            # every place of the first way; of the others some, not the same in each, which saves ten minutes
+            # every place of the first way, and some places of the others, which saves ten minutes
             step = 1 if case.eager and not changes else 4 if case.eager else 7
             places = range(1 + len(name) % step, case.total + 1, step)
             found = list(case.left)

@@ -1,4 +1,4 @@
-"""Write tests/before: what a user's earlier runs left, and the values to which they go on.
+"""Write tests/before: what earlier runs of a user left, and the values that they lead to.
 
     git worktree add ../earlier COMMIT
     PYTHONPATH=../earlier python tools/make_before.py

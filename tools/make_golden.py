@@ -1,8 +1,8 @@
-"""Writes smartreg/golden.json: the inputs are listed here, the answers are mpmath's. Needs mpmath; takes minutes.
+"""Write smartreg/golden.json: the inputs are listed here, the answers are mpmath's. Takes minutes.
 
     python tools/make_golden.py
 
-The same file comes out every time: no random number, logarithm or power here is a platform's.
+The file is the same every time, because no random number, logarithm or power depends on the platform.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ sys.path.append(str(ROOT / "tests"))
 import exact  # noqa: E402
 
 BITS = {"float64": 53, "float32": 24, "float16": 11, "bfloat16": 8}
-WIDTHS = {"float64": 53, "float32": 24, "half": 8}  # 8 digits fit float16 too
+WIDTHS = {"float64": 53, "float32": 24, "half": 8}  # 8 bits fit float16 too
 BALLS = {"project_linf_ball": "inf", "project_l2_ball": "2", "project_l1_ball": "1"}
 INF = math.inf
 TINY = 84 * 2.0**-23  # 1.0014e-5, in 5 bits
@@ -33,20 +33,20 @@ Case = tuple[str, str, dict[str, Any]]
 
 
 def rounded(values: Any, bits: int) -> np.ndarray:
-    """The nearest numbers of so many binary digits."""
+    """Round to the nearest numbers of so many bits."""
     mantissa, exponent = np.frexp(np.asarray(values, np.float64))
     return np.ldexp(np.rint(np.ldexp(mantissa, bits)), exponent - bits)
 
 
 def draw(seed: int, *shape: int) -> np.ndarray:
-    """Numbers of [-1, 1) with 47 digits."""
+    """Draw numbers in [-1, 1) of 47 bits."""
     high, low = 2654435761 * seed % 2**32, 2246822519 * seed % 2**32  # far apart, also for neighbouring seeds
     count = math.prod(shape)
     return (by_seed(high, count, 2**23, -23) + by_seed(low, count, 2**23, -46)).reshape(shape)
 
 
 def cases() -> Iterator[Case]:
-    """Every case: its name, its function, its arguments."""
+    """Yield every case: its name, its function, its arguments."""
     yield from symmetric_kl_cases()
     yield from bernoulli_cases()
     yield from squared_error_cases()
@@ -58,7 +58,7 @@ def cases() -> Iterator[Case]:
 
 
 def pairs(function: str, sizes: tuple[tuple[int, float, float], ...]) -> Iterator[Case]:
-    """Ordinary rows of outputs of some size, some distance apart, in the precision of every dtype."""
+    """Yield ordinary rows of outputs of some size, some distance apart, in the precision of every dtype."""
     for dtype, bits in BITS.items():
         for seed, (classes, size, distance) in enumerate(sizes, 1):
             b = rounded(size * draw(seed, 1, classes), bits)
@@ -68,7 +68,7 @@ def pairs(function: str, sizes: tuple[tuple[int, float, float], ...]) -> Iterato
 
 
 def positions(function: str) -> Iterator[Case]:
-    """Masks: some positions, one, none; two position axes; no mask."""
+    """Yield masks: some positions, one, none; two position axes; no mask."""
     for dtype, bits in WIDTHS.items():
         b = rounded(3 * draw(7, 3, 3, 2), bits)
         a = rounded(b + 0.25 * draw(8, 3, 3, 2), bits)
@@ -81,7 +81,7 @@ def positions(function: str) -> Iterator[Case]:
 
 
 def symmetric_kl_cases() -> Iterator[Case]:
-    """Where digits cancel, classes vanish, and shifts are far larger than what they hide."""
+    """Yield cases in which digits cancel, classes vanish, and shifts are far larger than what they hide."""
 
     def case(name: str, a: Any, b: Any) -> Case:
         return name, "symmetric_kl", {"a": [a], "b": [b]}
@@ -147,7 +147,7 @@ def symmetric_kl_cases() -> Iterator[Case]:
 
 
 def bernoulli_cases() -> Iterator[Case]:
-    """Labels that are near, and saturated ones on one side or on both."""
+    """Yield labels that are near, and saturated ones on one side or on both."""
 
     def case(name: str, a: Any, b: Any) -> Case:
         return name, "bernoulli_symmetric_kl", {"a": [a], "b": [b]}
@@ -169,7 +169,7 @@ def bernoulli_cases() -> Iterator[Case]:
 
 
 def squared_error_cases() -> Iterator[Case]:
-    """Near and far values."""
+    """Yield near and far values."""
 
     def case(name: str, a: Any, b: Any) -> Case:
         return name, "squared_error", {"a": [a], "b": [b]}
@@ -184,7 +184,7 @@ def squared_error_cases() -> Iterator[Case]:
 
 
 def normalize_cases() -> Iterator[Case]:
-    """Gradients whose squares underflow or overflow, zero rows, ties."""
+    """Yield gradients whose squares underflow or overflow, zero rows, ties."""
 
     def each(name: str, g: Any) -> Iterator[Case]:
         for norm in ("inf", "2", "1"):
@@ -207,7 +207,7 @@ def normalize_cases() -> Iterator[Case]:
 
 
 def projection_cases() -> Iterator[Case]:
-    """Binding and slack radii, one an example, 0; ties, and rows far outside."""
+    """Yield binding and slack radii, one for each example, 0; ties, and rows far outside."""
 
     def each(name: str, delta: Any, epsilon: Any, functions: Any = BALLS) -> Iterator[Case]:
         for function in functions:
@@ -241,7 +241,7 @@ def projection_cases() -> Iterator[Case]:
 
 
 def rms_cases() -> Iterator[Case]:
-    """With and without padding, an example that is all padding among them."""
+    """Yield rows with and without padding, and an example that is all padding."""
     mask = [[True, False, True], [True, True, True], [False, False, False]]
     for dtype, bits in WIDTHS.items():
         x = rounded(3 * draw(1, 3, 3, 4), bits)
@@ -255,7 +255,7 @@ def rms_cases() -> Iterator[Case]:
 
 
 def ema_cases() -> Iterator[Case]:
-    """Every beta, near and far, at rest."""
+    """Yield every beta, with weights near and far, and at rest."""
     for dtype, bits in WIDTHS.items():
         teacher = rounded(draw(1, 2, 4), bits)
         theta = rounded(teacher + 0.01 * draw(2, 2, 4), bits)
@@ -272,7 +272,7 @@ def ema_cases() -> Iterator[Case]:
 
 
 def momentum_cases() -> Iterator[Case]:
-    """Both sides of the switch."""
+    """Yield both sides of the switch."""
     for total, fraction, steps in (
         (100, 0.1, (1, 10, 11, 100)),
         (100, 0.29, (28, 29, 30)),  # the float 0.29 * 100 is 28.999999999999996
@@ -293,7 +293,7 @@ def momentum_cases() -> Iterator[Case]:
 
 
 def answer(function: str, arguments: dict[str, Any], digits: int) -> dict[str, Any]:
-    """The answers to one call, in arrays of mpf."""
+    """Compute the answers to one call, in arrays of mpf."""
     values = {name: decode(encode(value)) for name, value in arguments.items()}
     if function == "momentum":
         return {"value": np.array(mpmath.mpf(exact.momentum(values["step"], **values["config"])), object)}
@@ -320,7 +320,7 @@ def answer(function: str, arguments: dict[str, Any], digits: int) -> dict[str, A
 def divergence(
     function: Callable[..., Any], a: np.ndarray, b: np.ndarray, mask: np.ndarray | None, digits: int
 ) -> dict[str, Any]:
-    """The mean over the positions that count, and its gradients."""
+    """Compute the mean over the positions that count, and its gradients."""
     keep = np.ones(a.shape[:-1], bool) if mask is None else mask
     value, grad_a, grad_b = (np.full(shape, mpmath.mpf(0), object) for shape in (len(a), a.shape, a.shape))
     with mpmath.workdps(digits):
@@ -333,15 +333,15 @@ def divergence(
 
 
 def by_row(x: np.ndarray, settings: dict[str, Any], function: Callable[[int, np.ndarray], list[Any]]) -> np.ndarray:
-    """What a function gives for everything that one norm runs over, in the shape of x."""
+    """Apply a function to each part that one norm runs over. Return the results in the shape of x."""
     rows = x.reshape(len(x), 1, -1) if settings["granularity"] == "example" else x.reshape(len(x), -1, x.shape[-1])
     return np.array([[function(i, row) for row in example] for i, example in enumerate(rows)], object).reshape(x.shape)
 
 
 def fifty_digits(function: str, arguments: dict[str, Any]) -> dict[str, Any]:
-    """The answers as strings of 50 digits: those that half as many digits again do not change."""
+    """Return the answers as strings of 50 digits, which 50% more working digits do not change."""
     digits, found = 120, None
-    if function.endswith("kl"):  # the smallest exponential is seen beside 1, also where the difference of two is taken
+    if function.endswith("kl"):  # the smallest exponential must be seen beside 1, also in a difference of two
         rows = [decode(encode(arguments[side])) for side in ("a", "b")]
         finite = [row[np.isfinite(row)] for row in rows]
         reach = max(np.abs(v).max() if function.startswith("bernoulli") else np.ptp(v) for v in finite)
@@ -364,14 +364,14 @@ def fifty_digits(function: str, arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def as_text(value: Any) -> str:
-    """50 digits, from 60: mpmath turns more digits than Python allows at once."""
+    """Write 50 digits. It rounds to 60 first, because mpmath would convert more digits than Python allows at once."""
     with mpmath.workdps(60):
         text: str = mpmath.nstr(+value, 50)
         return text
 
 
 def encode(value: Any) -> Any:
-    """An argument as JSON can hold it; floats are written so that they read back as they were."""
+    """Convert an argument to JSON. Floats are written so that they read back as they were."""
     if isinstance(value, np.ndarray):
         value = value.tolist()
     if isinstance(value, dict):
@@ -382,7 +382,7 @@ def encode(value: Any) -> Any:
 
 
 def written(case: Case) -> dict[str, Any]:
-    """A case as golden.json has it, without its answers."""
+    """Return a case as golden.json has it, without its answers."""
     name, function, arguments = case
     return {"name": name, "function": function, "arguments": encode(arguments)}
 

@@ -2,7 +2,7 @@
 
     python tools/make_trajectory.py
 
-The file is what counts: NumPy's streams may change between versions.
+Keep the file, because NumPy's streams may change between versions.
 """
 
 from pathlib import Path
