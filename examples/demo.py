@@ -1,10 +1,10 @@
-"""What SMART does, in a minute and with nothing to download: handwritten digits, few labels, worst-case perturbations.
+"""Show what SMART does, in a minute and without a download: handwritten digits, few labels, worst-case perturbations.
 
     python examples/demo.py
 
-A small network is pre-trained on seven of the ten digits and fine-tuned on all ten from a few labels, plain and with
+A small network is pre-trained on seven of the ten digits. It is fine-tuned on all ten from a few labels, plain and with
 SMART. Then every test image is attacked inside an l_inf ball. At the end NumPy, PyTorch and Keras train side by side,
-from the same weights, with the same batches and noise; `same_task` has them, as NumPy arrays.
+from the same weights, with the same batches and noise. `same_task` returns these as NumPy arrays.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ from smartreg_torch.perturbation import ascend
 Array = NDArray[Any]
 Weights = dict[str, Array]
 
-NEW_CLASSES = (7, 8, 9)  # these the pre-training has not seen
+NEW_CLASSES = (7, 8, 9)  # not in the pre-training
 HIDDEN, DROPOUT = 128, 0.2
 PRETRAINING_STEPS, STEPS, BATCH = 300, 300, 20
-# Pixels are in [0, 1], and the radius is in their units: scale="absolute". beta: theta~ remembers about ten steps. With
-# the published 0.999 it would stay at the random new head, and hold the model there, in a run of 300 steps.
+# Pixels are in [0, 1], and scale="absolute" gives the radius in their units. With beta = 0.9 theta~ remembers about ten
+# steps. With the published 0.999 it would stay at the random new head in a run of 300 steps, and keep the model there.
 CONFIG = SMARTConfig(
     scale="absolute",
     epsilon=0.1,
@@ -62,13 +62,13 @@ CONFIG = SMARTConfig(
 METHODS = {"plain": CONFIG.replace(lambda_s=0, mu=0), "SMART": CONFIG}
 ATTACK_STEPS, ATTACK_STARTS = 20, 4
 SHOWN = 6  # test images in the picture, the first ones
-COMPARED_STEPS, RATE = 20, 0.125  # of the three backends; a power of 2: Keras takes the rate through float32
+COMPARED_STEPS, RATE = 20, 0.125  # of the three backends; a power of 2, because Keras rounds the rate to float32
 PARAMETERS = ("W1", "b1", "W2", "b2", "W3", "b3")
 RADII = (0.0, 0.025, 0.05, 0.075, 0.1, 0.125, 0.15, 0.2)
 
 
 class Digits(NamedTuple):
-    """8 x 8 images as rows of 64 pixels in [0, 1], and their labels."""
+    """Images of 8 x 8 as rows of 64 pixels in [0, 1], and their labels."""
 
     x: Array
     y: Array
@@ -85,34 +85,34 @@ def digits() -> Digits:
 
 
 def few_labels(data: Digits, a_class: int, seed: int) -> tuple[Array, Array]:
-    """`a_class` training images of each digit, others for each seed."""
+    """Draw `a_class` training images of each digit, by seed."""
     rng = np.random.default_rng(seed)
     at = np.concatenate([rng.permutation(np.flatnonzero(data.y == k))[:a_class] for k in range(10)])
     return data.x[at], data.y[at]
 
 
 def initial_weights(pretrained: Weights, seed: int) -> Weights:
-    """The pre-trained layers under a new head for ten classes: where every fine-tuning of that seed begins."""
+    """Put a new head for ten classes on the pre-trained layers. Every fine-tuning of that seed begins there."""
     rng = np.random.default_rng(seed)
     head = rng.normal(scale=HIDDEN**-0.5, size=(HIDDEN, 10)).astype(np.float32)
     return {**pretrained, "W3": head, "b3": np.zeros(10, np.float32)}
 
 
 def batches(n: int, size: int, steps: int, seed: int) -> Iterator[Array]:
-    """The row numbers of each step's batch: epochs of random order."""
+    """Yield the row numbers of each step's batch, in epochs of random order."""
     rng = np.random.default_rng(seed)
     order = np.concatenate([rng.permutation(n) for _ in range(-(-steps * size // n))])
     yield from (order[k * size : (k + 1) * size] for k in range(steps))
 
 
 def standard_normal(seed: int) -> Callable[[tuple[int, ...]], Array]:
-    """The noise of the Gaussian start, draw by draw."""
+    """Return a function that draws the noise of the Gaussian start."""
     rng = np.random.default_rng(seed)
     return lambda shape: rng.standard_normal(shape, dtype=np.float32)
 
 
 def network(weights: Weights, dropout: float = DROPOUT) -> nn.Sequential:
-    """Two ReLU layers with dropout, and a head."""
+    """Build two ReLU layers with dropout, and a head."""
     linear = []
     for k in (1, 2, 3):
         W, b = weights[f"W{k}"], weights[f"b{k}"]
@@ -125,7 +125,7 @@ def network(weights: Weights, dropout: float = DROPOUT) -> nn.Sequential:
 
 
 def train(model: nn.Module, x: Array, y: Array, config: SMARTConfig, seed: int) -> None:
-    """Algorithm 1 in a plain loop. With lambda_s = mu = 0 it is plain training, bit for bit."""
+    """Run Algorithm 1 in a plain loop. With lambda_s = mu = 0 it is plain training, bit for bit."""
     draw = standard_normal(seed)
     torch.manual_seed(seed)  # dropout: the same masks for every method
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
@@ -142,7 +142,7 @@ def train(model: nn.Module, x: Array, y: Array, config: SMARTConfig, seed: int) 
 
 
 def pretrain(data: Digits) -> Weights:
-    """The two hidden layers after training on the digits that are not new, as NumPy arrays (in, out)."""
+    """Train on the digits that are not new. Return the two hidden layers as NumPy arrays (in, out)."""
     rng = np.random.default_rng(0)
     shapes = {"1": (64, HIDDEN), "2": (HIDDEN, HIDDEN), "3": (HIDDEN, 10)}
     weights: Weights = {}
@@ -161,10 +161,10 @@ def pretrain(data: Digits) -> Weights:
 
 
 def worst(model: nn.Module, x: Tensor, y: Tensor, radius: float) -> Tensor:
-    """x + delta, ||delta||_inf <= radius, that is misread, else of the largest cross-entropy found: sign ascent.
+    """Return x + delta, ||delta||_inf <= radius, that is misread, or else has the largest cross-entropy found.
 
-    It knows the labels and nothing of SMART. The first start is x, the others are uniform in the ball; they attack the
-    images that are still read correctly.
+    This is sign ascent. It uses the labels and nothing of SMART. The first start is x, the others are uniform in the
+    ball, and attack the images that are still read correctly.
     """
     generator = torch.Generator().manual_seed(0)
     found, largest, misread = x.clone(), torch.full(y.shape, -torch.inf), torch.zeros(y.shape, dtype=torch.bool)
@@ -187,7 +187,7 @@ def worst(model: nn.Module, x: Tensor, y: Tensor, radius: float) -> Tensor:
 
 
 def roughness(model: nn.Module, x: Tensor) -> float:
-    """R_s on x in the ball of CONFIG, the maximum looked for with ten steps from the margin start."""
+    """Compute R_s on x in the ball of CONFIG, with ten ascent steps from the margin start."""
     hard = CONFIG.replace(start="margin", ascent_steps=10)
     with torch.no_grad():
         clean = model(x)
@@ -197,7 +197,7 @@ def roughness(model: nn.Module, x: Tensor) -> float:
 
 
 def half_width(values: Any) -> Any:
-    """Of the 95% t-interval of the mean over the seeds (the first axis)."""
+    """Return half the width of the 95% t-interval of the mean over the seeds (the first axis)."""
     return stats.t.ppf(0.975, len(values) - 1) * stats.sem(values, axis=0)
 
 
@@ -208,7 +208,7 @@ def shown(values: Any, digits: int = 1, sign: str = "") -> str:
 def measure(
     data: Digits, pretrained: Weights, seeds: int, a_class: int
 ) -> tuple[dict[str, Array], dict[str, Array], dict[str, Any]]:
-    """Accuracy in percent (seeds, radii) and R_s (seeds,) of each method, and what they read of some test images."""
+    """Measure accuracy in percent (seeds, radii), R_s (seeds,) and the labels read in some images, by method."""
     x, y = torch.from_numpy(data.x_test), torch.from_numpy(data.y_test)
     accuracy: dict[str, list[list[float]]] = {name: [] for name in METHODS}
     R_s: dict[str, list[float]] = {name: [] for name in METHODS}
@@ -235,7 +235,7 @@ def measure(
 
 
 def draw_picture(path: Path, accuracy: dict[str, Array], images: dict[str, Any], a_class: int) -> None:
-    """Accuracy against the radius, and some test images at their worst for each network."""
+    """Draw accuracy against the radius, and some test images at their worst for each network."""
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
@@ -273,7 +273,7 @@ def draw_picture(path: Path, accuracy: dict[str, Array], images: dict[str, Any],
 
 
 class Task(NamedTuple):
-    """What the three backends start from: weights, and one array a step of images, labels and noise, in float64."""
+    """The start of all three backends in float64: weights, and for each step an array of images, labels and noise."""
 
     weights: Weights
     x: Array
@@ -290,14 +290,14 @@ def same_task(data: Digits, pretrained: Weights, a_class: int) -> Task:
 
 
 def outcome(terms: list[tuple[float, float, float]], weights: list[Array], teacher: list[Array]) -> dict[str, Array]:
-    """F, R_s and D_Breg of each step, and the final weights and theta~ in one row each, in the order of PARAMETERS."""
+    """Arrange F, R_s and D_Breg by step, and the final weights and theta~ in one row each, ordered as PARAMETERS."""
     theta = {"|theta|": weights, "|theta~|": teacher}
     rows = {name: np.concatenate([value.ravel() for value in values]) for name, values in theta.items()}
     return dict(zip(("loss", "R_s", "D_Breg"), np.array(terms).T, strict=True)) | rows
 
 
 def forward(theta: Weights, x: Array) -> tuple[Array, Callable[[Array], tuple[Weights, Array]]]:
-    """The logits, and from the gradient there to those of the weights and of the pixels."""
+    """Return the logits, and a function from the gradient there to those of the weights and of the pixels."""
     h1 = np.maximum(x @ theta["W1"] + theta["b1"], 0)
     h2 = np.maximum(h1 @ theta["W2"] + theta["b2"], 0)
 
@@ -313,7 +313,7 @@ def forward(theta: Weights, x: Array) -> tuple[Array, Callable[[Array], tuple[We
 def gradients_numpy(
     theta: Weights, teacher: Weights, x: Array, y: Array, noise: Array
 ) -> tuple[tuple[float, float, float], Weights]:
-    """F = L + lambda_s R_s + mu D_Breg, R_s and D_Breg, and the gradients of F."""
+    """Return F = L + lambda_s R_s + mu D_Breg, R_s and D_Breg, and the gradients of F."""
 
     def to_pixels(point: Array) -> tuple[Array, Callable[[Array], Array]]:
         outputs, vjp = forward(theta, point)
@@ -363,7 +363,7 @@ def run_torch(task: Task) -> dict[str, Array]:
 
 
 def run_keras(task: Task) -> dict[str, Array]:
-    """In Keras; ImportError, naming the extra to install, where there is no TensorFlow."""
+    """Train in Keras. Raise ImportError, which names the extra to install, if there is no TensorFlow."""
     os.environ.setdefault("KERAS_BACKEND", "tensorflow")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     from smartreg_tf import attach  # first: it names the extra
@@ -387,7 +387,7 @@ def run_keras(task: Task) -> dict[str, Array]:
 
 
 def compare(task: Task, console: Console) -> dict[str, dict[str, float]]:
-    """Some steps of SMART in each backend, in a table: of each quantity, every backend's and the largest difference."""
+    """Run some steps of SMART in each backend. Print each quantity by backend, and the largest difference."""
     runs = {"NumPy": run_numpy(task), "PyTorch": run_torch(task)}
     try:
         runs["Keras"] = run_keras(task)
@@ -456,7 +456,7 @@ def main() -> None:
     clean = "does not measurably change" if abs(cost) <= cost_half else "raises" if cost > 0 else "lowers"
     console.print(
         f"\nUnder attack SMART reads {verdict} images correctly ({accuracy['SMART'][:, at].mean():.0f}% against "
-        f"{accuracy['plain'][:, at].mean():.0f}%), and it {clean} the clean accuracy ({cost:+.1f} ± {cost_half:.1f} "
+        f"{accuracy['plain'][:, at].mean():.0f}%). It {clean} the clean accuracy ({cost:+.1f} ± {cost_half:.1f} "
         f"points). R_s, the largest divergence found in the ball, is {R_s['SMART'].mean():.2f} instead of "
         f"{R_s['plain'].mean():.2f}."
     )

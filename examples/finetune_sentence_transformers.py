@@ -3,10 +3,10 @@
     python examples/finetune_sentence_transformers.py --train train.tsv --dev dev.tsv --out run
 
 The TSV has a header, two sentence columns and a score column, as finetune_text.py takes it. The last epoch's checkpoint
-is in --out; with --resume, the same command goes on from it after a crash and ends at the same weights, bit for bit.
+is in --out. After a crash, the same command with --resume goes on from it and ends at the same weights, bit for bit.
 """
 
-# ruff: noqa: D102 (the methods are the frameworks')
+# ruff: noqa: D102 (the frameworks document their methods)
 from __future__ import annotations
 
 import argparse
@@ -29,7 +29,7 @@ from smartreg_torch import SMART, SMARTConfig
 
 
 class SMARTLoss(nn.Module):
-    """Any loss that has `compute_loss_from_embeddings`, and SMART's penalty of each column's embeddings."""
+    """Adds SMART's penalty of each column's embeddings to any loss that has `compute_loss_from_embeddings`."""
 
     def __init__(self, loss: nn.Module, smart: SMART) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class SMARTLoss(nn.Module):
 
 
 class SaveSMART(TrainerCallback):
-    """theta~ and the noise generator beside the Trainer's own files."""
+    """Saves theta~ and the noise generator beside the Trainer's own files."""
 
     def __init__(self, smart: SMART) -> None:
         self.smart = smart
@@ -72,7 +72,7 @@ def main() -> None:
     lowest, highest = min(scores), max(scores)
 
     def columns(rows: list[Any]) -> dict[str, list[Any]]:
-        """The scores from 0 to 1, as a cosine is."""
+        """Scale the scores to 0 to 1, the range of a cosine."""
         (first, second), label = zip(*(texts for texts, _ in rows), strict=True), [value for _, value in rows]
         scaled = [(value - lowest) / (highest - lowest) for value in label]
         return {"sentence1": list(first), "sentence2": list(second), "label": scaled}

