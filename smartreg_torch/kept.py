@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from smartreg_torch.compat import forward_hooks, own_buffers, own_parameters, version
+
 Given = tuple[tuple[Any, ...], dict[str, Any]]
 
 # What no forward can change in place.
@@ -74,7 +76,7 @@ class Kept:
         self._arguments = set(self._tensors)
         self._given = len(self._slots), len(self._generators)
         for module in modules:
-            hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+            hooks = forward_hooks(module)
             if _is_foreign(_kind(module)):
                 continue
             self._keep_module(module)
@@ -179,9 +181,10 @@ class Kept:
             for module in value.modules():
                 if module is value or id(module) not in self._seen:
                     self._seen.add(id(module))
-                    self._walk(module._buffers, f"{where} ({_label(module)})", key)
-                    self._slots.append(_Slot(where, key, module._parameters, _entries, _set_dict))
-                    for weight in module._parameters.values():
+                    self._walk(own_buffers(module), f"{where} ({_label(module)})", key)
+                    parameters = own_parameters(module)
+                    self._slots.append(_Slot(where, key, parameters, _entries, _set_dict))
+                    for weight in parameters.values():
                         if weight is not None and id(weight) not in self._tensors:
                             self._keep_tensor(weight, where, key)
                     if not _is_torchs(_kind(module)):
@@ -406,7 +409,7 @@ class _Value:
 
     def __init__(self, where: str, key: Any, value: Any, copied: bool) -> None:
         self.where, self.key, self.value, self.written = where, key, value, False
-        self.version = value._version if isinstance(value, Tensor) and not value.is_inference() else None
+        self.version = version(value) if isinstance(value, Tensor) and not value.is_inference() else None
         self.copy = clone(value) if copied else None
         self.stands: Any = None
 
@@ -423,7 +426,7 @@ class _Value:
         if self.stands is not None:
             return not alike(self.stands, self.copy)
         if self.version is not None:
-            return bool(self.value._version != self.version)
+            return version(self.value) != self.version
         return self.copy is not None and not alike(self.copy, self.value)
 
     def stand_in(self) -> Any:
@@ -466,6 +469,15 @@ def alike(a: Any, b: Any) -> bool:
             return False
         return torch.equal(a, b) or bool(((a == b) | ((a != a) & (b != b))).all())  # a NaN is like a NaN
     return type(a) is type(b) and np.array_equal(a, b)
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors in nested dictionaries, lists and tuples."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (Mapping, list, tuple)):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from tensors_in(item)
 
 
 def _same(now: Any, then: Any) -> bool:

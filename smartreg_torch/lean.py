@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from smartreg_torch.compat import fills_every_grad, has_accumulation_hooks, has_gradient_hooks
+
 
 class Afterwards:
     """A scalar 0 for the loss. Its backward computes the deferred term and back-propagates it.
@@ -18,7 +20,7 @@ class Afterwards:
     """
 
     def __init__(self, weights: Sequence[Tensor]) -> None:
-        if any(weight._backward_hooks or weight._post_accumulate_grad_hooks for weight in weights):
+        if any(has_gradient_hooks(weight) or has_accumulation_hooks(weight) for weight in weights):
             raise RuntimeError(
                 "SMART: with lean=True the gradient of a weight comes in two parts, one after the other, and its hooks "
                 "would see each of them alone. Take the hooks off, or say lean=False"
@@ -51,7 +53,7 @@ class _PutOff(torch.autograd.Function):
 
 def check_backward(gradient: Tensor) -> None:
     """Raise RuntimeError if this is another backward than loss.backward()."""
-    if not torch.autograd._is_checkpoint_valid():  # type: ignore[no-untyped-call]
+    if not fills_every_grad():
         raise RuntimeError(
             "SMART: lean=True adds to the .grad of the weights, so it needs loss.backward(). With torch.autograd.grad "
             "or backward(inputs=...) use lean=False"

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
-from smartreg_torch.kept import alike
+from smartreg_torch import compat
+from smartreg_torch.kept import alike, tensors_in
 from smartreg_torch.replay import device_of
 from smartreg_torch.sharding import fully_sharded, reshard
 
@@ -52,10 +52,11 @@ class Float32:
         forward = vars(self._model).get("forward")
         with torch.autocast(device_of(self._model).type, enabled=False):
             try:
-                if "_original_forward" in vars(self._model):  # accelerate has put autocast around the other
-                    vars(self._model)["forward"] = self._model._original_forward
+                inside = compat.original_forward(self._model)
+                if inside is not None:  # accelerate has put autocast around it
+                    vars(self._model)["forward"] = inside
                 for module in self._model.modules():
-                    groups: list[dict[str, Any]] = [module._parameters, module._buffers]
+                    groups: list[dict[str, Any]] = [compat.own_parameters(module), compat.own_buffers(module)]
                     for tensors in groups:
                         own += [(tensors, name, tensor) for name, tensor in tensors.items() if is_half(tensor)]
                 for tensors, name, tensor in own:
@@ -87,7 +88,7 @@ def frozen_weights(parameters: Iterable[nn.Parameter], sharded: list[Any]) -> It
 
 def in_half(model: nn.Module, theta: Mapping[str, Tensor]) -> bool:
     """Whether anything in the model computes in half precision, as far as can be seen from outside."""
-    autocast = torch.is_autocast_enabled(device_of(model).type) or "_original_forward" in vars(model)
+    autocast = torch.is_autocast_enabled(device_of(model).type) or compat.original_forward(model) is not None
     return autocast or any(map(is_half, theta.values()))
 
 
@@ -103,7 +104,7 @@ def widened(value: Any) -> Any:
 
 def is_compiled(model: nn.Module) -> bool:
     """Whether torch.compile or .compile() was called on it or on a module inside."""
-    return any(hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in model.modules())
+    return any(map(compat.is_compiled, model.modules()))
 
 
 @contextmanager
@@ -119,7 +120,7 @@ def untouched_gradients(weights: Iterable[Tensor]) -> Iterator[None]:
             weight.grad = None
         yield
         filled = [weight for weight in weights if weight.grad is not None]
-        if any(getattr(weight, "_post_accumulate_grad_hooks", None) for weight in filled):
+        if any(map(compat.has_accumulation_hooks, filled)):
             raise RuntimeError(
                 "SMART: a layer of the model fills the .grad of its weights in its own backward, as reversible layers "
                 "do, and these weights have hooks, which saw the gradient of the perturbation. Take the hooks off"
@@ -170,7 +171,7 @@ def first_differing_module(model: nn.Module, run: Callable[[], Any]) -> str:
 
         def note(name: str) -> Callable[..., None]:
             def hook(module: nn.Module, args: Any, output: Any) -> None:
-                tensors = [leaf.detach().clone() for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+                tensors = [tensor.detach().clone() for tensor in tensors_in(output)]
                 trace.append((f"{name} ({type(module).__name__})", tensors))
 
             return hook

@@ -7,7 +7,6 @@ override. Whether labels are shifted, re-aligned or popped on the way shows in o
 from __future__ import annotations
 
 import copy
-import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager, nullcontext
@@ -21,6 +20,8 @@ from transformers.models.auto import modeling_auto
 
 from smartreg.config import SMARTWarning
 from smartreg.report import Description
+from smartreg_torch.compat import compiled_call, may_compile, original_forward, set_compiled_call
+from smartreg_torch.kept import tensors_in
 from smartreg_torch.labels import IGNORED, Positions, find_divergence, find_positions
 from smartreg_torch.outputs import chosen
 from smartreg_torch.replay import State
@@ -222,7 +223,7 @@ def undone(trainer: Trainer, model: nn.Module) -> Iterator[None]:
     hook = model.register_forward_pre_hook(lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)
     vars(trainer).update(kept, log=lambda *_, **__: None)
     try:
-        with torch.compiler.set_stance("force_eager") if _compiles() else nullcontext(), state.undone(again):
+        with torch.compiler.set_stance("force_eager") if may_compile() else nullcontext(), state.undone(again):
             try:
                 yield
             finally:
@@ -245,14 +246,14 @@ def first_call(model: nn.Module, instead: Callable[..., tuple[Any, Any]]) -> Ite
     """
     kept: list[Any] = []
     own = vars(model).get("forward")  # accelerate's, for mixed precision
-    plain, compiled = model.forward, model._compiled_call_impl
+    plain, compiled = model.forward, compiled_call(model)
 
     def restore() -> None:
         if own is None:
             vars(model).pop("forward", None)
         else:
             vars(model)["forward"] = own
-        model._compiled_call_impl = compiled
+        set_compiled_call(model, compiled)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
@@ -263,7 +264,7 @@ def first_call(model: nn.Module, instead: Callable[..., tuple[Any, Any]]) -> Ite
         return output
 
     vars(model)["forward"] = forward
-    model._compiled_call_impl = None  # model.compile()'s, which would compile `instead` too
+    set_compiled_call(model, None)  # model.compile()'s, which would compile `instead` too
     try:
         yield kept
     finally:
@@ -275,7 +276,7 @@ def _outputs_and_gradients(
 ) -> tuple[list[Tensor], list[Tensor | None]] | None:
     """The compared outputs and d loss / d outputs; None if compute_loss does not call the model."""
     model = smart.model
-    forward = vars(model).get("_original_forward", model.forward)
+    forward = original_forward(model) or model.forward
 
     def call(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
         with trainer.accelerator.autocast():
@@ -296,7 +297,7 @@ def _outputs_and_gradients(
             "UNSLOTH_RETURN_LOGITS=1 in the environment with Unsloth."
         )
     compared = list(chosen(output, smart._outputs).values())
-    tensors = {id(tensor): tensor for tensor in _tensors(output) if tensor.requires_grad}
+    tensors = {id(tensor): tensor for tensor in tensors_in(output) if tensor.requires_grad}
     if all(id(z) in tensors for z in compared):
         tensors = {id(z): tensors[id(z)] for z in compared}
     if not (isinstance(loss, Tensor) and loss.requires_grad and tensors):
@@ -396,17 +397,5 @@ def _mapped(value: Any, convert: Callable[[Any], Any] = lambda value: value) -> 
     return convert(value)
 
 
-def _tensors(output: Any) -> Iterator[Tensor]:
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, (Mapping, list, tuple)):
-        for value in output.values() if isinstance(output, Mapping) else output:
-            yield from _tensors(value)
-
-
 def _or_zeros(gradient: Tensor | None, like: Tensor) -> Tensor:
     return torch.zeros_like(like) if gradient is None else gradient
-
-
-def _compiles() -> bool:
-    return "torch._dynamo" in sys.modules  # not to be imported for this alone

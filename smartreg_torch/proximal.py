@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from smartreg.divergences import check_divergence
 from smartreg.proximal import momentum
@@ -31,7 +32,7 @@ def ema_update(teacher: Mapping[str, Tensor], theta: Mapping[str, Tensor], beta:
     averages = [local(average) for average in teacher.values()]
     values = [local(theta[name]).to(average) for name, average in zip(teacher, averages, strict=True)]
     if averages:
-        torch._foreach_lerp_(averages, values, 1 - beta)
+        get_ema_multi_avg_fn(beta)(averages, values, 0)  # type: ignore[no-untyped-call]
 
 
 def bregman_divergence(

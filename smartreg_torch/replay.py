@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from smartreg_torch.compat import own_buffers, own_parameters, version
 from smartreg_torch.kept import Given, Kept, Known, alike, clone
 
 __all__ = ["Given", "Known", "State", "device_of"]
@@ -52,18 +53,15 @@ class State:
         self._modes = [module.training for module in self._modules]
         copies: dict[int, Tensor] = {}  # one of each, since two modules may share a buffer
         self._buffers: list[tuple[dict[str, Any], dict[str, Tensor]]] = [
-            (
-                module._buffers,
-                {name: _copy(buffer, copies) for name, buffer in module._buffers.items() if buffer is not None},
-            )
-            for module in self._modules
-            if module._buffers
+            (buffers, {name: _copy(buffer, copies) for name, buffer in buffers.items() if buffer is not None})
+            for buffers in map(own_buffers, self._modules)
+            if buffers
         ]
         self._before: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []
         self._known = Known() if known is None else known
         frozen = [weight for weight in theta.values() if _is_plainly_frozen(weight)]
         self._frozen = self._frozen_weights(frozen, theta)
-        self._versions = [(weight, weight._version, weight.data_ptr()) for weight in frozen]
+        self._versions = [(weight, version(weight), weight.data_ptr()) for weight in frozen]
         self.kept = Kept(self._modules, given, self._known)
 
     def settle(self, run: Callable[..., Any]) -> list[str]:
@@ -80,9 +78,7 @@ class State:
         """
         first, lost = self._known.first, self.kept.settle()
         self._known.written |= {
-            id(weight)
-            for weight, version, at in self._versions
-            if weight._version != version or weight.data_ptr() != at
+            id(weight) for weight, then, at in self._versions if version(weight) != then or weight.data_ptr() != at
         }
         if self._known.looks:
             self._known.looks -= 1
@@ -167,11 +163,10 @@ class State:
         copies: dict[int, Tensor] = {}
         found = []
         for module in self._modules:
-            before = {
-                name: _copy(w, copies) for name, w in module._parameters.items() if w is not None and id(w) in copied
-            }
+            own = own_parameters(module)
+            before = {name: _copy(w, copies) for name, w in own.items() if w is not None and id(w) in copied}
             if before:
-                found.append((module._parameters, before))
+                found.append((own, before))
         return found
 
     def _changed_buffers(self) -> bool:

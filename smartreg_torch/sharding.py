@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from smartreg.config import SMARTConfig
+from smartreg_torch.compat import mixed_precision_policy
 
 _HALF = (torch.bfloat16, torch.float16)
 
@@ -46,7 +47,7 @@ def check_sharding(model: nn.Module, config: SMARTConfig, precision: str) -> Non
     if not sharded and any(map(is_sharded, model.parameters())):
         raise ValueError("SMART: of models with DTensor weights only those of fully_shard(model) are supported")
     for module in sharded:
-        policy = module._get_fsdp_state()._mp_policy
+        policy = mixed_precision_policy(module)
         half = next((dtype for dtype in (policy.param_dtype, policy.output_dtype) if dtype in _HALF), None)
         if half is not None and precision == "float32":
             raise ValueError(

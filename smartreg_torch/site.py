@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+
+from smartreg_torch.compat import is_checkpointed, says
+from smartreg_torch.kept import tensors_in
 
 # what an embedding that is not of tokens is called
 _POSITIONAL = re.compile(r"position|segment|token_type|(^|_)(pos|wpe)(_|emb|$)", re.IGNORECASE)
@@ -160,12 +162,12 @@ class Site:
         try:
             yield
         except RuntimeError as error:
-            if "torch.compiler.disable" in str(error) and "_changed_" in str(error):
+            if says(error, "compiler disabled") and "_changed_" in str(error):
                 raise RuntimeError(
                     f"SMART: torch.compile with fullgraph=True cannot work: the graph ends at the site {self.name!r}, "
                     "where the perturbation enters. Compile without fullgraph=True"
                 ) from error
-            if "change requires_grad flags of leaf variables" in str(error):
+            if says(error, "no leaf"):
                 raise RuntimeError(
                     f"SMART: the model sets requires_grad on what it makes of the site {self.name!r}, which cannot be "
                     f"done to a perturbed tensor. {self._behind_the_encoder()}"
@@ -212,8 +214,7 @@ class Site:
             )
         if not graph:
             return
-        hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-        if not torch.is_grad_enabled() or "_checkpoint_hook" in getattr(hooks and hooks[0], "__qualname__", ""):
+        if not torch.is_grad_enabled() or is_checkpointed():
             raise RuntimeError(
                 f"SMART: the site {self.name!r} runs inside a checkpointed or no_grad region. Checkpointing runs it "
                 "again in the backward pass, without its perturbation, which would be silently wrong. Checkpoint the "
@@ -276,7 +277,7 @@ def _changed_output(hook: _Hook, module: Any, args: tuple[Any, ...], kwargs: dic
     ids = args[0] if args else kwargs.get("input")
     if isinstance(module, nn.Embedding) and index is not None and isinstance(ids, Tensor):
         padding = ids != index
-    if type(output) is tuple and output and not any(isinstance(item, Tensor) for item in tree_leaves(output[1:])):
+    if type(output) is tuple and output and not any(tensors_in(output[1:])):
         return hook.on_call(output[0], padding), *output[1:]  # such as Swin's patches, with their height and width
     return hook.on_call(output, padding)
 

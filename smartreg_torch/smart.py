@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from smartreg.config import SMARTConfig, SMARTWarning
 from smartreg.recording import Recorder
 from smartreg.report import Choice, Description, Observer, StepSeen, not_finite, warn_of
+from smartreg_torch import compat
 from smartreg_torch.divergences import DIVERGENCES
 from smartreg_torch.lean import Afterwards, check_backward, check_no_graph
 from smartreg_torch.outputs import (
@@ -190,7 +190,7 @@ class SMART:
             )
         self._wrapped = model
         self._call: nn.Module = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-        self.model: nn.Module = getattr(self._call, "_orig_mod", self._call)  # torch.compile's; all passes run its code
+        self.model: nn.Module = compat.uncompiled(self._call)  # torch.compile's; all passes run its code
         if isinstance(self.model, nn.parallel.DistributedDataParallel):
             raise ValueError(
                 "SMART: torch.compile(DistributedDataParallel(model)) would run one pass compiled and the others not. "
@@ -288,7 +288,7 @@ class SMART:
             raise RuntimeError("SMART: called after remove(); make a new SMART(model, config)")
         if "sample_weight" in self._parameter_names and sample_weight is not None:
             kwargs["sample_weight"] = sample_weight
-        config, compiled = self.config, _frames_compiled()
+        config, compiled = self.config, compat.frames_compiled()
         if not (self.model.training and torch.is_grad_enabled()) or config.lambda_s == config.mu == 0:
             self._idle = torch.is_grad_enabled() and (config.lambda_s > 0 or config.mu > 0)
             output = self._wrapped(*args, **kwargs)
@@ -571,11 +571,6 @@ class SMART:
             >>> smart.step
             1
         """
-        if not hasattr(optimizer, "_optimizer_step_post_hooks"):  # accelerate's is an Optimizer in name only
-            raise TypeError(
-                f"SMART: attach() needs an optimiser of PyTorch's, got {type(optimizer).__name__}. Give the one inside "
-                "it, smart.attach(prepared.optimizer), or call smart.update() after its step"
-            )
         if self._optimizer_hooks:
             raise RuntimeError("SMART: attach() was called before; one optimiser moves theta~")
 
@@ -592,7 +587,13 @@ class SMART:
             if smart is not None and (overflow is None or not bool(overflow)):
                 smart._update()
 
-        self._optimizer_hooks = [optimizer.register_step_pre_hook(judge), optimizer.register_step_post_hook(update)]
+        try:
+            self._optimizer_hooks = [optimizer.register_step_pre_hook(judge), optimizer.register_step_post_hook(update)]
+        except AttributeError as error:  # accelerate's is an Optimizer in name only
+            raise TypeError(
+                f"SMART: attach() needs an optimiser of PyTorch's, got {type(optimizer).__name__}. Give the one inside "
+                "it, smart.attach(prepared.optimizer), or call smart.update() after its step"
+            ) from error
         for hook in self._optimizer_hooks:
             weakref.finalize(self, hook.remove)
         return self
@@ -742,7 +743,7 @@ class SMART:
             with frozen, torch.autocast(device_of(self.model).type, enabled=False):
                 return ascend(outputs_at, xs, targets, self.config, noise, masks, divergences, positions)
         except RuntimeError as error:
-            if "use_reentrant" in str(error):
+            if compat.says(error, "reentrant"):
                 raise RuntimeError(
                     "SMART: reentrant checkpointing cannot work: it allows no gradient with respect to embeddings. "
                     "Use use_reentrant=False (gradient_checkpointing_kwargs={'use_reentrant': False} in Hugging Face)."
@@ -1043,7 +1044,7 @@ class SMART:
 
     def _check_recompiling(self, before: int) -> None:
         # once, and once more for each axis that turns out to have several lengths, is as it should be
-        self._calls_compiled += _frames_compiled() > before
+        self._calls_compiled += compat.frames_compiled() > before
         if self._calls_compiled > 3:
             self._warn(
                 "compile",
@@ -1065,7 +1066,7 @@ class SMART:
         known: set[nn.Parameter] = set()
         for prefix, module in self.model.named_modules():
             self._modules.append(module)
-            for name, parameter in module._parameters.items():
+            for name, parameter in compat.own_parameters(module).items():
                 if parameter is not None and parameter not in known:
                     known.add(parameter)
                     found[f"{prefix}.{name}" if prefix else name] = parameter
@@ -1097,12 +1098,6 @@ def _is_distributed() -> bool:
 
 def _total(terms: Any) -> Tensor:
     return torch.stack(list(terms)).sum()
-
-
-def _frames_compiled() -> int:
-    """How often torch.compile has compiled something in this process."""
-    dynamo = sys.modules.get("torch._dynamo.utils")  # not to be imported for this alone
-    return 0 if dynamo is None else int(dynamo.counters["frames"]["total"])
 
 
 def _zero(model: nn.Module) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from smartreg.config import SMARTConfig
 from smartreg.proximal import momentum, moves
+from smartreg_torch.compat import version
 from smartreg_torch.proximal import ema_update, local
 from smartreg_torch.sharding import is_sharded, reshard
 
@@ -146,7 +147,7 @@ class Stamp:
     @staticmethod
     def _marked(parameter: nn.Parameter) -> tuple[Any, ...]:
         own = local(parameter)
-        return 0 if own.is_inference() else parameter._version, own.shape, own.device, own.data_ptr()
+        return 0 if own.is_inference() else version(parameter), own.shape, own.device, own.data_ptr()
 
     def holds(self, parameter: nn.Parameter) -> bool:
         """Whether this is that parameter, as it was, if on another device."""

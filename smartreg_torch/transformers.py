@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from smartreg_torch.compat import check_trainer
+
 try:
     import transformers
     from packaging.version import Version
@@ -23,6 +25,8 @@ try:
         raise ImportError(f"transformers {transformers.__version__} is installed")
     from transformers import Trainer, TrainerCallback
     from transformers.trainer_pt_utils import find_batch_size
+
+    check_trainer(Trainer)
 except ImportError as error:
     raise ImportError(
         f"smartreg_torch.transformers needs transformers 5.18 or later ({error}): pip install 'smartreg[hf]'"

@@ -1,0 +1,262 @@
+"""Every private name of torch, accelerate and transformers that this package uses, and what happens without it.
+
+The docstring of each function says which names are `Private`, in which releases they were `Seen`, what they are `For`,
+and what happens `Without` them. tests/test_upstream.py tries each of them. This module imports nothing of smartreg.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_REQUIRED = {
+    "torch.Tensor": (Tensor, ("_version", "_backward_hooks", "_post_accumulate_grad_hooks")),
+    "torch.nn.Module": (nn.Module(), ("_parameters", "_buffers")),
+}
+_missing = [f"{of}.{name}" for of, (owner, names) in _REQUIRED.items() for name in names if not hasattr(owner, name)]
+if _missing:
+    raise ImportError(
+        f"smartreg_torch needs {', '.join(_missing)}, which torch {torch.__version__} does not have. Install a release "
+        "in which it was seen: pip install 'torch>=2.6,<=2.13'"
+    )
+
+
+def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
+    """Return the dictionary in which a module keeps its own parameters; others can be put into it for one pass.
+
+    Private: torch.nn.Module._parameters
+    Seen: torch 2.6 to 2.13; other libraries rely on it as well
+    For: passes with float32 copies or with the frozen weights of before; one walk over the model a step
+    Without: ImportError when this module is imported
+    """
+    return module._parameters
+
+
+def own_buffers(module: nn.Module) -> dict[str, Tensor | None]:
+    """Return the dictionary in which a module keeps its own buffers; others can be put into it for one pass.
+
+    Private: torch.nn.Module._buffers
+    Seen: torch 2.6 to 2.13; other libraries rely on it as well
+    For: passes with the buffers of before, of which BatchNorm's statistics are some
+    Without: ImportError when this module is imported
+    """
+    return module._buffers
+
+
+def forward_hooks(module: nn.Module) -> tuple[Callable[..., Any], ...]:
+    """Return the hooks of a module's forward.
+
+    Private: torch.nn.Module._forward_pre_hooks, torch.nn.Module._forward_hooks
+    Seen: torch 2.6 to 2.13
+    For: finding what a hook keeps outside of its module, to be the same in every pass
+    Without: hooks are not looked into; the check of the first step raises if a pass then does not repeat
+    """
+    found = (getattr(module, name, {}) for name in ("_forward_pre_hooks", "_forward_hooks"))
+    return tuple(hook for hooks in found for hook in hooks.values())
+
+
+def version(tensor: Tensor) -> int:
+    """Return how often a tensor was written into.
+
+    Private: torch.Tensor._version
+    Seen: torch 2.6 to 2.13; inference tensors raise RuntimeError
+    For: finding the arguments, buffers and frozen weights that a forward wrote into, without comparing their values
+    Without: ImportError when this module is imported
+    """
+    return tensor._version
+
+
+def has_gradient_hooks(weight: Tensor) -> bool:
+    """Tell whether a weight has hooks that see its gradient before it is added to `.grad`.
+
+    Private: torch.Tensor._backward_hooks
+    Seen: torch 2.6 to 2.13
+    For: refusing lean=True, under which a hook would see each of two parts of a gradient alone
+    Without: ImportError when this module is imported
+    """
+    return bool(weight._backward_hooks)
+
+
+def has_accumulation_hooks(weight: Tensor) -> bool:
+    """Tell whether a weight has hooks that are called after its `.grad` has changed.
+
+    Private: torch.Tensor._post_accumulate_grad_hooks
+    Seen: torch 2.6 to 2.13
+    For: refusing lean=True with such hooks, and layers that fill `.grad` in a backward of their own
+    Without: ImportError when this module is imported
+    """
+    return bool(weight._post_accumulate_grad_hooks)
+
+
+def fills_every_grad() -> bool:
+    """Tell, inside a backward, whether it is loss.backward(): it adds to the `.grad` of every weight.
+
+    Private: torch.autograd._is_checkpoint_valid
+    Seen: torch 2.6 to 2.13
+    For: refusing torch.autograd.grad and backward(inputs=...) with lean=True, which would lose gradients
+    Without: RuntimeError in the first backward with lean=True
+    """
+    if not hasattr(torch.autograd, "_is_checkpoint_valid"):
+        raise RuntimeError(
+            f"SMART: lean=True needs torch.autograd._is_checkpoint_valid, which torch {torch.__version__} does not "
+            "have. Say lean=False, or install 'torch>=2.6,<=2.13'"
+        )
+    return bool(torch.autograd._is_checkpoint_valid())  # type: ignore[no-untyped-call]
+
+
+def is_checkpointed() -> bool:
+    """Tell whether this code runs inside a region that torch.utils.checkpoint runs again, without reentrance.
+
+    Private: torch._C._autograd._top_saved_tensors_default_hooks, torch.utils.checkpoint._checkpoint_hook
+    Seen: torch 2.6 to 2.13
+    For: refusing a site in such a region, which would run again without its perturbation
+    Without: the same answer from the files of the calling functions, a hundred times as slow
+    """
+    try:
+        hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        return torch.utils.checkpoint._checkpoint_hook.__qualname__ in getattr(hooks and hooks[0], "__qualname__", "")
+    except AttributeError:
+        return any(frame.filename == torch.utils.checkpoint.__file__ for frame in inspect.stack(0))
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """Return the model inside torch.compile's wrapper, or the model itself.
+
+    Private: torch._dynamo.OptimizedModule._orig_mod
+    Seen: torch 2.6 to 2.13; it is in the names of a compiled model's state dict
+    For: names of parameters and sites that are those of the model
+    Without: names begin as those of the wrapper, and a compiled model is not known as one, see `is_compiled`
+    """
+    inside: nn.Module = getattr(model, "_orig_mod", model)
+    return inside
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Tell whether torch.compile(module) made this module, or module.compile() was called on it.
+
+    Private: torch._dynamo.OptimizedModule._orig_mod, torch.nn.Module._compiled_call_impl
+    Seen: torch 2.6 to 2.13
+    For: compiling anew after the site's hook was put on, and refusing float32 copies of half-precision weights
+    Without: False; a model that was compiled and run before SMART is made then needs torch.compiler.reset()
+    """
+    return hasattr(module, "_orig_mod") or compiled_call(module) is not None
+
+
+def compiled_call(module: nn.Module) -> Any:
+    """Return what module.compile() has put in place of the module's call, or None.
+
+    Private: torch.nn.Module._compiled_call_impl
+    Seen: torch 2.6 to 2.13
+    For: the Trainer's call of the model, which SMART takes the place of once a step
+    Without: None
+    """
+    return getattr(module, "_compiled_call_impl", None)
+
+
+def set_compiled_call(module: nn.Module, call: Any) -> None:
+    """Put this in place of the module's call, as module.compile() does; None takes it away.
+
+    Private: torch.nn.Module._compiled_call_impl
+    Seen: torch 2.6 to 2.13
+    For: the Trainer's call of the model, which SMART takes the place of once a step
+    Without: nothing; torch.compile then goes through SMART's code as well, which is slow
+    """
+    if compiled_call(module) is not call:
+        module._compiled_call_impl = call
+
+
+def frames_compiled() -> int:
+    """Return how often torch.compile has compiled something in this process.
+
+    Private: torch._dynamo.utils.counters
+    Seen: torch 2.6 to 2.13
+    For: the warning that a model is compiled anew in batch after batch
+    Without: 0, and no warning
+    """
+    counters = getattr(sys.modules.get("torch._dynamo.utils"), "counters", None)  # not to be imported for this alone
+    return 0 if counters is None else int(counters["frames"]["total"])
+
+
+def may_compile() -> bool:
+    """Tell whether anything can have been compiled in this process.
+
+    Private: torch._dynamo
+    Seen: torch 2.6 to 2.13
+    For: not importing torch._dynamo, which takes seconds, to switch off what nobody uses
+    Without: False; what asks the task loss then runs compiled, and compiles once more
+    """
+    return "torch._dynamo" in sys.modules
+
+
+def mixed_precision_policy(sharded: Any) -> Any:
+    """Return the MixedPrecisionPolicy that fully_shard was given.
+
+    Private: torch.distributed.fsdp.FSDPModule._get_fsdp_state, FSDPState._mp_policy
+    Seen: torch 2.6 to 2.13
+    For: refusing a policy in half precision, in which R_s at a small radius is lost
+    Without: RuntimeError when SMART is made with precision="float32"
+    """
+    try:
+        return sharded._get_fsdp_state()._mp_policy
+    except AttributeError as error:
+        raise RuntimeError(
+            f"SMART: fully_shard's mixed precision policy cannot be read with torch {torch.__version__}: {error}. "
+            "Say SMART(..., precision='model') if it is float32, or install 'torch>=2.6,<=2.13'"
+        ) from error
+
+
+def says(error: BaseException, what: str) -> bool:
+    """Tell whether an error of torch's says this: "compiler disabled", "no leaf" or "reentrant".
+
+    Private: the words of three messages
+    Seen: torch 2.6 to 2.13
+    For: saying what to do with fullgraph=True, requires_grad at the site, and reentrant checkpointing
+    Without: torch's own message
+    """
+    words = {
+        "compiler disabled": "torch.compiler.disable",
+        "no leaf": "change requires_grad flags of leaf variables",
+        "reentrant": "use_reentrant",
+    }
+    return words[what] in str(error)
+
+
+def original_forward(model: nn.Module) -> Callable[..., Any] | None:
+    """Return the forward around which accelerate has put autocast, or None.
+
+    Private: _original_forward, an attribute of a model that accelerate.Accelerator.prepare_model was given
+    Seen: accelerate 1.1 to 1.15
+    For: passes in float32, and the gradient of a loss that the model computes inside
+    Without: None; precision="float32" then computes under accelerate's autocast
+    """
+    found: Callable[..., Any] | None = vars(model).get("_original_forward")
+    return found
+
+
+TRAINER = (
+    "_determine_best_metric",
+    "_get_output_dir",
+    "_load_best_model",
+    "_load_rng_state",
+    "_save",
+    "_save_checkpoint",
+    "_save_rng_state",
+)
+
+
+def check_trainer(trainer: type) -> None:
+    """Raise ImportError if Trainer lacks a method that SMARTMixin overrides or calls.
+
+    Private: the methods of transformers.Trainer that are named in TRAINER
+    Seen: transformers 5.18 to 5.23
+    For: theta~ in a checkpoint, resumed and at the end; no callback can add to a checkpoint before it is pushed
+    Without: ImportError when smartreg_torch.transformers is imported; an override that nobody calls would lose theta~
+    """
+    missing = [name for name in TRAINER if not hasattr(trainer, name)]
+    if missing:
+        raise ImportError(f"its Trainer has no {', '.join(missing)}")

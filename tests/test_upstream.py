@@ -1,0 +1,342 @@
+"""Whether the private names of the frameworks still are what they were. All of them are in the compat.py of a backend.
+
+A failure says which name broke, in which releases it was seen, what it is for, and what happens without it.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.util
+import inspect
+import os
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+
+FRAMEWORKS = {"torch": "torch", "tf": "tensorflow"}
+ROOT = Path(__file__).parent.parent
+BACKENDS = [
+    name
+    for name in os.environ.get("SMARTREG_BACKENDS", "torch tf").split()
+    if importlib.util.find_spec(FRAMEWORKS[name]) and (ROOT / f"smartreg_{name}/compat.py").exists()
+]
+TRIALS = {}  # by backend and the name of a function in compat.py
+
+
+def trial(backend, *functions):
+    """Register what tries these functions of a backend's compat.py, and so the names behind them."""
+
+    def register(tries):
+        TRIALS.update({(backend, function): tries for function in functions})
+        return tries
+
+    return register
+
+
+def said(function):
+    """What the docstring of a function says: its private names, where they were seen, what for, and what without."""
+    lines = inspect.getdoc(function) or ""
+    parts = {part: re.search(rf"^{part}: (.+(?:\n    .+)*)", lines, re.MULTILINE) for part in PARTS}
+    return {part: found and " ".join(found[1].split()) for part, found in parts.items()}
+
+
+PARTS = ("Private", "Seen", "For", "Without")
+
+
+def functions(backend):
+    module = importlib.import_module(f"smartreg_{backend}.compat")
+    return [
+        function
+        for name, function in inspect.getmembers(module, inspect.isfunction)
+        if not name.startswith("_") and function.__module__ == module.__name__
+    ]
+
+
+@pytest.mark.parametrize(
+    ("backend_name", "function"),
+    [
+        pytest.param(backend, function, id=f"{backend}-{function.__name__}")
+        for backend in BACKENDS
+        for function in functions(backend)
+    ],
+)
+def test_a_private_name(backend_name, function):
+    about = said(function)
+    assert None not in about.values(), f"the docstring of compat.{function.__name__} does not say {about}"
+    try:
+        TRIALS[backend_name, function.__name__]()
+    except Exception as error:
+        pytest.fail(
+            f"{about['Private']} is not what it was ({type(error).__name__}: {error}). Seen: {about['Seen']}. "
+            f"For: {about['For']}. Without: {about['Without']}",
+            pytrace=False,
+        )
+
+
+@pytest.mark.parametrize("backend_name", BACKENDS)
+def test_private_names_are_used_in_compat_alone(backend_name):
+    files = (ROOT / f"smartreg_{backend_name}").glob("*.py")
+    trees = {path.name: ast.parse(path.read_text(encoding="utf-8")) for path in files}
+    behind_compat = private_names(trees.pop("compat.py"))
+    ours = {name for tree in trees.values() for name in defined(tree)} - NAMES_OF_BOTH
+    overridden = set(getattr(importlib.import_module(f"smartreg_{backend_name}.compat"), "TRAINER", ()))
+    used = {(file, name) for file, tree in trees.items() for name in private_names(tree) if name not in ours}
+    used = {(file, name) for file, name in used if not (file == "transformers.py" and name in overridden)}
+    assert not used, "private names of a framework outside of compat.py"
+    assert behind_compat
+
+
+# what a class of ours and a framework both have; of ours only self has one
+NAMES_OF_BOTH = {"_modules", "_parameters", "_buffers"}
+
+
+def private_names(tree):
+    """Names of attributes, imports and strings that begin with one underscore, but for those of self and cls."""
+    old = {
+        id(node) for part in ast.walk(tree) if getattr(part, "name", "") == "__setstate__" for node in ast.walk(part)
+    }
+    for node in ast.walk(tree):
+        if id(node) in old:  # what a state of before has for names
+            continue
+        if isinstance(node, ast.Attribute):
+            if not of_self(node):
+                yield from filter(private, [node.attr])
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            if re.fullmatch(r"[a-z_][\w.]+[a-z]", node.value) and node.value not in sys.stdlib_module_names:
+                yield from filter(private, node.value.split("."))
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            names = [alias.name for alias in node.names] + [getattr(node, "module", "") or ""]
+            yield from filter(private, ".".join(names).split("."))
+
+
+def defined(tree):
+    """The private names that a module gives to functions, classes, variables and attributes of its own objects."""
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            yield node.name
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and of_self(node):
+            yield node.attr
+
+
+def of_self(node):
+    return isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
+
+
+def private(name):
+    return re.fullmatch(r"_[a-z]\w*", name) and name not in ("_fields", "_replace", "_asdict", "_make")
+
+
+# PyTorch
+
+
+@trial("torch", "own_parameters", "own_buffers")
+def other_tensors_can_be_put_in():
+    import torch
+
+    from smartreg_torch import compat
+
+    norm = torch.nn.BatchNorm1d(2).eval()
+    compat.own_parameters(norm)["weight"] = torch.full((2,), 3.0)  # no Parameter
+    compat.own_buffers(norm)["running_mean"] = torch.full((2,), 1.0)
+    norm.eps = 0.0
+    assert norm(torch.full((1, 2), 2.0)).tolist() == [[3.0, 3.0]]
+    assert set(compat.own_parameters(norm)) == {"weight", "bias"}
+    assert set(compat.own_buffers(norm)) == {"running_mean", "running_var", "num_batches_tracked"}
+
+
+@trial("torch", "forward_hooks")
+def hooks_are_listed():
+    import torch
+
+    from smartreg_torch import compat
+
+    module, hooks = torch.nn.Linear(1, 1), (lambda *_: None, lambda *_: None)
+    module.register_forward_hook(hooks[1])
+    module.register_forward_pre_hook(hooks[0])
+    assert compat.forward_hooks(module) == hooks
+
+
+@trial("torch", "version")
+def writing_counts():
+    import torch
+
+    from smartreg_torch import compat
+
+    tensor = torch.zeros(2)
+    before = compat.version(tensor)
+    tensor[0] = 1
+    assert compat.version(tensor) == before + 1
+
+
+@trial("torch", "has_gradient_hooks", "has_accumulation_hooks")
+def hooks_of_a_weight_are_seen():
+    import torch
+
+    from smartreg_torch import compat
+
+    plain, seen, followed = (torch.zeros(1, requires_grad=True) for _ in range(3))
+    seen.register_hook(lambda gradient: None)
+    followed.register_post_accumulate_grad_hook(lambda weight: None)
+    weights = (plain, seen, followed)
+    assert [compat.has_gradient_hooks(weight) for weight in weights] == [False, True, False]
+    assert [compat.has_accumulation_hooks(weight) for weight in weights] == [False, False, True]
+
+
+@trial("torch", "fills_every_grad")
+def another_backward_is_told_apart():
+    import torch
+
+    from smartreg_torch import compat
+
+    found = []
+    weight = torch.ones(1, requires_grad=True)
+    for backward in (
+        lambda loss: loss.backward(),
+        lambda loss: torch.autograd.grad(loss, weight),
+        lambda loss: loss.backward(inputs=[weight]),
+    ):
+        loss = weight.square().sum()
+        loss.register_hook(lambda gradient: found.append(compat.fills_every_grad()))
+        backward(loss)
+    assert found == [True, False, False]
+
+
+@trial("torch", "is_checkpointed")
+def a_checkpointed_region_is_seen():
+    import torch
+    from torch.utils.checkpoint import checkpoint
+
+    from smartreg_torch import compat
+
+    assert torch.utils.checkpoint._checkpoint_hook
+    found = []
+
+    def forward(x):
+        found.append(compat.is_checkpointed())
+        return x * 2
+
+    x = torch.ones(1, requires_grad=True)
+    forward(x)
+    checkpoint(forward, x, use_reentrant=False)
+    with torch.autograd.graph.save_on_cpu():
+        forward(x)
+    assert found == [False, True, False]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delattr(torch._C._autograd, "_top_saved_tensors_default_hooks")
+        forward(x)
+        checkpoint(forward, x, use_reentrant=False)
+    assert found[3:] == [False, True], "without the name, by the calling functions"
+
+
+@trial("torch", "uncompiled", "is_compiled", "compiled_call", "set_compiled_call")
+def a_compiled_model_is_known():
+    import torch
+
+    from smartreg_torch import compat
+
+    plain, called = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+    wrapper = torch.compile(plain)
+    called.compile()
+    assert compat.uncompiled(wrapper) is plain is compat.uncompiled(plain)
+    assert [compat.is_compiled(module) for module in (plain, wrapper, called)] == [False, True, True]
+    run = []
+    compat.set_compiled_call(called, lambda x: run.append(x))
+    called("x")
+    compat.set_compiled_call(called, None)
+    assert run == ["x"]
+    assert not compat.is_compiled(called)
+
+
+@trial("torch", "frames_compiled", "may_compile")
+def compilations_are_counted():
+    import torch
+
+    from smartreg_torch import compat
+
+    torch.compiler.reset()
+    before = compat.frames_compiled()
+    torch.compile(torch.nn.Linear(1, 1), backend="eager")(torch.ones(1, 1))
+    assert compat.frames_compiled() > before
+    assert compat.may_compile()
+
+
+@trial("torch", "mixed_precision_policy")
+def the_policy_is_read():
+    import torch
+    from torch.distributed import fsdp
+    from torch.distributed.device_mesh import init_device_mesh
+
+    from smartreg_torch import compat
+
+    assert isinstance(fsdp.FSDPModule, type)
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        policy = fsdp.MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+        model = torch.nn.Linear(2, 2)
+        fsdp.fully_shard(model, mesh=init_device_mesh("cpu", (1,)), mp_policy=policy)
+        assert compat.mixed_precision_policy(model) == policy
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@trial("torch", "says")
+def errors_say_what_they_said():
+    import torch
+    from torch.utils.checkpoint import checkpoint
+
+    from smartreg_torch import compat
+
+    x = torch.ones(1, requires_grad=True)
+    disabled = torch.compiler.disable(torch.sin)
+
+    def no_leaf():
+        (x * 2).requires_grad_(False)
+
+    def reentrant():
+        torch.autograd.grad(checkpoint(torch.sin, x, use_reentrant=True), x)
+
+    def compiled():
+        torch.compile(lambda x: disabled(x) + 1, backend="eager", fullgraph=True)(x)
+
+    for what, call in {"no leaf": no_leaf, "reentrant": reentrant, "compiler disabled": compiled}.items():
+        with pytest.raises(RuntimeError) as caught:
+            call()
+        assert compat.says(caught.value, what), f"{what}: {caught.value}"
+
+
+@trial("torch", "original_forward")
+def accelerate_keeps_the_forward():
+    accelerate = pytest.importorskip("accelerate")
+    import torch
+
+    from smartreg_torch import compat
+
+    model = torch.nn.Linear(1, 1)
+    forward = model.forward
+    assert compat.original_forward(model) is None
+    prepared = accelerate.Accelerator(cpu=True, mixed_precision="bf16").prepare_model(model)
+    assert compat.original_forward(prepared) == forward
+
+
+@trial("torch", "check_trainer")
+def the_trainer_has_the_methods():
+    transformers = pytest.importorskip("transformers")
+
+    from smartreg_torch import compat
+    from smartreg_torch.transformers import SMARTMixin
+
+    compat.check_trainer(transformers.Trainer)
+    for name in compat.TRAINER:
+        if name in vars(SMARTMixin):
+            theirs, ours = (inspect.signature(getattr(kind, name)) for kind in (transformers.Trainer, SMARTMixin))
+            assert list(theirs.parameters) == list(ours.parameters), name
+    with pytest.raises(ImportError, match="has no _determine_best_metric"):
+        compat.check_trainer(object)
