@@ -33,7 +33,7 @@ from torch.nn.functional import cross_entropy
 import smartreg.divergences as reference
 from smartreg.perturbation import ascend as ascend_numpy
 from smartreg.proximal import ema_update, mean_examples, momentum
-from smartreg.training import task_loss
+from smartreg.reference import task_loss
 from smartreg_torch import SMART, SMARTConfig
 from smartreg_torch.divergences import symmetric_kl
 from smartreg_torch.perturbation import ascend

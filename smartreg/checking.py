@@ -38,7 +38,7 @@ from smartreg.config import SMARTConfig
 from smartreg.divergences import DIVERGENCES
 from smartreg.laws import BALLS, HALF, Law, bound, eps, worst
 from smartreg.recording import compare_run
-from smartreg.training import Batch, Functions, Parameters, Step, fit_reference, forward
+from smartreg.reference import Batch, Functions, Parameters, Step, fit_reference, forward
 
 __all__ = [
     "FUNCTIONS",
@@ -464,7 +464,7 @@ class Trajectory(NamedTuple):
 def load_trajectory(name: str, dtype: str = "float64") -> Trajectory:
     """One of `TRAJECTORIES` with its inputs, for an implementation of your own to be run on.
 
-    The network is that of `smartreg.training`, and the learning rate `fit_reference`'s own, 0.01.
+    The network is that of `smartreg.reference`, and the learning rate `fit_reference`'s own, 0.01.
 
     Raises:
         ValueError: there is no trajectory of that name.

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from smartreg import perturbation
 from smartreg.config import SMARTConfig
 from smartreg.divergences import DIVERGENCES
-from smartreg.training import Parameters, forward, init_parameters
+from smartreg.reference import Parameters, forward, init_parameters
 
 if TYPE_CHECKING:
     from smartreg.checking import Face

@@ -14,7 +14,7 @@ import pytest
 from smartreg import checking, divergences, perturbation, proximal
 from smartreg.checking import FUNCTIONS, NUMPY, TRAJECTORIES, Face, Row, check_backend, compare_steps, run_trajectory
 from smartreg.divergences import squared_error
-from smartreg.training import Functions
+from smartreg.reference import Functions
 
 ROOT = Path(__file__).parents[1]
 

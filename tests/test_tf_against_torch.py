@@ -8,7 +8,7 @@ import torch
 from paper_settings import papers
 from test_tf_reference import STEPS, Network, float64, make_batches
 
-from smartreg.training import init_parameters
+from smartreg.reference import init_parameters
 from smartreg_tf import attach
 from smartreg_torch import SMART
 

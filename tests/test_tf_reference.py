@@ -9,7 +9,7 @@ import tensorflow as tf
 from paper_settings import papers
 
 from smartreg.checking import load_trajectory
-from smartreg.training import Batch, fit_reference, init_parameters
+from smartreg.reference import Batch, fit_reference, init_parameters
 from smartreg_tf import attach
 from smartreg_tf.divergences import position_weights
 

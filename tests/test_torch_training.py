@@ -7,17 +7,17 @@ import pytest
 import torch
 from pairwise import FACTORS, named, pairwise
 from paper_settings import papers
-from test_training import make_batch, make_theta
+from test_reference import make_batch, make_theta
 from torch import nn
 
 from smartreg import SMARTConfig
 from smartreg.checking import TRAJECTORIES, compare_steps, load_trajectory
-from smartreg.training import fit_reference
+from smartreg.reference import fit_reference
 from smartreg_torch import SMART
 
 
 class Network(nn.Module):
-    """The reference network of `smartreg.training`."""
+    """The reference network of `smartreg.reference`."""
 
     def __init__(self, theta, pooled=True):
         super().__init__()
@@ -48,7 +48,7 @@ LOSSES = {
 
 
 def fit_torch(theta, batches, config, noise, *, divergence="symmetric_kl", optimizer="adam_torch", pooled=True):
-    """The intermediates of a run of SMART in an ordinary loop, named as `smartreg.training.Step` names them."""
+    """The intermediates of a run of SMART in an ordinary loop, named as `smartreg.reference.Step` names them."""
     model = Network(theta, pooled)
     make = torch.optim.Adam if optimizer == "adam_torch" else torch.optim.SGD
     update = make(model.parameters(), lr=1e-2)

@@ -24,7 +24,7 @@ import strategies  # noqa: E402
 from smartreg.checking import BACKENDS, Face, load_backend  # noqa: E402
 from smartreg.divergences import DIVERGENCES  # noqa: E402
 from smartreg.laws import BALLS, eps, ulps_apart  # noqa: E402
-from smartreg.training import forward  # noqa: E402
+from smartreg.reference import forward  # noqa: E402
 
 DTYPES = ("float32", "float64")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from smartreg.training import init_parameters
+from smartreg.reference import init_parameters
 
 STEPS, N, TOKENS, D, HIDDEN, OUTPUTS, VOCABULARY = 50, 4, 5, 4, 6, 3, 11
 

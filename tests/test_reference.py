@@ -7,7 +7,7 @@ from paper_settings import papers
 from smartreg.divergences import DIVERGENCES
 from smartreg.perturbation import output_mask
 from smartreg.proximal import bregman_divergence, mean_examples, momentum
-from smartreg.training import Batch, fit_reference, forward, init_parameters, task_loss
+from smartreg.reference import Batch, fit_reference, forward, init_parameters, task_loss
 
 NAMES = list(DIVERGENCES)
 

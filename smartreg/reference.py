@@ -1,0 +1,338 @@
+"""Algorithm 1 end to end, in NumPy, on a small network with hand-written gradients.
+
+The network looks embeddings up and applies one tanh layer at each position. It reads the outputs off the mean over the
+unmasked positions, or at each position:
+
+    x = E[ids],   h = tanh(x W1 + b1),   f(x) = mean_t(h_t) W2 + b2   (or h W2 + b2)
+
+`fit_reference` trains it and returns every intermediate of every step, to compare another implementation with.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from smartreg.config import SMARTConfig
+from smartreg.divergences import DIVERGENCES, check_divergence, position_weights
+from smartreg.perturbation import ascend, output_mask
+from smartreg.proximal import bregman_divergence, ema_update, mean_examples, momentum, moves
+
+Array = NDArray[Any]
+Parameters = dict[str, Array]
+Optimizer = Literal["sgd", "adam_torch", "adam_keras"]
+
+
+class Batch(NamedTuple):
+    """One mini-batch.
+
+    Attributes:
+        ids: token ids, (n, tokens).
+        y: labels, of the outputs' shape without the class axis (symmetric_kl), or of their shape.
+        mask: true at real tokens, (n, tokens), or None.
+        sample_weight: w_i, (n,), or None.
+    """
+
+    ids: Array
+    y: Array
+    mask: Array | None = None
+    sample_weight: Array | None = None
+
+
+@dataclass(frozen=True)
+class Step:
+    """Every intermediate of one optimiser step, in the order in which they are computed.
+
+    Attributes:
+        outputs: f(x; theta), before the step.
+        loss: L.
+        delta: the perturbation, or None if the step has no R_s.
+        perturbed_outputs: f(x + delta; theta), or None if the step has no R_s.
+        R_s, D_Breg, objective: the terms, 0 if the step has none, and F = L + lambda_s R_s + mu D_Breg. lambda_s is
+            `SMARTConfig.smoothness_weight`.
+        gradients: of F, by parameter.
+        theta: the parameters after the step.
+        beta: the beta with which theta~ moved after the step, or None if it did not move.
+        teacher: theta~ after the step.
+    """
+
+    outputs: Array
+    loss: float
+    delta: Array | None
+    perturbed_outputs: Array | None
+    R_s: float
+    D_Breg: float
+    objective: float
+    gradients: Parameters
+    theta: Parameters
+    beta: float | None
+    teacher: Parameters
+
+
+def init_parameters(
+    rng: np.random.Generator, *, vocabulary: int, d: int, hidden: int, outputs: int, dtype: Any = np.float64
+) -> Parameters:
+    """Draw parameters of the reference network: E (vocabulary, d), W1 (d, hidden), b1, W2 (hidden, outputs), b2.
+
+    Example:
+        >>> init_parameters(np.random.default_rng(0), vocabulary=9, d=4, hidden=5, outputs=2)["W2"].shape
+        (5, 2)
+    """
+    shapes = {"E": (vocabulary, d), "W1": (d, hidden), "b1": (hidden,), "W2": (hidden, outputs), "b2": (outputs,)}
+    return {name: rng.normal(size=shape).astype(dtype) for name, shape in shapes.items()}
+
+
+def forward(
+    theta: Mapping[str, Array], x: Array, mask: Array | None = None, pooled: bool = True
+) -> tuple[Array, Callable[[Array], tuple[Parameters, Array]]]:
+    """Compute the outputs of embeddings, and the vector-Jacobian product there.
+
+    Returns:
+        f(x; theta), and a function from the gradient at the outputs to (the parameters' gradients but E's, x's).
+
+    Example:
+        >>> theta = init_parameters(np.random.default_rng(0), vocabulary=9, d=4, hidden=5, outputs=2)
+        >>> forward(theta, theta["E"][[[1, 2, 3]]])[0].shape
+        (1, 2)
+    """
+    weight = position_weights(x, mask)  # (n, tokens, 1): 1 / count at each position of the mean, 0 at padding
+    h = np.tanh(x @ theta["W1"] + theta["b1"])
+    read = np.sum(weight * h, axis=1) if pooled else h
+    outputs = read @ theta["W2"] + theta["b2"]
+
+    def vjp(grad: Array) -> tuple[Parameters, Array]:
+        grad_read = grad @ theta["W2"].T
+        grad_h = weight * grad_read[:, None, :] if pooled else grad_read
+        grad_z = grad_h * (1 - h * h)
+        gradients = {
+            "W1": np.tensordot(x, grad_z, axes=((0, 1), (0, 1))),
+            "b1": grad_z.sum(axis=(0, 1)),
+            "W2": read.reshape(-1, read.shape[-1]).T @ grad.reshape(-1, grad.shape[-1]),
+            "b2": grad.reshape(-1, grad.shape[-1]).sum(axis=0),
+        }
+        return gradients, grad_z @ theta["W1"].T
+
+    return outputs, vjp
+
+
+def task_loss(
+    outputs: Array,
+    y: Array,
+    divergence: str,
+    mask: Array | None = None,
+    sample_weight: Array | None = None,
+) -> tuple[float, Array]:
+    """Compute L and its gradient at the outputs: cross-entropy, binary cross-entropy or squared error, as l_s is.
+
+    It is averaged over positions and examples as R_s is: L = 1/n sum_i w_i loss_i.
+
+    Example:
+        >>> task_loss(np.array([[2.0]]), np.array([[1.0]]), "squared_error")
+        (1.0, array([[2.]]))
+    """
+    if divergence == "symmetric_kl":
+        shifted = outputs - outputs.max(axis=-1, keepdims=True)
+        log_p = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+        onehot = np.eye(outputs.shape[-1], dtype=outputs.dtype)[y]
+        losses, grad = -(onehot * log_p).sum(axis=-1), np.exp(log_p) - onehot
+    elif divergence == "bernoulli_symmetric_kl":
+        losses = (np.logaddexp(0, outputs) - y * outputs).sum(axis=-1)
+        grad = np.exp(-np.logaddexp(0, -outputs)) - y
+    else:
+        losses, grad = ((outputs - y) ** 2).sum(axis=-1), 2 * (outputs - y)
+    weight = position_weights(outputs, output_mask(outputs, mask))
+    per_example = (losses * weight[..., 0]).reshape(len(losses), -1).sum(axis=1)
+    return mean_examples(per_example, sample_weight), grad * weight * _example_weights(outputs, sample_weight)
+
+
+class Functions:
+    """What `fit_reference` computes with: here the reference's own functions."""
+
+    momentum = staticmethod(momentum)
+    ema_update = staticmethod(ema_update)
+    bregman_divergence = staticmethod(bregman_divergence)
+
+    def value(self, divergence: str, a: Array, b: Array, mask: Any = None) -> Array:
+        """l_s(a, b), (n,)."""
+        return DIVERGENCES[divergence].value(a, b, mask)
+
+    def grad(self, divergence: str, a: Array, b: Array, mask: Any = None) -> tuple[Array, Array]:
+        """The gradients of l_s(a, b) with respect to both."""
+        return DIVERGENCES[divergence].grad(a, b, mask)
+
+    def ascend(
+        self,
+        theta: Parameters,
+        x: Array,
+        outputs: Array,
+        config: SMARTConfig,
+        noise: Array | None,
+        mask: Array | None,
+        divergence: str,
+        pooled: bool,
+    ) -> Array:
+        """The perturbation delta of the reference network."""
+
+        def to_outputs(perturbed: Array) -> tuple[Array, Callable[[Array], Array]]:
+            outputs, vjp = forward(theta, perturbed, mask, pooled)
+            return outputs, lambda grad: vjp(grad)[1]
+
+        return ascend(to_outputs, x, outputs, config, noise, mask, divergence)
+
+
+def fit_reference(
+    theta: Mapping[str, Array],
+    batches: Sequence[Batch],
+    config: SMARTConfig,
+    noise: Sequence[Array | None] | None = None,
+    *,
+    divergence: str = "symmetric_kl",
+    optimizer: Optimizer = "adam_torch",
+    learning_rate: float = 1e-2,
+    pooled: bool = True,
+    functions: Functions | None = None,
+) -> list[Step]:
+    """Train the reference network by Algorithm 1, one optimiser step a batch.
+
+    Args:
+        theta: parameters as `init_parameters` names them; they are not changed.
+        batches: the mini-batches, in order.
+        noise: one array a step, as `ascend` takes it; None if the ascent needs none.
+        divergence: the name of l_s, which also chooses the task loss.
+        optimizer: "sgd", or Adam (0.9, 0.999, 1e-8) with its epsilon added after ("adam_torch") or before
+            ("adam_keras") the bias correction.
+        pooled: one output an example; False gives one a position.
+        functions: what it computes with; `smartreg.checking` gives another backend's.
+
+    Returns:
+        one `Step` a batch.
+
+    Source: paper, Algorithm 1.
+
+    Example:
+        >>> rng = np.random.default_rng(0)
+        >>> theta = init_parameters(rng, vocabulary=9, d=4, hidden=5, outputs=2)
+        >>> batch = Batch(ids=rng.integers(9, size=(3, 6)), y=np.array([0, 1, 1]))
+        >>> steps = fit_reference(theta, [batch] * 2, SMARTConfig(total_steps=2), rng.normal(size=(2, 3, 6, 4)))
+        >>> [step.beta for step in steps]
+        [0.999, 0.999]
+    """
+    check_divergence("fit_reference", divergence)
+    config.check_total_steps("fit_reference")
+    f = Functions() if functions is None else functions
+    update = _Update(optimizer, learning_rate)
+    theta = {name: np.array(value) for name, value in theta.items()}
+    teacher = f.ema_update(theta, theta, 1.0)  # line 1, in float32 or wider
+    steps = []
+    for t, batch in enumerate(batches, start=1):  # lines 2 to 4
+        nu = None if noise is None else noise[t - 1]
+        done = step(theta, teacher, batch, config, nu, t, update, f, divergence, pooled)
+        theta = done.theta
+        if moves(t, config):  # lines 13 and 14
+            beta = f.momentum(t, config)
+            teacher = f.ema_update(teacher, theta, beta)
+            done = replace(done, beta=beta, teacher=teacher)
+        steps.append(done)
+    return steps
+
+
+def step(
+    theta: Parameters,
+    teacher: Parameters,
+    batch: Batch,
+    config: SMARTConfig,
+    noise: Array | None,
+    t: int,
+    update: Callable[[Parameters, Parameters], Parameters],
+    f: Functions,
+    divergence: str,
+    pooled: bool,
+) -> Step:
+    """Take one optimiser step on a mini-batch.
+
+    theta <- Update( grad_theta [ L + lambda_s R_s + mu D_Breg(theta, theta~) ] )
+
+    Source: paper, Algorithm 1, lines 5 to 11.
+    """
+    # line 5: the mini-batch, and the clean pass
+    ids, y, mask, sample_weight = batch
+    x = theta["E"][ids]
+    outputs, vjp = forward(theta, x, mask, pooled)
+    positions, weight = output_mask(outputs, mask), _example_weights(outputs, sample_weight)
+    loss, grad_outputs = task_loss(outputs, y, divergence, mask, sample_weight)
+    objective, r_s, d_breg = loss, 0.0, 0.0
+    delta = perturbed = perturbed_gradients = None
+    lambda_s = config.smoothness_weight(t - 1)
+    if lambda_s > 0:
+        # lines 6 to 10: delta
+        delta = f.ascend(theta, x, outputs, config, noise, mask, divergence, pooled)
+        # R_s, whose gradient flows through both arguments
+        perturbed, perturbed_vjp = forward(theta, x + delta, mask, pooled)
+        r_s = mean_examples(f.value(divergence, perturbed, outputs, positions), sample_weight)
+        grad_perturbed, grad_clean = f.grad(divergence, perturbed, outputs, positions)
+        perturbed_gradients = perturbed_vjp(lambda_s * weight * grad_perturbed)
+        grad_outputs = grad_outputs + lambda_s * weight * grad_clean
+        objective = objective + lambda_s * r_s
+    if config.mu > 0:
+        # D_Breg, whose gradient does not flow through theta~
+        taught, _ = forward(teacher, teacher["E"][ids], mask, pooled)
+        d_breg = f.bregman_divergence(outputs, taught, divergence, mask, sample_weight)
+        grad_outputs = grad_outputs + config.mu * weight * f.grad(divergence, outputs, taught, positions)[0]
+        objective = objective + config.mu * d_breg
+    # line 11: the update by the gradient of all three
+    gradients = _parameter_gradients(theta, ids, vjp(grad_outputs), perturbed_gradients)
+    theta = update(theta, gradients)
+    return Step(outputs, loss, delta, perturbed, r_s, d_breg, objective, gradients, theta, None, teacher)
+
+
+def _parameter_gradients(
+    theta: Parameters, ids: Array, clean: tuple[Parameters, Array], perturbed: tuple[Parameters, Array] | None
+) -> Parameters:
+    """Add the gradients of the two passes up; the one of x goes to the rows of E that were looked up."""
+    gradients, grad_x = clean
+    if perturbed is not None:
+        gradients = {name: g + perturbed[0][name] for name, g in gradients.items()}
+        grad_x = grad_x + perturbed[1]
+    gradients["E"] = np.zeros_like(theta["E"])
+    np.add.at(gradients["E"], ids, grad_x)
+    return gradients
+
+
+def _example_weights(outputs: Array, sample_weight: Array | None) -> Array:
+    """Return w_i / n, to be multiplied with the outputs."""
+    n = len(outputs)
+    weight = np.ones(n) if sample_weight is None else np.asarray(sample_weight)
+    return (weight / n).astype(outputs.dtype).reshape((n,) + (1,) * (outputs.ndim - 1))
+
+
+class _Update:
+    """SGD, or Adam (Kingma and Ba 2015, algorithm 1) with its epsilon as in PyTorch or as in Keras."""
+
+    def __init__(self, optimizer: Optimizer, learning_rate: float) -> None:
+        if optimizer not in ("sgd", "adam_torch", "adam_keras"):
+            raise ValueError(f"optimizer must be 'sgd', 'adam_torch' or 'adam_keras', got {optimizer!r}")
+        self.optimizer, self.learning_rate = optimizer, learning_rate
+        self.m: Parameters = {}
+        self.v: Parameters = {}
+        self.t = 0
+
+    def __call__(self, theta: Parameters, gradients: Parameters) -> Parameters:
+        self.t += 1
+        return {name: value - self._step(name, gradients[name]) for name, value in theta.items()}
+
+    def _step(self, name: str, g: Array) -> Array:
+        if self.optimizer == "sgd":
+            return self.learning_rate * g
+        beta_1, beta_2, epsilon = 0.9, 0.999, 1e-8
+        m = self.m[name] = beta_1 * self.m.get(name, np.zeros_like(g)) + (1 - beta_1) * g
+        v = self.v[name] = beta_2 * self.v.get(name, np.zeros_like(g)) + (1 - beta_2) * g * g
+        rate = self.learning_rate / (1 - beta_1**self.t)
+        correction = math.sqrt(1 - beta_2**self.t)  # a NumPy scalar would make float32 float64
+        after = self.optimizer == "adam_torch"
+        step: Array = rate * m / (np.sqrt(v) / correction + (epsilon if after else epsilon / correction))
+        return step
