@@ -113,15 +113,18 @@ def is_checkpointed() -> bool:
     """Tell whether this code runs inside a region that torch.utils.checkpoint runs again, without reentrance.
 
     Private: torch._C._autograd._top_saved_tensors_default_hooks, torch.utils.checkpoint._checkpoint_hook
-    Seen: torch 2.6 to 2.13
+    Seen: torch 2.7 to 2.13
     For: refusing a site in such a region, which would run again without its perturbation
-    Without: the same answer from the files of the calling functions, a hundred times as slow
+    Without: the same answer from the files of the calling functions, in 7 instead of 0.1 microseconds
     """
     try:
         hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
         return torch.utils.checkpoint._checkpoint_hook.__qualname__ in getattr(hooks and hooks[0], "__qualname__", "")
     except AttributeError:
-        return any(frame.filename == torch.utils.checkpoint.__file__ for frame in inspect.stack(0))
+        frame = inspect.currentframe()
+        while frame is not None and frame.f_code.co_filename != torch.utils.checkpoint.__file__:
+            frame = frame.f_back
+        return frame is not None
 
 
 def uncompiled(model: nn.Module) -> nn.Module:
@@ -219,11 +222,11 @@ def says(error: BaseException, what: str) -> bool:
     Without: torch's own message
     """
     words = {
-        "compiler disabled": "torch.compiler.disable",
-        "no leaf": "change requires_grad flags of leaf variables",
-        "reentrant": "use_reentrant",
+        "compiler disabled": ("torch.compiler.disable", "torch._dynamo.disable"),  # that of torch 2.6
+        "no leaf": ("change requires_grad flags of leaf variables",),
+        "reentrant": ("use_reentrant",),
     }
-    return words[what] in str(error)
+    return any(said in str(error) for said in words[what])
 
 
 def original_forward(model: nn.Module) -> Callable[..., Any] | None:
