@@ -73,3 +73,8 @@ if "torch" in BACKENDS:
     import torch
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+    @pytest.fixture(autouse=True)
+    def seed():
+        """Every test draws the same, in whatever order and process."""
+        torch.manual_seed(0)

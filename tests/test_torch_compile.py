@@ -40,7 +40,6 @@ class Model(nn.Module):
 
 @pytest.fixture(autouse=True)
 def fresh():
-    torch.manual_seed(0)
     torch.compiler.reset()
     with torch._dynamo.config.patch(error_on_recompile=False):
         yield

@@ -13,11 +13,6 @@ R_S = SMARTConfig(mu=0, epsilon=0.1)
 D_BREG = SMARTConfig(lambda_s=0, beta_early=0.9, beta_late=0.9)
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 @pytest.fixture
 def ids():
     return torch.randint(1, 20, (4, 6))

@@ -21,11 +21,6 @@ from smartreg_torch import SMART, SMARTConfig, SMARTWarning
 CONFIG = SMARTConfig(beta_early=0.9, beta_late=0.5, total_steps=20, proximal_steps=2)
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 class Model(nn.Module):
     def __init__(self):
         super().__init__()

@@ -30,11 +30,6 @@ ADAPTERS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 def bert(dropout=True):
     model = ARCHITECTURES["BERT"].make()
     for module in model.modules():

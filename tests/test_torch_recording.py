@@ -21,11 +21,6 @@ from smartreg_torch.proximal import bregman_divergence, mean_examples
 BOTH = papers(total_steps=20, epsilon=0.1)
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 def run(model, batches, config=BOTH, lr=1e-2, settings=None, update=True, **called):
     """A few steps of training; the loss is the outputs' size, whatever they are."""
     optimizer = torch.optim.SGD(model.parameters(), lr=lr)

@@ -20,11 +20,6 @@ BOTH = SMARTConfig(lambda_s=1.0, beta_early=0.9, beta_late=0.9)
 GLOBAL: list[torch.Tensor] = []
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 @pytest.fixture
 def ids():
     return torch.randint(20, (6, 5))

@@ -12,11 +12,6 @@ from smartreg_torch.divergences import symmetric_kl
 BOTH = papers(total_steps=20, epsilon=0.1)
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 def model():
     return nn.Sequential(nn.Embedding(9, 4), nn.Flatten(), nn.Dropout(0.2), nn.Linear(12, 2))
 

@@ -41,11 +41,6 @@ class Model(nn.Module):
         return self.convert(self.head(self.norm(self.dropout(self.embedding(ids)).tanh().mean(1))))
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 @pytest.fixture
 def ids():
     return torch.randint(11, (6, 5))
