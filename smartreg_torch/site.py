@@ -277,7 +277,7 @@ def _changed_output(hook: _Hook, module: Any, args: tuple[Any, ...], kwargs: dic
     ids = args[0] if args else kwargs.get("input")
     if isinstance(module, nn.Embedding) and index is not None and isinstance(ids, Tensor):
         padding = ids != index
-    if type(output) is tuple and output and not any(tensors_in(output[1:])):
+    if type(output) is tuple and output and next(tensors_in(output[1:]), None) is None:
         return hook.on_call(output[0], padding), *output[1:]  # such as Swin's patches, with their height and width
     return hook.on_call(output, padding)
 
