@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
+from smartreg_tf import compat
+
 # a table of positions, by the layer's own name or that of the attribute that holds it
 _POSITION = re.compile(r"position|(^|_)w?pos(_|\d|emb|$)|(^|_)wpe(_|$)", re.IGNORECASE)
 _SEGMENT = re.compile(r"segment|token_type", re.IGNORECASE)
@@ -37,10 +39,8 @@ def candidates(model: Any) -> list[Candidate]:
         >>> [candidate.layers == [model.layers[0]] for candidate in candidates(model)]  # the second: the float inputs
         [True, False]
     """
-    inside = list(model._flatten_layers())
-    tokens = [
-        layer.token_embedding for layer in inside if isinstance(getattr(layer, "token_embedding", None), keras.Layer)
-    ]
+    inside = compat.every_layer(model)
+    tokens = [found for layer in inside if (found := compat.token_embedding(layer)) is not None]
     embeddings = [layer for layer in inside if isinstance(layer, keras.layers.Embedding)]
     names = _names(inside)
     positions = [layer for layer in embeddings if any(map(_POSITION.search, names[id(layer)]))]
@@ -66,7 +66,7 @@ def named(model: Any, layers: str | Any | Sequence[Any]) -> Candidate:
     Raises:
         ValueError: it names one that the model does not have, or has several of.
     """
-    inside = list(model._flatten_layers())
+    inside = compat.every_layer(model)
     asked = list(layers) if isinstance(layers, (list, tuple)) else [layers]
     if not asked:
         raise ValueError("SMART: layers=[] names no layer; leave it out for the default, or name one")
@@ -145,8 +145,8 @@ def traced_graph(output: Any = None) -> Any:
     """The graph of a tensor, else the one that is being traced; None where nothing is."""
     if tf.executing_eagerly():
         return None
-    traced = tf.compat.v1.get_default_graph()
-    return getattr(output.flat_values if isinstance(output, tf.RaggedTensor) else output, "graph", traced)
+    flat = output.flat_values if isinstance(output, tf.RaggedTensor) else output
+    return flat.graph if hasattr(flat, "graph") else compat.default_graph()
 
 
 def is_embeddings(x: Any) -> bool:

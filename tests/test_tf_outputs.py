@@ -82,6 +82,7 @@ def test_probabilities_keep_the_digits_of_their_logits():
         head.mean(*plain, None, None), head.mean(head.logits(outputs), far, None, None), rtol=1e-4
     )
     p = tf.constant([[0.9, 0.2]])
+    np.testing.assert_allclose(Head(0, "probabilities").logits(p), np.log([[0.9, 0.2]]), rtol=1e-6)
     np.testing.assert_allclose(Head(0, "label_probabilities").logits(p), np.log([[9, 0.25]]), rtol=1e-5)
     assert np.isfinite(Head(0, "label_probabilities").logits(tf.constant([[0.0, 1.0]]))).all()
     certain = keras.activations.sigmoid(tf.constant([[20.0]]))  # 1 in float32
