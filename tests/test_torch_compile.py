@@ -5,10 +5,11 @@ import copy
 import pytest
 import torch
 import torch._dynamo
-from architectures import ARCHITECTURES, classifier
+from architectures import ARCHITECTURES
 from paper_settings import papers
 from torch import nn
 from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
 
 from smartreg_torch import SMART, SMARTWarning
 
@@ -107,10 +108,18 @@ def test_steps_with_and_without_R_s_are_compiled_once():
     assert_as_eager(Model, {"ids": torch.randint(11, (6, 5))}, wrapped, config, BACKEND, 8)
 
 
-@pytest.mark.parametrize("config", [CONFIG, MARGIN], ids=["gaussian", "margin"])
-@pytest.mark.parametrize("how", [wrapped, in_place, in_place_afterwards, after_a_first_call])
-def test_fifty_compiled_steps_are_the_eager_ones_without_a_recompilation(how, config):
-    inputs = {"ids": torch.randint(11, (6, 5))}
+@pytest.mark.parametrize(
+    ("how", "start"),
+    [
+        (wrapped, "gaussian"),
+        (wrapped, "margin"),
+        (in_place, "gaussian"),
+        (in_place_afterwards, "margin"),
+        (after_a_first_call, "gaussian"),
+    ],
+)
+def test_fifty_compiled_steps_are_the_eager_ones_without_a_recompilation(how, start):
+    inputs, config = {"ids": torch.randint(11, (6, 5))}, CONFIG.replace(start=start)
     smart = assert_as_eager(Model, inputs, how, config, "aot_eager" if how is wrapped else BACKEND, 50)
     SMART(Model(), config).load_state_dict(smart.state_dict())  # theta~ has the model's own names
 
@@ -122,12 +131,12 @@ def test_compiled_architectures_are_the_eager_ones(name):
 
 
 def test_a_compiled_model_with_checkpointed_layers_is_the_eager_one():
-    def make():
-        model = classifier("Bert", num_hidden_layers=1)()
-        model.activation_checkpointing_enable({"use_reentrant": False})
-        return model
+    class Checkpointed(Model):
+        def forward(self, ids):
+            x = checkpoint(lambda x: self.dropout(x.tanh()), self.embedding(ids), use_reentrant=False)
+            return self.head(self.norm(x.mean(1)))
 
-    assert_as_eager(make, ARCHITECTURES["BERT"].inputs(), wrapped, CONFIG, "aot_eager", 3)
+    assert_as_eager(Checkpointed, {"ids": torch.randint(11, (6, 5))}, wrapped, CONFIG, "aot_eager", 4)
 
 
 def test_compiled_under_autocast_is_the_eager_step():
