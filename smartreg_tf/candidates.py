@@ -20,10 +20,9 @@ class Candidate(NamedTuple):
     """One possible site.
 
     Attributes:
-        layers: whose outputs are perturbed.
-        inputs: the names of the float inputs that are perturbed: all that are no labels where it is empty, none where
-            it is None.
-        why: what it was chosen for.
+        layers: their outputs are perturbed.
+        inputs: the names of the float inputs that are perturbed; if empty, all that are no labels; if None, none.
+        why: the reason to choose it.
     """
 
     layers: list[Any]
@@ -32,7 +31,7 @@ class Candidate(NamedTuple):
 
 
 def candidates(model: Any) -> list[Candidate]:
-    """The default sites, the likeliest first; the first that has a run with one x an example is the site.
+    """List the default sites, the likeliest first. The first that has a run with one x an example becomes the site.
 
     Example:
         >>> model = keras.Sequential([keras.layers.Embedding(9, 4), keras.layers.Dense(2)])
@@ -52,7 +51,7 @@ def candidates(model: Any) -> list[Candidate]:
         Candidate(_once(tokens), None, "the layers called token_embedding"),
         Candidate(_once(words), None, "every Embedding that is not named position, segment or token_type"),
         Candidate(_once(segments), None, "the only Embedding that is not named position"),
-        # its output carries the mask; noise on its input would unmask the padding
+        # it reads its mask off its input, and padding that is perturbed would no longer be masked
         Candidate(_once(masking), None, "every Masking layer"),
         Candidate([], frozenset(), "no token Embedding or Masking layer makes one x an example"),
         Candidate(_once(positions), None, "the only Embedding"),
@@ -61,10 +60,10 @@ def candidates(model: Any) -> list[Candidate]:
 
 
 def named(model: Any, layers: str | Any | Sequence[Any]) -> Candidate:
-    """The site that `layers=` names: layers, or `keras.Input`s.
+    """Return the site that `layers=` names: layers, or `keras.Input`s.
 
     Raises:
-        ValueError: it names one that the model does not have, or has several of.
+        ValueError: the model has no layer of that name, or several.
     """
     inside = compat.every_layer(model)
     asked = list(layers) if isinstance(layers, (list, tuple)) else [layers]
@@ -77,11 +76,11 @@ def named(model: Any, layers: str | Any | Sequence[Any]) -> Candidate:
 
 
 class Batch(NamedTuple):
-    """What a clean pass knows of its batch.
+    """One mini-batch, as a clean pass knows it.
 
     Attributes:
         n: the number of examples, or None.
-        graph: that it is traced in, or None.
+        graph: the graph in which the pass is traced, or None.
         given: the tensors that the model was given.
     """
 
@@ -90,18 +89,18 @@ class Batch(NamedTuple):
     given: list[Any]
 
     def unfit(self, layer: Any, x: Any, output: Any) -> Exception | None:
-        """Why a run of a layer, from x, is no site: what to raise where there is no other."""
+        """Return why a layer's output from x is no site, as the error to raise if there is no other; None if it is."""
         if not is_embeddings(output):
             got = f"{output.dtype.name} of shape {output.shape}" if tf.is_tensor(output) else type(output).__name__
             return TypeError(
-                f"SMART: the layer {layer.name!r} must return a float tensor (n, ..., d) to be perturbed, got {got}; "
-                "name another with layers="
+                f"SMART: the layer {layer.name!r} must return a float tensor (n, ..., d) to be perturbed, got {got}. "
+                "Name another with layers=."
             )
         if traced_graph(output) is not self.graph:
             return ValueError(
                 f"SMART: the layer {layer.name!r} runs inside a loop, a branch or a function of its own (an RNN cell, "
-                "tf.map_fn, tf.cond, tf.function), out of which TensorFlow hands no tensor to be perturbed. Name a "
-                "layer outside of it with layers=, give the RNN unroll=True, or leave R_s out: SMARTConfig(lambda_s=0)."
+                "tf.map_fn, tf.cond, tf.function), and the rest of the graph cannot read its tensors. Name a layer "
+                "outside of it with layers=, say unroll=True to the RNN, or leave R_s out: SMARTConfig(lambda_s=0)."
             )
         first, n = output.shape[0], self.n
         # several rows an example, as (n, choices, T) flattened to (n choices, T); a table has no axis before its own
@@ -114,7 +113,7 @@ class Batch(NamedTuple):
     def _depends(self, x: Any) -> bool:
         """Whether x is computed from the values that the model was given, and not from their shapes alone.
 
-        Only a graph knows; without one, True.
+        Only a graph tells; in eager mode it is True.
         """
         given, ends = (
             [t for t in tf.nest.flatten(v, expand_composites=True) if tf.is_tensor(t)] for v in (self.given, x)
@@ -134,15 +133,15 @@ class Batch(NamedTuple):
 
 
 def not_the_batch(what: Any, got: str) -> str:
-    """The message about a site that has not one x an example."""
+    """Return the message about a site that does not have one x an example."""
     return (
-        f"SMART: {what} must have one x an example, shape (n, ..., d), to be perturbed, got {got}: it is shared by the "
+        f"SMART: {what} must have one x an example, shape (n, ..., d), to be perturbed, got {got}. It is shared by the "
         "batch, as a table of positions is, or has lost its axis. Name another layer, or an Input, with layers=."
     )
 
 
 def traced_graph(output: Any = None) -> Any:
-    """The graph of a tensor, else the one that is being traced; None where nothing is."""
+    """Return the graph of a tensor, else the one that is being traced; None in eager mode."""
     if tf.executing_eagerly():
         return None
     flat = output.flat_values if isinstance(output, tf.RaggedTensor) else output
@@ -150,7 +149,7 @@ def traced_graph(output: Any = None) -> Any:
 
 
 def is_embeddings(x: Any) -> bool:
-    """Whether x is a float tensor of shape (n, ..., d)."""
+    """Tell whether x is a float tensor of shape (n, ..., d)."""
     return bool(tf.is_tensor(x) and x.dtype.is_floating and x.shape.rank is not None and x.shape.rank >= 2)
 
 
@@ -160,8 +159,8 @@ def _named(inside: list[Any], asked: Any) -> Any:
         return found[0]
     if found:
         raise ValueError(
-            f"SMART: layers= names {asked!r}, which {len(found)} layers of the model are called: give the layer itself "
-            "(SMARTModel saves names: give its layer a name of its own)"
+            f"SMART: layers= names {asked!r}, which {len(found)} of the layers are called: give the layer itself. "
+            "SMARTModel saves names, so give the layer a name of its own."
         )
     names = ", ".join(layer.name for layer in inside[1:])
     raise ValueError(
@@ -170,7 +169,7 @@ def _named(inside: list[Any], asked: Any) -> Any:
 
 
 def _names(inside: list[Any]) -> dict[int, list[str]]:
-    """Of each layer, by its id: its own name, and those of the attributes and the keys that hold it."""
+    """The names of each layer, by its id: its own, and those of the attributes and the keys that hold it."""
     names = {id(layer): [layer.name] for layer in inside}
     for owner in inside:
         for attribute, value in vars(owner).items():

@@ -1,4 +1,4 @@
-"""What a Keras model is given: its inputs by name, as it will read them, dense where they are not; padding masks."""
+"""What a Keras model is given: its inputs by name and as it reads them, and the padding mask among them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _LABEL = re.compile(r"(^|_)(y|y_true|labels?|targets?|sample_weights?)$", re.IGN
 
 
 def declared(model: Any) -> list[Any]:
-    """The flattened `keras.Input`s of a model that has some, or of the one model that it wraps."""
+    """List the flattened `keras.Input`s of a model, or of the one model that it wraps; none if it has none."""
     inputs = getattr(model, "inputs", None)
     if inputs is None and len(model.layers) == 1:
         inputs = getattr(model.layers[0], "inputs", None)
@@ -30,9 +30,9 @@ def declared(model: Any) -> list[Any]:
 
 
 def flat_inputs(model: Any, inputs: Any) -> list[tuple[str, Any]]:
-    """The flattened inputs, each with its key in a dict, else the name of its `keras.Input`, else an empty name.
+    """List the flattened inputs by their keys in a dict, else by the names of their `keras.Input`s, else by "".
 
-    They are as the model will read them: of the dtype of its `keras.Input`, one column where that has one.
+    They are as the model reads them: in the dtype of the `keras.Input`, and with one column if that has one.
     """
     given = keras.tree.flatten_with_path(inputs)
     known = declared(model)
@@ -53,19 +53,19 @@ def _as_declared(x: Any, own: Any) -> Any:
 
 
 def is_label(name: str) -> bool:
-    """Whether an input's name says that it is a label or a sample weight, as in models that take them for add_loss."""
+    """Tell whether an input is a label or a sample weight by its name, as in models that take them for add_loss."""
     return _LABEL.search(name) is not None
 
 
 def by_name(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """What a call of the model was given, by the names of its inputs and of its arguments."""
+    """Return what a call of the model was given, by the names of its inputs and of its arguments."""
     names = list(inspect.signature(model.call).parameters)
     inputs = {name: x for name, x in flat_inputs(model, args[0]) if name} if args else {}
     return {**inputs, **dict(zip(names, args, strict=False)), **kwargs}
 
 
 def batch_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int | None, Tensor]:
-    """The number of examples that the model was given, by its first input: as far as known, and as a tensor."""
+    """Return the number of examples by the first input: a number if the shape has it, else None; and a tensor."""
     for x in keras.tree.flatten((args, kwargs)):
         if isinstance(x, tf.RaggedTensor):
             return x.shape[0], x.nrows(tf.int32)
@@ -77,7 +77,7 @@ def batch_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int | Non
 
 
 def dense(x: Tensor) -> tuple[Tensor, Tensor | None, Callable[[Tensor], Tensor]]:
-    """A tensor with all its entries, which of its positions are there (None: all), and the way back to x's own type.
+    """Return x with all its entries, which of its positions it has (None: all), and the way back to x's own type.
 
     Example:
         >>> values, mask, back = dense(tf.ragged.constant([[[1.0], [2.0]], [[3.0]]], ragged_rank=1))
@@ -96,18 +96,18 @@ def dense(x: Tensor) -> tuple[Tensor, Tensor | None, Callable[[Tensor], Tensor]]
 
 
 def _all_entries(x: Tensor) -> Tensor:
-    """A SparseTensor that has every entry, the zeros too: each may be perturbed, and has a gradient."""
+    """A SparseTensor of every entry. Zeros are perturbed too, and have a gradient."""
     sizes = [tf.shape(x)[i] if size is None else size for i, size in enumerate(x.shape)]
     indices = tf.where(tf.ones_like(x, tf.bool))
     return tf.SparseTensor(indices, tf.reshape(x, [-1]), tf.cast(tf.stack(sizes), tf.int64))
 
 
 def padding_mask(given: dict[str, Any], x: Tensor) -> Tensor | None:
-    """Which positions of x, (n, ..., d), are real by the model's padding mask input; None where it has none.
+    """Return which positions of x, (n, ..., d), are real by the model's padding mask input; None if it has none.
 
-    True or 1 is real, as Keras has it. A float mask without a positive entry is added to the scores, so 0 is real. One
-    that is true where all vectors are the same and false where they differ is true at the padding. Axes of queries are
-    reduced. A `SMARTWarning` says so where the mask fits no position of x.
+    True or 1 is real, as in Keras. A float mask without a positive entry is one that is added to scores: 0 is real. A
+    mask is true at the padding if the vectors there are all equal, and the others are not. Axes of queries are reduced.
+    A `SMARTWarning` says if the mask does not fit the positions of x.
     """
     for name in PADDING_MASKS:
         mask = given.get(name)
@@ -122,17 +122,17 @@ def padding_mask(given: dict[str, Any], x: Tensor) -> Tensor | None:
         if real.shape.is_compatible_with(x.shape[:-1]):
             return tf.where(_varies(x, ~real) & ~_varies(x, real), ~real, real)
         warnings.warn(
-            f"SMART: the input {name!r} of shape {mask.shape} does not fit the positions {x.shape[:-1]} of what is "
-            "perturbed, so padding is perturbed too. Give a mask of that shape, or an Embedding with mask_zero=True.",
+            f"SMART: the input {name!r} of shape {mask.shape} does not fit the positions {x.shape[:-1]} that are "
+            "perturbed, so padding is perturbed too. Give a mask of that shape, or say Embedding(..., mask_zero=True).",
             SMARTWarning,
             stacklevel=2,
         )
     return None
 
 
-def _varies(x: Tensor, where: Tensor) -> Tensor:
+def _varies(x: Tensor, positions: Tensor) -> Tensor:
     """Whether there are different vectors among those of x at the positions."""
     axes = list(range(x.shape.rank - 1))
-    highest = tf.reduce_max(tf.where(where[..., None], x, x.dtype.min), axes)
-    lowest = tf.reduce_min(tf.where(where[..., None], x, x.dtype.max), axes)
+    highest = tf.reduce_max(tf.where(positions[..., None], x, x.dtype.min), axes)
+    lowest = tf.reduce_min(tf.where(positions[..., None], x, x.dtype.max), axes)
     return tf.reduce_any(highest > lowest)

@@ -262,7 +262,7 @@ def test_a_name_that_two_layers_share_is_refused():
 
     model = Twins()
     with (
-        pytest.raises(ValueError, match=r"layers= names 'twin', which 2 layers of the model are called: give the"),
+        pytest.raises(ValueError, match=r"layers= names 'twin', which 2 of the layers are called: give the"),
         attach(model, CONFIG, layers="twin"),
     ):
         pass
