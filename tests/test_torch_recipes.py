@@ -1,9 +1,9 @@
 """The recipes of docs/recipes.md and the examples that go with them: resumed, accumulated, killed."""
 
+import json
 import os
 import re
 import runpy
-import signal
 import subprocess
 import sys
 from functools import partial
@@ -377,74 +377,87 @@ def test_the_penalty_of_embeddings_is_the_squared_distance(folder):
 
 
 DIES = """
-import os, runpy, signal, sys
+import json, os, runpy, signal, sys
+import accelerate, lightning, sentence_transformers
 from smartreg_torch import SMART
-call, left = SMART.__call__, {calls}
-def dies(self, *args, **kwargs):
-    global left
-    left -= 1
-    if left < 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return call(self, *args, **kwargs)
-SMART.__call__ = dies
-sys.argv[0] = {script!r}
-sys.path.insert(0, os.path.dirname({script!r}))
-runpy.run_path({script!r}, run_name="__main__")
+
+def dies(calls):
+    call = SMART.__call__
+    def counted(self, *args, **kwargs):
+        nonlocal calls
+        calls -= 1
+        if calls < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return call(self, *args, **kwargs)
+    return counted
+
+for script, calls, arguments in json.loads(sys.argv[1]):
+    if os.fork() == 0:
+        SMART.__call__ = dies(calls)
+        sys.argv = [script, *arguments]
+        sys.path.insert(0, os.path.dirname(script))
+        runpy.run_path(script, run_name="__main__")
+        os._exit(1)
+    _, status = os.wait()
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, script
 """
+# in which call of SMART it is killed, whether its rows have scores, and what it says at the end
+KILLED = {  # 6 batches an epoch
+    "finetune_accelerate.py": (11, False, r"accuracy [\d.]+% on 24 rows after 6 steps"),
+    "finetune_lightning.py": (9, False, r"R_s .*, D_Breg .*, accuracy [\d.]+ after 6 steps, on 24 rows"),
+    "finetune_sentence_transformers.py": (17, True, r"Spearman .*% before, .*% after 18 steps, on 24 rows"),
+}
 
 
-@pytest.fixture
-def tsv(tmp_path):
+def arguments(script, folder, rows, out):
+    """The command line of an example, without --resume."""
+    data = ["--train", rows, "--dev", rows, "--batch-size", 4, "--examples", 24, "--epochs", 3]
+    more = ["--save-every", 1] if "accelerate" in script else []
+    return [*map(str, data), "--model", folder, "--learning-rate", "1e-3", *map(str, more), "--out", str(out / script)]
+
+
+def table(scored, path):
     """Rows of one sentence and a class, or of two and a score, which each of the examples takes."""
+    header, line = "a\tlabel", "this is number {0}\t{2}"
+    if scored:
+        header, line = "a\tb\tscore", "this is good {0}\tthis is bad number {0}\t{1:.2f}"
+    path.write_text("\n".join([header, *(line.format(i, i / 7, i % 2) for i in range(24))]) + "\n")
+    return path
 
-    def write(scored):
-        header, line = "a\tlabel", "this is number {0}\t{2}"
-        if scored:
-            header, line = "a\tb\tscore", "this is good {0}\tthis is bad number {0}\t{1:.2f}"
-        path = tmp_path / "train.tsv"
-        path.write_text("\n".join([header, *(line.format(i, i / 7, i % 2) for i in range(24))]) + "\n")
-        return path
 
-    return write
+@pytest.fixture(scope="module")
+def killed(folder, tmp_path_factory):
+    """The folder of what each example left, and its rows. One process imports their libraries, and a copy of it dies."""
+    out = tmp_path_factory.mktemp("killed")
+    tables = [table(scored, out / f"{'scores' if scored else 'classes'}.tsv") for scored in (False, True)]
+    jobs = [
+        (str(EXAMPLES / script), calls, arguments(script, folder, tables[scored], out))
+        for script, (calls, scored, _) in KILLED.items()
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", DIES, json.dumps(jobs)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600, env=environment)
+    assert done.returncode == 0, done.stderr
+    return out, tables
 
 
 def run_example(script, monkeypatch, *arguments):
     """As a user runs it, but in this process."""
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
     monkeypatch.syspath_prepend(EXAMPLES)
-    monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+    monkeypatch.setattr(sys, "argv", [script, *arguments])
     runpy.run_path(str(EXAMPLES / script), run_name="__main__")
 
 
-@pytest.mark.parametrize(
-    ("script", "calls", "scored", "reached"),
-    [
-        ("finetune_accelerate.py", 11, False, r"accuracy [\d.]+% on 24 rows after 6 steps"),  # 6 batches an epoch
-        ("finetune_lightning.py", 9, False, r"R_s .*, D_Breg .*, accuracy [\d.]+ after 6 steps, on 24 rows"),
-        ("finetune_sentence_transformers.py", 17, True, r"Spearman .*% before, .*% after 18 steps, on 24 rows"),
-    ],
-)
-def test_an_example_killed_on_the_way_ends_where_it_would_have(
-    script, calls, scored, reached, folder, tmp_path, tsv, monkeypatch, capsys
-):
-    path = tsv(scored)
-    more = ["--batch-size", 4, "--examples", 24, "--epochs", 3, "--model", folder, "--learning-rate", 1e-3]
-    if "accelerate" in script:
-        more += ["--save-every", 1]
-    command = ["--train", path, "--dev", path, *more]
-    run_example(script, monkeypatch, *command, "--out", tmp_path / "whole")
-    assert re.search(reached, capsys.readouterr().out)
-
-    code = DIES.format(calls=calls, script=str(EXAMPLES / script))
-    dying = [sys.executable, "-c", code, *map(str, command), "--out", str(tmp_path / "killed")]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    killed = subprocess.run(dying, capture_output=True, text=True, check=False, timeout=600, env=environment)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert not (tmp_path / "killed" / "model").exists()
-
-    run_example(script, monkeypatch, *command, "--out", tmp_path / "killed", "--resume")
-    assert re.search(reached, capsys.readouterr().out)
-    whole, resumed = (
-        safetensors.torch.load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "killed")
-    )
-    assert largest_difference(whole, resumed) == 0
+@pytest.mark.parametrize("script", KILLED)
+def test_an_example_killed_on_the_way_ends_where_it_would_have(script, killed, folder, tmp_path, monkeypatch, capsys):
+    out, tables = killed
+    _, scored, reached = KILLED[script]
+    assert (out / script).exists()
+    assert not (out / script / "model").exists()
+    models = []
+    for place, resume in ((tmp_path, []), (out, ["--resume"])):
+        run_example(script, monkeypatch, *arguments(script, folder, tables[scored], place), *resume)
+        assert re.search(reached, capsys.readouterr().out)
+        models.append(safetensors.torch.load_file(place / script / "model" / "model.safetensors"))
+    assert largest_difference(*models) == 0
