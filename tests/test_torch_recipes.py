@@ -427,7 +427,7 @@ def table(scored, path):
 
 @pytest.fixture(scope="module")
 def killed(folder, tmp_path_factory):
-    """The folder of what each example left, and its rows. One process imports their libraries, and a copy of it dies."""
+    """What each example left, and its rows: one process imports their libraries, and each dies in a fork of it."""
     out = tmp_path_factory.mktemp("killed")
     tables = [table(scored, out / f"{'scores' if scored else 'classes'}.tsv") for scored in (False, True)]
     jobs = [
