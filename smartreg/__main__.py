@@ -8,7 +8,8 @@ import sys
 for name, value in {"OMP_NUM_THREADS": "1", "TF_CPP_MIN_LOG_LEVEL": "3", "KERAS_BACKEND": "tensorflow"}.items():
     os.environ.setdefault(name, value)
 
-from smartreg.checking import BACKENDS, DTYPES, main  # noqa: E402
+from smartreg.checking import BACKENDS, DTYPES  # noqa: E402
+from smartreg.checking.command import main  # noqa: E402
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m smartreg", description=__doc__)

@@ -1,9 +1,10 @@
-"""The cases of `smartreg.laws`, as hypothesis draws them: one set for every backend."""
+"""The cases of `smartreg.checking.laws`, as hypothesis draws them: one set for every backend."""
 
 from hypothesis import strategies as st
 
+from smartreg.checking.face import BALLS
+from smartreg.checking.laws import make_ascent, make_ball, make_pair, make_schedule
 from smartreg.divergences import DIVERGENCES
-from smartreg.laws import BALLS, make_ascent, make_ball, make_pair, make_schedule
 
 SEEDS = st.integers(0, 2**32 - 1)
 NORMS = {"norm": st.sampled_from(list(BALLS)), "granularity": st.sampled_from(["example", "token"])}

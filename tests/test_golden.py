@@ -7,10 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from smartreg import golden
-from smartreg.checking import DTYPES, FUNCTIONS, Face, golden_checks, load_backend
+from smartreg.checking import DTYPES, FUNCTIONS, Face, bound, golden, golden_checks, load_backend
+from smartreg.checking.bounds import HALF, round_to
 from smartreg.divergences import DIVERGENCES
-from smartreg.laws import HALF, bound, round_to
 
 ROOT = Path(__file__).parents[1]
 

@@ -1,7 +1,10 @@
 """`import smartreg` stays light, and a missing framework is named."""
 
+import pickle
 import subprocess
 import sys
+
+import pytest
 
 
 def run(code):
@@ -31,3 +34,23 @@ print(time.process_time() - start)
 def test_a_backend_without_its_framework_names_the_extra():
     result = run("import sys; sys.modules['torch'] = None; import smartreg_torch")
     assert "ImportError: smartreg_torch needs PyTorch: pip install 'smartreg[torch]'" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("former", "now"),
+    [
+        ("training.fit_reference", "reference.fit_reference"),
+        ("training.Step", "reference.Step"),
+        ("golden.cases", "checking.golden.cases"),
+        ("laws.ascent_laws", "checking.laws.ascent_laws"),
+        ("laws.bound", "checking.bounds.bound"),
+        ("recording.Recorder", "checking.recording.Recorder"),
+        ("recording.compare_run", "checking.compare.compare_run"),
+        ("recording.Row", "checking.compare.Row"),
+        ("checking.Row", "checking.bounds.Row"),
+    ],
+)
+def test_a_former_name_still_gives_the_same_object(former, now):
+    """A pickle, too, finds its class by its former name."""
+    old, new = (pickle.loads("csmartreg.{}\n{}\n.".format(*name.rsplit(".", 1)).encode()) for name in (former, now))
+    assert old is new

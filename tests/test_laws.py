@@ -1,4 +1,4 @@
-"""The laws of `smartreg.laws` on every backend, on the cases that hypothesis finds."""
+"""The laws of `smartreg.checking.laws` on every backend, on the cases that hypothesis finds."""
 
 import itertools
 
@@ -7,8 +7,9 @@ import strategies
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smartreg import laws
-from smartreg.checking import Face, load_backend
+from smartreg.checking import Face, laws, load_backend
+from smartreg.checking.bounds import bound, eps, ulps_apart
+from smartreg.checking.face import BALLS
 from smartreg.divergences import DIVERGENCES
 
 DTYPES = ["float32", "float64"]
@@ -26,8 +27,8 @@ def face(backend, dtype):
 
 
 def hold(found):
-    for what, error, bound in found:
-        assert error <= bound, f"{what}: {error:.2e} is over {bound:.1e}"
+    for what, error, limit in found:
+        assert error <= limit, f"{what}: {error:.2e} is over {limit:.1e}"
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, "bfloat16", "float16"])
@@ -45,7 +46,7 @@ def test_normalize(backend, dtype, data):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("ball", list(laws.BALLS.values()))
+@pytest.mark.parametrize("ball", list(BALLS.values()))
 @given(data=st.data())
 def test_projections(backend, ball, dtype, data):
     hold(laws.projection_laws(face(backend, dtype), ball, data.draw(strategies.balls(dtype))))
@@ -84,8 +85,8 @@ def test_every_pair_of_backends(every_backend, name, dtype, data):
     """Values and gradients of any two backends against each other."""
     case = data.draw(strategies.pairs(name, dtype))
     faces = [Face(load_backend(backend), dtype) for backend in every_backend]
-    limit = 2 * laws.bound("divergence", dtype) / laws.eps(dtype)
+    limit = 2 * bound("divergence", dtype) / eps(dtype)
     results = [(face.value(name, *case[:3])[:, None], *face.grad(name, *case[:3])) for face in faces]
     for one, other in itertools.combinations(results, 2):
         for a, b in zip(one, other, strict=True):
-            assert laws.ulps_apart(a, b, dtype) <= limit
+            assert ulps_apart(a, b, dtype) <= limit

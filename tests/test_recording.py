@@ -9,11 +9,11 @@ import pytest
 from paper_settings import papers
 
 from smartreg import SMARTConfig, SMARTWarning
+from smartreg.checking import bound, compare_run
+from smartreg.checking.recording import Recorder, flat
 from smartreg.divergences import DIVERGENCES
-from smartreg.laws import bound
 from smartreg.perturbation import Ball
 from smartreg.proximal import mean_examples, momentum
-from smartreg.recording import Recorder, compare_run, flat
 
 N, TOKENS, D = 4, 5, 6
 MASK = np.arange(TOKENS) < np.array([[5], [2], [3], [5]])
@@ -326,5 +326,5 @@ def test_it_is_written_where_the_run_began(tmp_path, monkeypatch):
 
 
 def test_recording_loads_no_framework():
-    code = "import sys, smartreg.recording; assert not {'torch', 'tensorflow', 'keras', 'scipy'} & set(sys.modules)"
+    code = "import sys, smartreg.checking; assert not {'torch', 'tensorflow', 'keras', 'scipy'} & set(sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -12,7 +12,7 @@ import pytest
 from keras import layers
 from paper_settings import papers
 
-from smartreg.recording import compare_run
+from smartreg.checking import compare_run
 from smartreg_tf import SMARTCallback, SMARTModel
 
 BEFORE = Path(__file__).parent / "before"

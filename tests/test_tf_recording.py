@@ -29,7 +29,7 @@ from test_tf_fit import (
 
 import smartreg_tf.perturbation
 import smartreg_tf.training
-from smartreg.recording import compare_run
+from smartreg.checking import compare_run
 from smartreg_tf import SMARTCallback, SMARTConfig, SMARTWarning, attach
 
 ROOT = Path(__file__).parent.parent

@@ -14,7 +14,7 @@ import transformers
 from paper_settings import papers
 from torch import nn
 
-from smartreg.recording import compare_run
+from smartreg.checking import compare_run
 from smartreg_torch import SMART
 from smartreg_torch.transformers import SMARTTrainer
 

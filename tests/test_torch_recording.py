@@ -13,7 +13,7 @@ from architectures import ARCHITECTURES, Siamese, classifier, text, two_texts
 from paper_settings import papers
 from torch import nn
 
-from smartreg.recording import compare_run
+from smartreg.checking import compare_run
 from smartreg_torch import SMART, SMARTConfig, SMARTWarning
 from smartreg_torch.perturbation import ascend
 from smartreg_torch.proximal import bregman_divergence, mean_examples

@@ -22,8 +22,9 @@ import numpy as np  # noqa: E402
 import strategies  # noqa: E402
 
 from smartreg.checking import BACKENDS, Face, load_backend  # noqa: E402
+from smartreg.checking.bounds import eps, ulps_apart  # noqa: E402
+from smartreg.checking.face import BALLS  # noqa: E402
 from smartreg.divergences import DIVERGENCES  # noqa: E402
-from smartreg.laws import BALLS, eps, ulps_apart  # noqa: E402
 from smartreg.reference import forward  # noqa: E402
 
 DTYPES = ("float32", "float64")

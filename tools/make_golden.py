@@ -17,7 +17,7 @@ from typing import Any
 import mpmath
 import numpy as np
 
-from smartreg.golden import by_seed, decode
+from smartreg.checking.golden import by_seed, decode
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "tests"))

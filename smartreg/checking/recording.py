@@ -1,0 +1,158 @@
+"""What SMART saw in the first steps of a run, as one file, and its numbers again in NumPy float64 (docs/debugging.md).
+
+The file is an `.npz` without pickles. Its entry `recording` is JSON: the format's number, the backend, the versions,
+the configuration, the site, and for each step the tensors' own dtypes and the divergence of each output. The arrays of
+step i (0, 1, ...) are `i/NAME`, half precision as float32, which is exact:
+
+    x/k, delta/k, mask/k           of the k-th run of the site: (n, ..., d) twice, and true at real positions
+    outputs/k, perturbed/k, teacher/k    of the k-th output: f(x; theta), f(x + delta; theta), f(x; theta~)
+    positions/k, sample_weight/k   which of its positions count; w, one an example or one a position
+    R_s, D_Breg, penalty, max_delta, vanished, step, beta, distance    what SMART itself reported
+
+`step` counts the optimiser steps before this one, and `distance` is max|theta - theta~| then.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from numbers import Integral
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+import smartreg
+from smartreg.config import SMARTConfig, SMARTWarning
+
+Array = NDArray[Any]
+
+FORMAT = 1
+
+
+def flat(tensors: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
+    """Lists of tensors by the names that a recording gives them; what is None is left out.
+
+    Example:
+        >>> flat({"x": [1, 2], "mask": [None, 3]})
+        {'x/0': 1, 'x/1': 2, 'mask/1': 3}
+    """
+    return {
+        f"{name}/{k}": tensor
+        for name, listed in tensors.items()
+        for k, tensor in enumerate(listed)
+        if tensor is not None
+    }
+
+
+class Recorder:
+    """Collects the first steps of a run and writes them, complete or not at all. For the backends.
+
+    Args:
+        path: the file. It must not be there yet: a run that breaks before its first step would leave the old file, to
+            be read as its own.
+        steps: how many steps to record.
+        call: whose argument `record` is, for the messages.
+
+    Attributes:
+        done: nothing more is to be recorded: the file is written, or will not be.
+
+    Raises:
+        FileExistsError, FileNotFoundError: there is such a file, or no such folder.
+        TypeError, ValueError: `steps` is no whole number above 0.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], steps: Any, call: str) -> None:
+        if isinstance(steps, bool) or not isinstance(steps, Integral):
+            raise TypeError(f"{call}: record_steps must be a whole number, got {steps!r}")
+        if steps < 1:
+            raise ValueError(f"{call}: record_steps must be at least 1, got {steps!r}")
+        self.path = Path(path).absolute()  # wherever the run may go
+        if self.path.exists():
+            raise FileExistsError(f"{call}: record={str(path)!r} is there already. Give another path, or delete it.")
+        if not self.path.parent.is_dir():
+            raise FileNotFoundError(f"{call}: record={str(path)!r}: there is no folder {str(self.path.parent)!r}")
+        self.steps = int(steps)
+        self.done = False
+        self._call = call
+        self._about: dict[str, Any] = {}
+        self._recorded: dict[int, tuple[dict[str, Array], dict[str, Any]]] = {}
+
+    def begin(self, backend: str, packages: Mapping[str, str], config: SMARTConfig, site: str) -> None:
+        """Say what runs; ValueError where it computes nothing that could be recorded."""
+        if config.lambda_s == config.mu == 0:
+            raise ValueError(f"{self._call}: record= has nothing to record: lambda_s and mu are 0")
+        versions = {"smartreg": smartreg.__version__, "python": platform.python_version(), "numpy": np.__version__}
+        self._about = {"backend": backend, "versions": {**packages, **versions}, "site": site}
+        self._about["config"] = config.to_dict()
+
+    def add(
+        self,
+        arrays: Mapping[str, Array],
+        reported: Mapping[str, Any],
+        dtypes: Mapping[str, str],
+        outputs: Sequence[Mapping[str, Any]],
+        index: int | None = None,
+    ) -> None:
+        """One complete step.
+
+        Args:
+            arrays: by the names that `flat` gives.
+            reported: the scalars.
+            dtypes: what the tensors were before they became arrays.
+            outputs: of each output its `divergence`, `weight` (Keras' loss_weights) and `by_weights` (whether the mean
+                divides by the sum of the sample weights).
+            index: the place of the step, where steps may come in another order.
+        """
+        index = len(self._recorded) if index is None else index
+        if self.done or index >= self.steps:
+            return
+        kept = {
+            name: value != 0 if name.startswith(("mask/", "positions/")) else value for name, value in arrays.items()
+        }
+        kept |= {name: np.asarray(value, np.float64) for name, value in reported.items()}
+        heads = [dict(output) for output in outputs]
+        self._recorded[index] = (kept, {"names": sorted(kept), "dtypes": dict(dtypes), "outputs": heads})
+
+    @property
+    def full(self) -> bool:
+        """Whether all steps are there."""
+        return len(self._recorded) >= self.steps
+
+    def write(self) -> None:
+        """Write what there is, once; a warning, and no exception, where that fails: training is worth more."""
+        if self.done or not self._recorded:
+            return
+        self.done = True
+        steps = [self._recorded[index] for index in sorted(self._recorded)]
+        self._recorded = {}
+        about = {"format": FORMAT, **self._about, "steps": [facts for _, facts in steps]}
+        arrays: dict[str, Any] = {
+            f"{i}/{name}": value for i, (kept, _) in enumerate(steps) for name, value in kept.items()
+        }
+        part = self.path.with_name(self.path.name + ".part")
+        try:
+            if self.path.exists():
+                raise FileExistsError("a file has appeared there since")
+            with open(part, "wb") as file:
+                np.savez_compressed(file, recording=np.array(json.dumps(about)), **arrays)
+            os.replace(part, self.path)
+        except OSError as error:
+            self._warn(f"the recording could not be written to {str(self.path)!r}: {error}. Training goes on.")
+        finally:
+            part.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """No more steps will come: write what there is, and warn where that is nothing."""
+        if not self.done and not self._recorded and sys.exc_info()[0] is None:
+            self._warn(f"{str(self.path)!r} is not written: no training step was taken (in eval mode there is none).")
+        self.write()
+        self.done = True
+
+    def _warn(self, message: str) -> None:
+        warnings.warn(f"{self._call}: record=: {message}", SMARTWarning, stacklevel=4)
