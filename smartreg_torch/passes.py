@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from smartreg_torch import compat
-from smartreg_torch.kept import alike, tensors_in
 from smartreg_torch.replay import device_of
 from smartreg_torch.sharding import fully_sharded, reshard
+from smartreg_torch.values import alike, tensors_in
 
 HALF = (torch.bfloat16, torch.float16)
 

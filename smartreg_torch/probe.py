@@ -21,11 +21,11 @@ from transformers.models.auto import modeling_auto
 from smartreg.config import SMARTWarning
 from smartreg.report import Description
 from smartreg_torch.compat import compiled_call, may_compile, original_forward, set_compiled_call
-from smartreg_torch.kept import tensors_in
 from smartreg_torch.labels import IGNORED, Positions, find_divergence, find_positions
 from smartreg_torch.outputs import chosen
 from smartreg_torch.replay import State
 from smartreg_torch.smart import SMART
+from smartreg_torch.values import tensors_in
 
 ComputeLoss = Callable[..., Any]
 _SHIFTING = {  # classes of which most predict the next token

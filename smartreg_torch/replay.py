@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from smartreg_torch.compat import own_buffers, own_parameters, version
-from smartreg_torch.kept import Given, Kept, Known, alike, clone
+from smartreg_torch.kept import Kept
+from smartreg_torch.reach import Given, Known
+from smartreg_torch.values import alike, clone
 
 __all__ = ["Given", "Known", "State", "device_of"]
 

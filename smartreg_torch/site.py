@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from smartreg_torch.compat import is_checkpointed, says
-from smartreg_torch.kept import tensors_in
+from smartreg_torch.values import tensors_in
 
 # what an embedding that is not of tokens is called
 _POSITIONAL = re.compile(r"position|segment|token_type|(^|_)(pos|wpe)(_|emb|$)", re.IGNORECASE)
