@@ -1,4 +1,4 @@
-"""What tests/test_torch_distributed.py trains, in one process and in two: `python distributed_torch.py KIND FOLDER`."""
+"""What tests/test_torch_distributed.py trains, in one process and in two: `python distributed_torch.py FOLDER`."""
 
 import gc
 import sys
@@ -256,11 +256,11 @@ def refused():
 
 
 if __name__ == "__main__":
-    kind, folder = sys.argv[1:]
+    folder = sys.argv[1]
     distributed.init_process_group("gloo")
-    seeds = SMART(make(), CONFIG).state_dict()["seed"]
-    found = (ddp() if kind == "ddp" else fsdp(folder)) | {"seed": seeds}
-    torch.save(found, Path(folder, f"{kind}_{distributed.get_rank()}.pt"))
+    seed = SMART(make(), CONFIG).state_dict()["seed"]
+    found = {"ddp": ddp() | {"seed": seed}, "fsdp": fsdp(folder) | {"seed": seed}}
+    torch.save(found, Path(folder, f"found_{distributed.get_rank()}.pt"))
     gc.collect()
     distributed.barrier()
     distributed.destroy_process_group()

@@ -28,32 +28,30 @@ def environment():
     return {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests")))}
 
 
-def run(command, folder, processes=2):
-    """What each process saved; the command is started as torchrun would."""
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory):
+    """What each of two processes found, started as torchrun would start them."""
+    folder = tmp_path_factory.mktemp("processes")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    shared = {**environment(), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(processes)}
+    shared = {**environment(), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
     started = [
         subprocess.Popen(
-            [sys.executable, "-W", "error", *command],
+            [sys.executable, "-W", "error", tests.__file__, str(folder)],
             env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stderr=subprocess.PIPE,
             text=True,
         )
-        for rank in range(processes)
+        for rank in range(2)
     ]
     try:
         errors = [process.communicate(timeout=200)[1] for process in started]
     finally:
         for process in started:
             process.kill()
-    assert [process.returncode for process in started] == [0] * processes, errors
-    return [torch.load(file, weights_only=True) for file in sorted(folder.glob(f"{command[1]}_*.pt"))]
-
-
-def trained(folder, kind):
-    return run([str(ROOT / "tests" / "distributed_torch.py"), kind, str(folder)], folder)
+    assert [process.returncode for process in started] == [0, 0], errors
+    return [torch.load(folder / f"found_{rank}.pt", weights_only=True) for rank in range(2)]
 
 
 def assert_are_one(first, second, modes):
@@ -77,12 +75,12 @@ def assert_are_one(first, second, modes):
     assert first["seed"] + 1 == second["seed"]
 
 
-def test_distributed_data_parallel(tmp_path):
-    assert_are_one(*trained(tmp_path, "ddp"), tests.DDP)
+def test_distributed_data_parallel(processes):
+    assert_are_one(*(found["ddp"] for found in processes), tests.DDP)
 
 
-def test_fully_shard(tmp_path):
-    first, second = found = trained(tmp_path, "fsdp")
+def test_fully_shard(processes):
+    first, second = found = [each["fsdp"] for each in processes]
     assert_are_one(first, second, tests.FSDP)
 
     for name, parameter in tests.make().named_parameters():  # 1x the weights over all processes
