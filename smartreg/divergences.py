@@ -24,7 +24,7 @@ class Divergence(NamedTuple):
 
 
 def symmetric_kl(a: ArrayLike, b: ArrayLike, mask: ArrayLike | None = None) -> Array:
-    """Symmetrised KL divergence of the distributions softmax(a) and softmax(b).
+    """Return the symmetrised KL divergence of the distributions softmax(a) and softmax(b).
 
     J(a, b) = KL(P||Q) + KL(Q||P) = sum_c (p_c - q_c) (log p_c - log q_c)
 
@@ -49,7 +49,7 @@ def symmetric_kl(a: ArrayLike, b: ArrayLike, mask: ArrayLike | None = None) -> A
 
 
 def symmetric_kl_grad(a: ArrayLike, b: ArrayLike, mask: ArrayLike | None = None) -> tuple[Array, Array]:
-    """Gradients of `symmetric_kl` with respect to both arguments.
+    """Return the gradients of `symmetric_kl` with respect to both arguments.
 
     dJ/da = p (r - E_p r) + (p - q),   dJ/db = q (E_q r - r) + (q - p),   r = log p - log q
 
@@ -70,7 +70,7 @@ def symmetric_kl_grad(a: ArrayLike, b: ArrayLike, mask: ArrayLike | None = None)
 
 
 def bernoulli_symmetric_kl(a: ArrayLike, b: ArrayLike, mask: ArrayLike | None = None) -> Array:
-    """Symmetrised KL divergence of independent Bernoullis with logits a and b, summed over the labels.
+    """Return the symmetrised KL divergence of independent Bernoullis with logits a and b, summed over the labels.
 
     J(a, b) = sum_k (sigma(a_k) - sigma(b_k)) (a_k - b_k)
 
@@ -89,7 +89,7 @@ def bernoulli_symmetric_kl(a: ArrayLike, b: ArrayLike, mask: ArrayLike | None = 
 
 
 def bernoulli_symmetric_kl_grad(a: ArrayLike, b: ArrayLike, mask: ArrayLike | None = None) -> tuple[Array, Array]:
-    """Gradients of `bernoulli_symmetric_kl`: dJ/da = sigma'(a) d + sigma(a) - sigma(b), d = a - b.
+    """Return the gradients of `bernoulli_symmetric_kl`: dJ/da = sigma'(a) d + sigma(a) - sigma(b), d = a - b.
 
     Example:
         >>> bernoulli_symmetric_kl_grad([[1.0]], [[1.0]])[1]
@@ -104,7 +104,7 @@ def bernoulli_symmetric_kl_grad(a: ArrayLike, b: ArrayLike, mask: ArrayLike | No
 
 
 def squared_error(a: ArrayLike, b: ArrayLike, mask: ArrayLike | None = None) -> Array:
-    """Squared error, for regression: sum_k (a_k - b_k)^2.
+    """Return the squared error, for regression: sum_k (a_k - b_k)^2.
 
     Args, Returns, Raises: as `symmetric_kl`, with values for classes.
 
@@ -119,7 +119,7 @@ def squared_error(a: ArrayLike, b: ArrayLike, mask: ArrayLike | None = None) -> 
 
 
 def squared_error_grad(a: ArrayLike, b: ArrayLike, mask: ArrayLike | None = None) -> tuple[Array, Array]:
-    """Gradients of `squared_error`: 2 (a - b) and 2 (b - a).
+    """Return the gradients of `squared_error`: 2 (a - b) and 2 (b - a).
 
     Example:
         >>> squared_error_grad([[3.0]], [[1.0]])[0]
@@ -138,7 +138,7 @@ DIVERGENCES: dict[str, Divergence] = {
 
 
 def check_divergence(call: str, name: str) -> None:
-    """Raise ValueError, naming `call`, where no divergence has that name.
+    """Raise ValueError, naming `call`, if no divergence has that name.
 
     Example:
         >>> check_divergence("ascend", "squared_error")
@@ -148,7 +148,7 @@ def check_divergence(call: str, name: str) -> None:
 
 
 def mean_positions(values: Array, mask: ArrayLike | None = None) -> Array:
-    """The mean of (n, ...) over all axes but the first, where the mask is true; 0 where it is true nowhere.
+    """Return the mean of (n, ...) over all axes but the first, where the mask is true; 0 if it is true nowhere.
 
     Example:
         >>> mean_positions(np.array([[1.0, 2.0, 9.0]]), [[1, 1, 0]])
@@ -166,7 +166,7 @@ def _mean_grad(grad: Array, mask: ArrayLike | None) -> Array:
 
 
 def position_weights(outputs: Array, mask: ArrayLike | None) -> Array:
-    """The weight of each position of (n, ..., C) in its example's mean, (n, ..., 1), summing to 1 an example."""
+    """Return the weight of each position of (n, ..., C) in its example's mean, (n, ..., 1); they add up to 1."""
     shape = outputs.shape[:-1]
     keep = np.ones(shape, bool) if mask is None else np.asarray(mask) != 0
     if keep.shape != shape:
@@ -213,7 +213,7 @@ def _symmetric_kl_terms(a: Array, b: Array) -> tuple[Array, Array, Array, Array,
 
     # r = d - log Z, Z = sum q exp(d). Over the classes N where |d| < 1 that sum is 1 - q_F + sum_N q expm1(d); the far
     # ones, F, have Z p_F of it. So log Z = log1p(sum_N q expm1(d) - q_F) - log1p(-p_F): nothing cancels, and no large
-    # d is exponentiated. Where F has most of the mass J is not small, and the plain forms of Z and p - q will do.
+    # d is exponentiated. If F has most of the mass, J is not small, and the plain forms of Z and p - q will do.
     d = d_from(np.argmax(a + b, axis=-1, keepdims=True))
     near = np.abs(d) < 1
     p_far, q_far = _sum(np.where(near, 0, p)), _sum(np.where(near, 0, q))

@@ -21,7 +21,7 @@ Forward = Callable[[Array], tuple[Array, Callable[[Array], Array]]]
 
 
 def normalize(g: ArrayLike, norm: Norm = "inf", granularity: Granularity = "example") -> Array:
-    """g / ||g||_p, and 0 where g = 0.
+    """Return g / ||g||_p, and 0 if g = 0.
 
     Divided by max|g| first, so that no square underflows: finite for gradients of 1e-30 in float32.
 
@@ -45,7 +45,7 @@ def normalize(g: ArrayLike, norm: Norm = "inf", granularity: Granularity = "exam
 
 
 def project_linf_ball(delta: ArrayLike, epsilon: ArrayLike, granularity: Granularity = "example") -> Array:
-    """The nearest point of {delta: ||delta||_inf <= epsilon}: every entry clipped.
+    """Return the nearest point of {delta: ||delta||_inf <= epsilon}: every entry clipped.
 
     Args:
         delta: (n, ..., d).
@@ -64,7 +64,7 @@ def project_linf_ball(delta: ArrayLike, epsilon: ArrayLike, granularity: Granula
 
 
 def project_l2_ball(delta: ArrayLike, epsilon: ArrayLike, granularity: Granularity = "example") -> Array:
-    """The nearest point of {delta: ||delta||_2 <= epsilon}: delta min(1, epsilon / ||delta||_2).
+    """Return the nearest point of {delta: ||delta||_2 <= epsilon}: delta min(1, epsilon / ||delta||_2).
 
     Args: as `project_linf_ball`.
 
@@ -79,7 +79,7 @@ def project_l2_ball(delta: ArrayLike, epsilon: ArrayLike, granularity: Granulari
 
 
 def project_l1_ball(delta: ArrayLike, epsilon: ArrayLike, granularity: Granularity = "example") -> Array:
-    """The Euclidean projection onto {delta: ||delta||_1 <= epsilon}: sign(delta) max(|delta| - tau, 0).
+    """Return the Euclidean projection onto {delta: ||delta||_1 <= epsilon}: sign(delta) max(|delta| - tau, 0).
 
     tau is found by sorting (Duchi et al. 2008, figure 1), of |delta| less its largest entry, which loses no digits far
     outside the ball. Not a rescaling: small entries become 0.
@@ -114,7 +114,7 @@ def ascend(
     mask: ArrayLike | None = None,
     divergence: str = "symmetric_kl",
 ) -> Array:
-    """The perturbation delta of R_s: T_x steps of projected ascent from the configured start.
+    """Return the perturbation delta of R_s, after T_x steps of projected ascent from the configured start.
 
     delta <- Proj_{||delta||_p <= epsilon}( delta + eta g / ||g||_p ),   g = grad_delta l_s(f(x), f(x + delta))
 
@@ -124,7 +124,7 @@ def ascend(
         target: the clean outputs f(x).
         config: epsilon, sigma, eta, ascent_steps, norm, granularity, start, scale, projection.
         noise: standard normal, of the shape of x for the Gaussian start; of the outputs for the margin start, where
-            only its sign is used and only in regression (None does elsewhere).
+            only its sign is used, and only in regression (None does elsewhere).
         mask: true where a position may be perturbed, of x's leading axes. Outputs with that position axis are
             averaged over its true positions.
         divergence: the name of l_s in `smartreg.divergences`.
@@ -191,25 +191,25 @@ class Ball:
         self.epsilon, self.sigma, self.eta = (value * scale for value in (config.epsilon, config.sigma, config.eta))
 
     def gaussian_start(self, noise: ArrayLike) -> Array:
-        """delta = nu, nu ~ N(0, sigma^2 I), projected; `noise` is standard normal."""
+        """Return delta = nu, nu ~ N(0, sigma^2 I), projected; `noise` is standard normal."""
         noise = np.asarray(noise, self.epsilon.dtype)
         return self._start(self._kept(_each(self.sigma, noise) * noise))
 
     def margin_start(self, direction: Array) -> Array:
-        """delta = argmax_{||delta||_p <= epsilon} <direction, delta>, 0 if the direction is 0."""
+        """Return delta = argmax_{||delta||_p <= epsilon} <direction, delta>, 0 if the direction is 0."""
         rows = _rows(self._kept(direction), self.config.granularity)
         unit = NORMS[self.config.norm].steepest(rows).reshape(direction.shape)
         return self._start(_each(self.epsilon, unit) * unit)
 
     def step(self, delta: Array, g: Array) -> Array:
-        """delta <- Proj( delta + eta g / ||g|| ), or the released code's rescaling of delta + eta g."""
+        """Return Proj( delta + eta g / ||g|| ), or the released code's rescaling of delta + eta g."""
         g = self._kept(g)
         if self.config.projection == "ball":
             g = normalize(g, self.config.norm, self.config.granularity)
         return self.project(delta + _each(self.eta, g) * g)
 
     def project(self, delta: Array) -> Array:
-        """The nearest point of the ball, or the released code's delta / (||delta||_inf + epsilon)."""
+        """Return the nearest point of the ball, or the released code's delta / (||delta||_inf + epsilon)."""
         if self.config.projection == "ball":
             return NORMS[self.config.norm].project(delta, self.epsilon, self.config.granularity)
         rows = _rows(delta, self.config.granularity)
@@ -227,7 +227,7 @@ class Ball:
 def margin_gradient(
     outputs: ArrayLike, noise: ArrayLike | None = None, mask: ArrayLike | None = None, divergence: str = "symmetric_kl"
 ) -> Array:
-    """Which way the outputs should move to meet the model's nearest decision boundary: the gradient at the outputs.
+    """Return the gradient at the outputs that leads to the model's nearest decision boundary.
 
     -(e_top1 - e_top2) for classes; -sign(z_k) e_k of the least certain label k; the sign of the noise in regression.
 
@@ -258,7 +258,7 @@ def margin_gradient(
 
 
 def rms(x: ArrayLike, mask: ArrayLike | None = None) -> Array:
-    """Root mean square of each x_i over its own unmasked and finite entries, (n,); 0 where there are none.
+    """Return the root mean square of each x_i over its own finite and unmasked entries, (n,); 0 if it has none.
 
     Example:
         >>> rms([[[3.0, 3.0], [9.0, 9.0]]], [[1, 0]])
@@ -276,9 +276,9 @@ def _rms(x: Array, keep: NDArray[np.bool_]) -> Array:
 
 
 def expand_mask(mask: ArrayLike, x: Array) -> NDArray[np.bool_]:
-    """The mask of x's leading axes as booleans with trailing axes of length 1; ValueError where it does not fit.
+    """Return the mask of x's leading axes as booleans with trailing axes of length 1; ValueError if it does not fit.
 
-    Of a signal, x of shape (n, d), it may be the mask of the entries.
+    If x is a signal, (n, d), it may be the mask of the entries.
     """
     keep: NDArray[np.bool_] = np.asarray(mask) != 0
     if keep.ndim >= max(x.ndim, 3) or keep.shape != x.shape[: keep.ndim]:
@@ -293,7 +293,7 @@ def _counted(x: Array, mask: ArrayLike | None) -> NDArray[np.bool_]:
 
 
 def output_mask(outputs: Array, mask: ArrayLike | None) -> ArrayLike | None:
-    """The mask, where the outputs have its axes (one output a position); else None (one output an example)."""
+    """Return the mask if the outputs have its axes (one output a position), else None (one output an example)."""
     if mask is None or outputs.ndim < 3 or np.shape(mask) != outputs.shape[:-1]:
         return None
     return mask

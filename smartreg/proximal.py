@@ -17,7 +17,7 @@ Array = NDArray[Any]
 
 
 def momentum(step: int, config: SMARTConfig) -> float:
-    """beta at an optimiser step: `beta_early` for the first `early_fraction` of `total_steps`, then `beta_late`.
+    """Return beta at an optimiser step: `beta_early` for the first `early_fraction` of `total_steps`, then `beta_late`.
 
     Args:
         step: optimiser steps taken so far, this one included: 1, 2, ...
@@ -36,7 +36,7 @@ def momentum(step: int, config: SMARTConfig) -> float:
 
 
 def last_early_step(config: SMARTConfig) -> float:
-    """Up to which optimiser step beta is `beta_early`: `early_fraction` of `total_steps`.
+    """Return the last optimiser step at which beta is `beta_early`: `early_fraction` of `total_steps`.
 
     Raises:
         ValueError: as `momentum`.
@@ -53,7 +53,7 @@ def last_early_step(config: SMARTConfig) -> float:
 
 
 def moves(step: Any, config: SMARTConfig) -> Any:
-    """Whether theta~ moves after this optimiser step: after every S of them, S = `proximal_steps`.
+    """Tell whether theta~ moves after this optimiser step: after every S of them, S = `proximal_steps`.
 
     Args:
         step: optimiser steps taken so far, this one included; a number or a tensor of any backend.

@@ -23,7 +23,7 @@ class Divergence(NamedTuple):
 
 
 def symmetric_kl(a: Tensor, b: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Symmetrised KL divergence of the distributions softmax(a) and softmax(b), differentiable in both.
+    """Return the symmetrised KL divergence of the distributions softmax(a) and softmax(b), differentiable in both.
 
     J(a, b) = KL(P||Q) + KL(Q||P) = sum_c (p_c - q_c) (log p_c - log q_c)
 
@@ -47,7 +47,7 @@ def symmetric_kl(a: Tensor, b: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 def symmetric_kl_grad(a: Tensor, b: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Gradients of `symmetric_kl` with respect to both arguments.
+    """Return the gradients of `symmetric_kl` with respect to both arguments.
 
     dJ/da = p (r - E_p r) + (p - q),   dJ/db = q (E_q r - r) + (q - p),   r = log p - log q
 
@@ -67,7 +67,7 @@ def symmetric_kl_grad(a: Tensor, b: Tensor, mask: Tensor | None = None) -> tuple
 
 
 def bernoulli_symmetric_kl(a: Tensor, b: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Symmetrised KL divergence of independent Bernoullis with logits a and b, summed over the labels.
+    """Return the symmetrised KL divergence of independent Bernoullis with logits a and b, summed over the labels.
 
     J(a, b) = sum_k (sigma(a_k) - sigma(b_k)) (a_k - b_k)
 
@@ -88,7 +88,7 @@ def bernoulli_symmetric_kl(a: Tensor, b: Tensor, mask: Tensor | None = None) -> 
 
 
 def bernoulli_symmetric_kl_grad(a: Tensor, b: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Gradients of `bernoulli_symmetric_kl`: dJ/da = sigma'(a) d + sigma(a) - sigma(b), d = a - b.
+    """Return the gradients of `bernoulli_symmetric_kl`: dJ/da = sigma'(a) d + sigma(a) - sigma(b), d = a - b.
 
     Example:
         >>> bernoulli_symmetric_kl_grad([[1.0]], [[1.0]])[0].numpy()
@@ -103,7 +103,7 @@ def bernoulli_symmetric_kl_grad(a: Tensor, b: Tensor, mask: Tensor | None = None
 
 
 def squared_error(a: Tensor, b: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Squared error, for regression: sum_k (a_k - b_k)^2.
+    """Return the squared error, for regression: sum_k (a_k - b_k)^2.
 
     Args, Returns, Raises: as `symmetric_kl`, with values for classes.
 
@@ -121,7 +121,7 @@ def squared_error(a: Tensor, b: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 def squared_error_grad(a: Tensor, b: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Gradients of `squared_error`: 2 (a - b) and 2 (b - a).
+    """Return the gradients of `squared_error`: 2 (a - b) and 2 (b - a).
 
     Example:
         >>> squared_error_grad([[3.0]], [[1.0]])[0].numpy()
@@ -140,7 +140,7 @@ DIVERGENCES: dict[str, Divergence] = {
 
 
 def mean_positions(values: Tensor, mask: Tensor | None = None) -> Tensor:
-    """The mean of (n, ...) over all axes but the first, where the mask is true; 0 where it is true nowhere.
+    """Return the mean of (n, ...) over all axes but the first, where the mask is true; 0 if it is true nowhere.
 
     Example:
         >>> mean_positions(tf.constant([[1.0, 2.0, 9.0]]), [[1, 1, 0]]).numpy()
@@ -158,7 +158,7 @@ def _mean_grad(grad: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def position_weights(outputs: Tensor, mask: Tensor | None) -> Tensor:
-    """The weight of each position of (n, ..., C) in its example's mean, (n, ..., 1), summing to 1 an example."""
+    """Return the weight of each position of (n, ..., C) in its example's mean, (n, ..., 1); they add up to 1."""
     keep = tf.ones(tf.shape(outputs)[:-1], outputs.dtype)
     if mask is not None:
         mask = as_mask(mask)
@@ -173,7 +173,7 @@ def position_weights(outputs: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def as_mask(mask: Tensor) -> Tensor:
-    """A mask of any type as booleans: true where it is not 0."""
+    """Return a mask of any type as booleans, true where it is not 0."""
     mask = tf.convert_to_tensor(mask)
     return mask if mask.dtype == tf.bool else mask != 0
 
@@ -239,7 +239,7 @@ def _symmetric_kl_terms(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor, T
 
     # r = d - log Z, Z = sum q exp(d). Over the classes N where |d| < 1 that sum is 1 - q_F + sum_N q expm1(d); the far
     # ones, F, have Z p_F of it. So log Z = log1p(sum_N q expm1(d) - q_F) - log1p(-p_F): nothing cancels, and no large
-    # d is exponentiated. Where F has most of the mass J is not small, and the plain forms of Z and p - q will do.
+    # d is exponentiated. If F has most of the mass, J is not small, and the plain forms of Z and p - q will do.
     d = d_from(_argmax(a + b))
     near = tf.abs(d) < 1
     p_far, q_far = _sum(tf.where(near, zero, p)), _sum(tf.where(near, zero, q))

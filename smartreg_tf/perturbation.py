@@ -18,7 +18,7 @@ Tensor = Any
 
 
 def normalize(g: Tensor, norm: Norm = "inf", granularity: Granularity = "example") -> Tensor:
-    """g / ||g||_p, and 0 where g = 0.
+    """Return g / ||g||_p, and 0 if g = 0.
 
     Divided by max|g| first, so that no square underflows: finite for gradients of 1e-30 in float32.
 
@@ -42,7 +42,7 @@ def normalize(g: Tensor, norm: Norm = "inf", granularity: Granularity = "example
 
 
 def project_linf_ball(delta: Tensor, epsilon: Tensor, granularity: Granularity = "example") -> Tensor:
-    """The nearest point of {delta: ||delta||_inf <= epsilon}: every entry clipped.
+    """Return the nearest point of {delta: ||delta||_inf <= epsilon}: every entry clipped.
 
     Args:
         delta: (n, ..., d).
@@ -61,7 +61,7 @@ def project_linf_ball(delta: Tensor, epsilon: Tensor, granularity: Granularity =
 
 
 def project_l2_ball(delta: Tensor, epsilon: Tensor, granularity: Granularity = "example") -> Tensor:
-    """The nearest point of {delta: ||delta||_2 <= epsilon}: delta min(1, epsilon / ||delta||_2).
+    """Return the nearest point of {delta: ||delta||_2 <= epsilon}: delta min(1, epsilon / ||delta||_2).
 
     Args: as `project_linf_ball`.
 
@@ -76,7 +76,7 @@ def project_l2_ball(delta: Tensor, epsilon: Tensor, granularity: Granularity = "
 
 
 def project_l1_ball(delta: Tensor, epsilon: Tensor, granularity: Granularity = "example") -> Tensor:
-    """The Euclidean projection onto {delta: ||delta||_1 <= epsilon}: sign(delta) max(|delta| - tau, 0).
+    """Return the Euclidean projection onto {delta: ||delta||_1 <= epsilon}: sign(delta) max(|delta| - tau, 0).
 
     tau is found by sorting (Duchi et al. 2008, figure 1), of |delta| less its largest entry, which loses no digits far
     outside the ball. Not a rescaling: small entries become 0.
@@ -111,7 +111,7 @@ def ascend(
     mask: Tensor | None = None,
     divergence: str = "symmetric_kl",
 ) -> Tensor:
-    """The perturbation delta of R_s: T_x steps of projected ascent from the configured start.
+    """Return the perturbation delta of R_s, after T_x steps of projected ascent from the configured start.
 
     delta <- Proj_{||delta||_p <= epsilon}( delta + eta g / ||g||_p ),   g = grad_delta l_s(f(x), f(x + delta))
 
@@ -121,7 +121,7 @@ def ascend(
         target: the clean outputs f(x).
         config: epsilon, sigma, eta, ascent_steps, norm, granularity, start, scale, projection.
         noise: standard normal, of the shape of x for the Gaussian start; of the outputs for the margin start, where
-            only its sign is used and only in regression (None does elsewhere).
+            only its sign is used, and only in regression (None does elsewhere).
         mask: true where a position may be perturbed, of x's leading axes. Outputs with that position axis are
             averaged over its true positions.
         divergence: the name of l_s in `smartreg_tf.divergences`.
@@ -191,25 +191,25 @@ class Ball:
         self.epsilon, self.sigma, self.eta = (value * scale for value in (config.epsilon, config.sigma, config.eta))
 
     def gaussian_start(self, noise: Tensor) -> Tensor:
-        """delta = nu, nu ~ N(0, sigma^2 I), projected; `noise` is standard normal."""
+        """Return delta = nu, nu ~ N(0, sigma^2 I), projected; `noise` is standard normal."""
         noise = tf.cast(noise, self.epsilon.dtype)
         return self._start(self._kept(each(self.sigma, noise) * noise))
 
     def margin_start(self, direction: Tensor) -> Tensor:
-        """delta = argmax_{||delta||_p <= epsilon} <direction, delta>, 0 if the direction is 0."""
+        """Return delta = argmax_{||delta||_p <= epsilon} <direction, delta>, 0 if the direction is 0."""
         rows = _rows(self._kept(direction), self.config.granularity)
         unit = tf.reshape(NORMS[self.config.norm].steepest(rows), tf.shape(direction))
         return self._start(each(self.epsilon, direction) * unit)
 
     def step(self, delta: Tensor, g: Tensor) -> Tensor:
-        """delta <- Proj( delta + eta g / ||g|| ), or the released code's rescaling of delta + eta g."""
+        """Return Proj( delta + eta g / ||g|| ), or the released code's rescaling of delta + eta g."""
         g = self._kept(g)
         if self.config.projection == "ball":
             g = normalize(g, self.config.norm, self.config.granularity)
         return self.project(delta + each(self.eta, g) * g)
 
     def project(self, delta: Tensor) -> Tensor:
-        """The nearest point of the ball, or the released code's delta / (||delta||_inf + epsilon)."""
+        """Return the nearest point of the ball, or the released code's delta / (||delta||_inf + epsilon)."""
         if self.config.projection == "ball":
             return NORMS[self.config.norm].project(delta, self.epsilon, self.config.granularity)
         rows = _rows(delta, self.config.granularity)
@@ -226,7 +226,7 @@ class Ball:
 def margin_gradient(
     outputs: Tensor, noise: Tensor | None = None, mask: Tensor | None = None, divergence: str = "symmetric_kl"
 ) -> Tensor:
-    """Which way the outputs should move to meet the model's nearest decision boundary: the gradient at the outputs.
+    """Return the gradient at the outputs that leads to the model's nearest decision boundary.
 
     -(e_top1 - e_top2) for classes; -sign(z_k) e_k of the least certain label k; the sign of the noise in regression.
 
@@ -255,7 +255,7 @@ def margin_gradient(
 
 
 def rms(x: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Root mean square of each x_i over its own finite, unmasked entries, (n,); 0 where there are none.
+    """Return the root mean square of each x_i over its own finite and unmasked entries, (n,); 0 if it has none.
 
     Example:
         >>> rms([[[3.0, 3.0], [9.0, 9.0]]], [[1, 0]]).numpy()
@@ -271,16 +271,10 @@ def _rms(x: Tensor, keep: Tensor) -> Tensor:
     return tf.sqrt(tf.reduce_sum(tf.where(keep, x * x, tf.zeros_like(x)), axes) / count)
 
 
-def _counted(x: Tensor, mask: Tensor | None) -> Tensor:
-    """Which entries of x are perturbed, as booleans of its shape: those that are finite and not masked."""
-    finite = tf.math.is_finite(x)
-    return finite if mask is None else finite & expand_mask(mask, x)
-
-
 def expand_mask(mask: Tensor, x: Tensor) -> Tensor:
-    """The mask of x's leading axes as booleans with trailing axes of length 1; ValueError where it does not fit.
+    """Return the mask of x's leading axes as booleans with trailing axes of length 1; ValueError if it does not fit.
 
-    Of a signal, x of shape (n, d), it may be the mask of the entries.
+    If x is a signal, (n, d), it may be the mask of the entries.
     """
     keep = as_mask(mask)
     rank = keep.shape.rank
@@ -289,8 +283,14 @@ def expand_mask(mask: Tensor, x: Tensor) -> Tensor:
     return tf.reshape(keep, tf.concat([tf.shape(keep), tf.ones([x.shape.rank - rank], tf.int32)], 0))
 
 
+def _counted(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Which entries of x are perturbed, as booleans of its shape: those that are finite and not masked."""
+    finite = tf.math.is_finite(x)
+    return finite if mask is None else finite & expand_mask(mask, x)
+
+
 def output_mask(outputs: Tensor, mask: Tensor | None) -> Tensor | None:
-    """The mask, where the outputs have its axes (one output a position); else None (one output an example)."""
+    """Return the mask if the outputs have its axes (one output a position), else None (one output an example)."""
     if mask is None or outputs.shape.rank < 3:
         return None
     mask = tf.convert_to_tensor(mask)
@@ -298,7 +298,7 @@ def output_mask(outputs: Tensor, mask: Tensor | None) -> Tensor | None:
 
 
 def floating(x: Tensor) -> Tensor:
-    """x as a tensor of float32, or of float64 where it is one."""
+    """Return x as a tensor of float32, or of float64 if it is one."""
     x = tf.convert_to_tensor(x)
     return x if x.dtype == tf.float64 else tf.cast(x, tf.float32)
 

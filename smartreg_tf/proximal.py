@@ -17,7 +17,7 @@ Tensor = Any
 
 
 def momentum(step: Tensor, config: SMARTConfig) -> Tensor:
-    """beta at an optimiser step: `beta_early` for the first `early_fraction` of `total_steps`, then `beta_late`.
+    """Return beta at an optimiser step: `beta_early` for the first `early_fraction` of `total_steps`, then `beta_late`.
 
     Args:
         step: optimiser steps taken so far, this one included: 1, 2, ...; a tensor, or a number.

@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 def symmetric_kl(a: Tensor, b: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Symmetrised KL divergence of the distributions softmax(a) and softmax(b).
+    """Return the symmetrised KL divergence of the distributions softmax(a) and softmax(b).
 
     J(a, b) = KL(P||Q) + KL(Q||P) = sum_c (p_c - q_c) (log p_c - log q_c)
 
@@ -42,7 +42,7 @@ def symmetric_kl(a: Tensor, b: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 def bernoulli_symmetric_kl(a: Tensor, b: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Symmetrised KL divergence of independent Bernoullis with logits a and b, summed over the labels.
+    """Return the symmetrised KL divergence of independent Bernoullis with logits a and b, summed over the labels.
 
     J(a, b) = sum_k (sigma(a_k) - sigma(b_k)) (a_k - b_k)
 
@@ -62,7 +62,7 @@ def bernoulli_symmetric_kl(a: Tensor, b: Tensor, mask: Tensor | None = None) -> 
 
 
 def squared_error(a: Tensor, b: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Squared error, for regression: sum_k (a_k - b_k)^2.
+    """Return the squared error, for regression: sum_k (a_k - b_k)^2.
 
     Args, Returns, Raises: as `symmetric_kl`, with values for classes.
 
@@ -84,7 +84,7 @@ DIVERGENCES: dict[str, Callable[..., Tensor]] = {
 
 
 def mean_positions(values: Tensor, mask: Tensor | None = None) -> Tensor:
-    """The mean of (n, ...) over all axes but the first, where the mask is true; 0 where it is true nowhere.
+    """Return the mean of (n, ...) over all axes but the first, where the mask is true; 0 if it is true nowhere.
 
     Example:
         >>> mean_positions(torch.tensor([[1.0, 2.0, 9.0]]), torch.tensor([[1, 1, 0]]))
@@ -134,7 +134,7 @@ class _SymmetricKL(torch.autograd.Function):
 
         d_from = _difference(a, b)
         # log Z = log sum q exp(d) = log1p(sum_N q expm1(d) - q_F) - log1p(-p_F), N the classes where |d| < 1, F the
-        # others. Where F has most of the mass J is not small, and the plain forms of Z and p - q will do.
+        # others. If F has most of the mass, J is not small, and the plain forms of Z and p - q will do.
         d = d_from((a + b).argmax(-1, keepdim=True))
         near = d.abs() < 1
         p_far, q_far = p.where(~near, 0).sum(-1, keepdim=True), q.where(~near, 0).sum(-1, keepdim=True)

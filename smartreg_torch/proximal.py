@@ -78,7 +78,7 @@ def mean_examples(values: Tensor, sample_weight: Tensor | None = None) -> Tensor
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What this process has of a sharded tensor (a DTensor), or the tensor itself; off the graph.
+    """Return what this process has of a sharded tensor (a DTensor), or the tensor itself; off the graph.
 
     Example:
         >>> local(torch.ones(1, requires_grad=True))
