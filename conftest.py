@@ -55,10 +55,10 @@ def every_backend():
 
 @pytest.fixture(scope="session")
 def backend(request: pytest.FixtureRequest):
-    """A backend's functions on NumPy arrays, see tests/backends.py."""
-    import backends
+    """A backend as `python -m smartreg check` takes it: `Face(backend, dtype)` calls it with NumPy arrays."""
+    from smartreg.checking import load_backend
 
-    return backends.load(request.param)
+    return load_backend(request.param)
 
 
 @pytest.fixture(scope="module", autouse=True)

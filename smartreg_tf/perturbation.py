@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from smartreg.config import Granularity, Norm, SMARTConfig
+from smartreg.divergences import check_divergence
 from smartreg_tf.divergences import DIVERGENCES, as_mask
 
 Tensor = Any
@@ -138,6 +139,7 @@ def ascend(
         >>> ascend(lambda x: x @ w, [[1.0, 1.0]], [[1.0, 1.0]], config, None).numpy().round(3)
         array([[-0.1,  0.1]], dtype=float32)
     """
+    check_divergence("ascend", divergence)
     x, target = floating(x), tf.stop_gradient(tf.convert_to_tensor(target))
     ball = Ball(x, config, mask)
     positions = output_mask(target, mask)
@@ -237,6 +239,7 @@ def margin_gradient(
         >>> margin_gradient([[3.0, 1.0, 2.0]]).numpy()
         array([[-1.,  0.,  1.]], dtype=float32)
     """
+    check_divergence("margin_gradient", divergence)
     z = floating(outputs)
     classes = tf.shape(z)[-1]
     if divergence == "symmetric_kl":

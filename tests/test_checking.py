@@ -41,7 +41,7 @@ def test_the_reference_passes(dtype):
 def test_algorithm_1(backend, dtype, name):
     """Weights and noise from one file; every intermediate of 50 steps, or of 18: beta changes after 15, S is 3."""
     count = 50 if name == "paper" else 18
-    steps = run_trajectory(name, Face(checking.load_backend(backend.name), dtype), dtype, count)
+    steps = run_trajectory(name, Face(backend, dtype), dtype, count)
     rows = compare_steps(steps, name, dtype)
     assert len(rows) >= count * 15
     assert not [row for row in rows if not row.ok][:3]
