@@ -18,6 +18,7 @@ Start = Literal["gaussian", "margin"]
 Scale = Literal["absolute", "rms"]
 Projection = Literal["ball", "rescale"]
 NonFinite = Literal["raise", "skip"]
+Precision = Literal["float32", "model"]
 T = TypeVar("T")
 
 
@@ -283,3 +284,20 @@ class SMARTConfig:
         if not isinstance(settings, dict):
             raise ValueError(f"SMARTConfig.from_json: expected a JSON object, got {text[:40]!r}")
         return cls.from_dict(settings)
+
+
+def check_options(call: str, config: Any, precision: Any = "float32", on_step: Any = None) -> None:
+    """Raise TypeError or ValueError, naming `call`, if an option that every backend has is none that it takes.
+
+    Example:
+        >>> check_options("SMART", SMARTConfig(), precision="float16")
+        Traceback (most recent call last):
+        ...
+        ValueError: SMART: precision must be 'float32' or 'model', got 'float16'
+    """
+    if not isinstance(config, SMARTConfig):
+        raise TypeError(f"{call}: config must be a SMARTConfig, got {type(config).__name__}")
+    if precision not in get_args(Precision):
+        raise ValueError(f"{call}: precision must be 'float32' or 'model', got {precision!r}")
+    if on_step is not None and not callable(on_step):
+        raise TypeError(f"{call}: on_step must be a function of one StepSeen, got {on_step!r}")
