@@ -600,3 +600,22 @@ def a_task_preprocesses():
     assert compat.preprocessed(compiled_model(), batch) is batch
     arguments = list(inspect.signature(keras_hub.models.Task.preprocess_samples).parameters)
     assert arguments == ["self", "x", "y", "sample_weight"]
+
+
+@pytest.mark.skipif("tf" not in BACKENDS, reason="needs TensorFlow")
+def test_without_a_private_name_of_keras(monkeypatch):
+    import keras
+
+    from smartreg_tf import compat
+
+    model = compiled_model()
+    for name in ("_flatten_layers", "_symbolic_build"):
+        monkeypatch.delattr(next(owner for owner in keras.Model.__mro__ if name in vars(owner)), name)
+    with pytest.raises(RuntimeError, match=r"needs _flatten_layers of Sequential to find .* pip install 'keras>=3.12"):
+        compat.is_built(model)
+    with pytest.raises(RuntimeError, match=r"needs _symbolic_build .* unless you call it on a batch before fit"):
+        compat.build_on(model, (np.ones((4, 3)), np.zeros(4)))
+    monkeypatch.setattr(compat, "_global", lambda name: None)
+    assert compat.default_seed() is compat.training_now() is None
+    model._compile_loss = None
+    assert compat.compiled_losses(model, np.ones((4, 2))) == []
