@@ -71,22 +71,18 @@ def distance(a, b):
 def site(name):
     model, _ = started(name)
     with SMART(model, CONFIG, **ARCHITECTURES[name].settings) as smart:
-        return f"`{smart._site.name}`"
+        return f"`{smart.describe()['site'].value}`"
 
 
 def outputs(name):
     model, inputs = started(name)
-    with SMART(model, CONFIG, **ARCHITECTURES[name].settings) as smart:
+    seen = []
+    with SMART(model, CONFIG, on_step=seen.append, **ARCHITECTURES[name].settings) as smart:
         output, _ = smart(**inputs)
-        found = smart._select(output, None)
-    shapes = [f"({', '.join(['n', *map(str, z.shape[1:])])})" for z in found]
+        names = smart.describe()["outputs"].value.split(", ")
+    shapes = [f"({', '.join(['n', *map(str, z.shape[1:])])})" for z in seen[0].outputs]
     if isinstance(output, torch.Tensor):
         return f"the tensor {shapes[0]}"
-    names = [
-        next((key for key, value in output.items() if value is z), None)
-        or next(key for key, value in output.items() if value.data_ptr() == z.data_ptr())  # its axes moved
-        for z in found
-    ]
     return ", ".join(f"`{name}` {shape}" for name, shape in zip(names, shapes, strict=True))
 
 

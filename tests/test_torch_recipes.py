@@ -360,12 +360,11 @@ def test_the_penalty_of_embeddings_is_the_squared_distance(folder):
     model = sentence_transformer(folder, dropout=0.0).train()
     config = papers(mu=0, lambda_s=1.0, epsilon=0.5, sigma=0.5)
     names = {"outputs": "sentence_embedding", "divergence": "squared_error"}
-    smart = SMART(model, config, mask=real, **names)
-    deltas, ascend = [], smart._ascend
-    smart._ascend = lambda *args: deltas.append(ascend(*args)) or deltas[-1]
+    seen = []
+    smart = SMART(model, config, mask=real, on_step=seen.append, **names)
     features = model.preprocess(["this is good", "this is bad number 3"])
     _, penalty = smart(features)
-    (delta,) = deltas[0]
+    (delta,) = seen[0].delta
     assert (delta[0, features["attention_mask"][0] == 0] == 0).all()
     assert (features["attention_mask"][0] == 0).any()
     clean = model(dict(features))["sentence_embedding"]

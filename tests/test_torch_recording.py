@@ -1,15 +1,18 @@
 """Recording a PyTorch run: it changes nothing, the file passes compare_run, and what is wrong in a run shows."""
 
+import gc
 import itertools
 import re
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from architectures import ARCHITECTURES, Siamese, classifier, text, two_texts
+from notes import Notes
 from paper_settings import papers
 from torch import nn
 
@@ -223,15 +226,22 @@ def test_no_step_is_a_warning(tmp_path):
 
 
 def test_no_graph_is_kept(tmp_path):
-    smart = SMART(Tagger(), BOTH, **TWO, record=tmp_path / "run.npz")
+    model, graphs = Tagger(), Notes()
+    smart = SMART(model, BOTH, **TWO, record=tmp_path / "run.npz")
+    model.head.register_forward_pre_hook(lambda head, args: graphs.add(weakref.ref(args[0])))  # a graph keeps it
     output, penalty = smart(**text())
-    kept, _ = smart._recorder._recorded[0]
-    assert all(type(value) is np.ndarray for value in kept.values())
-    before = kept["outputs/0"].copy()
+    clean = output["tags"].detach().numpy().copy()
     with torch.no_grad():
         output["tags"].zero_()  # what is the user's may be changed
-    assert np.array_equal(kept["outputs/0"], before)
+    found = graphs.taken()
+    assert len(found) > 3
+    assert any(h() is not None for h in found)
+    del output, penalty
+    gc.collect()
+    assert all(h() is None for h in found)
     smart.remove()
+    with np.load(tmp_path / "run.npz") as file:
+        assert np.array_equal(file["0/outputs/0"], clean)
 
 
 # what is wrong in a run, or in SMART, shows
