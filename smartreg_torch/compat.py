@@ -256,7 +256,7 @@ def check_trainer(trainer: type) -> None:
     """Raise ImportError if Trainer lacks a method that SMARTMixin overrides or calls.
 
     Private: the methods of transformers.Trainer that are named in TRAINER
-    Seen: transformers 5.18 to 5.23
+    Seen: transformers 5.18 to 5.24
     For: theta~ in a checkpoint, resumed and at the end; no callback can add to a checkpoint before it is pushed
     Without: ImportError when smartreg_torch.transformers is imported; an override that nobody calls would lose theta~
     """
