@@ -1,10 +1,10 @@
-"""`python -m smartreg check`: check the backends that are installed, or one of your own."""
+"""Check the backends that are installed, or one of your own: `python -m smartreg check`."""
 
 import argparse
 import os
 import sys
 
-# before the frameworks are loaded: the problems are tiny, and threads would only wait for each other
+# before the frameworks are loaded: the problems are tiny, so threads would only wait for each other
 for name, value in {"OMP_NUM_THREADS": "1", "TF_CPP_MIN_LOG_LEVEL": "3", "KERAS_BACKEND": "tensorflow"}.items():
     os.environ.setdefault(name, value)
 
@@ -24,5 +24,5 @@ if __name__ == "__main__":
     check.add_argument("--dtype", action="append", choices=DTYPES, help="by default all but float16")
     check.add_argument("--json", action="store_true", help="print JSON")
     given = parser.parse_args()
-    sys.path.insert(0, "")  # where a module of the user's own is
+    sys.path.insert(0, "")  # the user's own module is in the current folder
     sys.exit(main(given.backend or [], given.dtype or [], given.json))

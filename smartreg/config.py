@@ -49,9 +49,9 @@ _INTEGERS = {"ascent_steps": 0, "smoothness_steps": 1, "proximal_steps": 1, "tot
 
 
 class _Followed(int):
-    """A number that was not given but follows from another setting.
+    """An `ascent_steps` that was not given but follows from `start`.
 
-    dataclasses.replace hands it to the copy, which sees by the type that it is to follow anew.
+    dataclasses.replace passes it to the copy. By this type the copy knows that it follows its own start.
     """
 
 
@@ -82,32 +82,31 @@ def _suggesting(cls: type[T]) -> type[T]:
 class SMARTConfig:
     """Settings of F(theta) = L + lambda_s R_s + mu D_Breg, frozen and validated.
 
-    The plain `SMARTConfig()` is the recommended one: its radius is relative to the embeddings' root mean
-    square (`scale="rms"`), so that one value serves every model, and its ascent is the margin start alone, which does
-    with half the lambda_s what the paper's does, for less (docs/performance.md). `SMARTConfig.paper` has the published
-    values.
+    `SMARTConfig()` is the recommended setting. Its radius is relative to the embeddings' root mean square
+    (`scale="rms"`), so one value serves every model. Its ascent is the margin start alone: with half the lambda_s it
+    does as well as the paper's, at a lower cost (docs/performance.md). `SMARTConfig.paper` has the published values.
 
     Attributes:
-        lambda_s: weight of the smoothness term R_s; 0 switches it off, and its cost with it.
-        mu: weight of the proximal term D_Breg; 0 switches it off, and its cost with it.
+        lambda_s: weight of the smoothness term R_s; 0 switches the term and its cost off.
+        mu: weight of the proximal term D_Breg; 0 switches the term and its cost off.
         epsilon: radius of the ball ||x~_i - x_i||_p <= epsilon.
         sigma: standard deviation of the Gaussian start nu_i.
         eta: length of one ascent step. epsilon, sigma and eta are in the embeddings' own units
             (`scale="absolute"`) or in multiples of the root mean square of x_i (`scale="rms"`).
-        ascent_steps: T_x; 0 keeps the start alone (R3F with the Gaussian start). Where it is not given, it goes with
-            the start, also in a copy with another start: 0 after the margin start, 1 after the Gaussian one.
+        ascent_steps: T_x; 0 keeps the start alone (R3F with the Gaussian start). If it is not given, it is 0 with the
+            margin start and 1 with the Gaussian one, also in a copy with another start.
         norm: p of the ball and of g / ||g||: "inf", "2" or "1".
         granularity: what a norm runs over: "example" (all axes but the batch) or "token" (the last axis).
         start: "margin" (towards the nearest decision boundary) or "gaussian" (the paper's nu_i).
         scale: the unit of epsilon, sigma and eta, see above.
         projection: "ball" (the paper's), or "rescale": the released code's
-            delta <- (delta + eta g) / (||delta + eta g||_inf + epsilon), where epsilon is no radius.
-        smoothness_steps: K; R_s is computed in the first of every K optimiser steps, with K times its weight. Ours,
-            not the paper's: it saves passes (docs/performance.md).
+            delta <- (delta + eta g) / (||delta + eta g||_inf + epsilon), in which epsilon is not a radius.
+        smoothness_steps: K; R_s is computed in the first of every K optimiser steps, with K times its weight. This
+            saves passes (docs/performance.md) and is not in the paper.
         proximal_steps: S; theta~ moves once every S optimiser steps.
         beta_early, beta_late, early_fraction: beta is `beta_early` for the first `early_fraction` of
             `total_steps`, then `beta_late`.
-        total_steps: optimiser steps of the whole training run; needed where beta is scheduled and mu > 0.
+        total_steps: optimiser steps of the whole training run; needed if beta is scheduled and mu > 0.
         non_finite: a NaN or infinite penalty raises ("raise"), or counts as 0 for that step ("skip").
 
     Raises:
@@ -190,7 +189,7 @@ class SMARTConfig:
         return self.mu > 0 and self.beta_early != self.beta_late and 0 < self.early_fraction < 1
 
     def smoothness_weight(self, steps: int) -> float:
-        """The weight of R_s after so many optimiser steps: K lambda_s in the first of every K of them, else 0.
+        """Return the weight of R_s after that many optimiser steps: K lambda_s in the first of every K, else 0.
 
         Example:
             >>> config = SMARTConfig(lambda_s=1.5, smoothness_steps=2)
@@ -200,7 +199,7 @@ class SMARTConfig:
         return 0.0 if steps % self.smoothness_steps else self.smoothness_steps * self.lambda_s
 
     def check_total_steps(self, call: str) -> None:
-        """Raise ValueError, naming `call`, where beta is scheduled and `total_steps` is not known."""
+        """Raise ValueError, naming `call`, if beta is scheduled and `total_steps` is not known."""
         if self.needs_total_steps and self.total_steps is None:
             raise ValueError(
                 f"{call}: mu > 0 and beta changes from {self.beta_early:g} to {self.beta_late:g} after "
@@ -210,7 +209,7 @@ class SMARTConfig:
 
     @classmethod
     def paper(cls, total_steps: int | None = None, **changes: Any) -> SMARTConfig:
-        """The published values, as printed (section 4.1): absolute units, epsilon = sigma = 1e-5, eta = 1e-3.
+        """Return the published values, as printed (section 4.1): absolute units, epsilon = sigma = 1e-5, eta = 1e-3.
 
         Example:
             >>> SMARTConfig.paper(total_steps=1000, lambda_s=3).eta
@@ -221,10 +220,10 @@ class SMARTConfig:
 
     @classmethod
     def mtdnn(cls, **changes: Any) -> SMARTConfig:
-        """The update that the released code (mt-dnn) does: rescaled to max-abs 1 a token, no ball, no D_Breg.
+        """Return the settings of the released code (mt-dnn): max|delta| rescaled to 1 a token, no ball, no D_Breg.
 
-        delta <- (delta + eta g) / (||delta + eta g||_inf + 1e-6), g the plain gradient. The released code takes g
-        of a one-sided KL by an approximate formula; this preset takes the symmetrised one, exactly.
+        delta <- (delta + eta g) / (||delta + eta g||_inf + 1e-6), g being the plain gradient. The released code takes
+        g of a one-sided KL, by an approximate formula. This preset takes g of the symmetrised KL, exactly.
 
         Example:
             >>> SMARTConfig.mtdnn().projection
@@ -235,7 +234,9 @@ class SMARTConfig:
         return cls(**{**released, **changes})
 
     def replace(self, **changes: Any) -> SMARTConfig:
-        """A copy with some settings changed, validated again; `ascent_steps` goes with the start if it was not given.
+        """Return a copy with some settings changed, validated again.
+
+        An `ascent_steps` that was not given follows the start of the copy.
 
         Raises:
             TypeError, ValueError: as the constructor.
@@ -247,9 +248,9 @@ class SMARTConfig:
         return type(self)(**{**self.to_dict(), **changes})
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings as a dict of plain values; `from_dict` reads it back.
+        """Return the settings as a dict of plain values; `from_dict` reads it back.
 
-        `ascent_steps` is None (null in JSON) where it was not given, so that it still goes with the start.
+        `ascent_steps` is None (null in JSON) if it was not given, so that it still follows the start.
 
         Example:
             >>> SMARTConfig().to_dict()["ascent_steps"], SMARTConfig(ascent_steps=1).to_dict()["ascent_steps"]
@@ -259,7 +260,7 @@ class SMARTConfig:
 
     @classmethod
     def from_dict(cls, settings: dict[str, Any]) -> SMARTConfig:
-        """The configuration of a dict of settings; raises ValueError on a name that it does not know.
+        """Return the configuration of a dict of settings; an unknown name raises ValueError.
 
         Example:
             >>> SMARTConfig.from_dict(SMARTConfig().to_dict()) == SMARTConfig()
@@ -269,12 +270,12 @@ class SMARTConfig:
         return cls(**settings)
 
     def to_json(self) -> str:
-        """The settings as a JSON object; `from_json` reads it back."""
+        """Return the settings as a JSON object; `from_json` reads it back."""
         return json.dumps(self.to_dict(), indent=2)
 
     @classmethod
     def from_json(cls, text: str) -> SMARTConfig:
-        """The configuration of a JSON object.
+        """Return the configuration of a JSON object.
 
         Example:
             >>> SMARTConfig.from_json('{"lambda_s": 3}').lambda_s

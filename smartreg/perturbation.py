@@ -1,8 +1,8 @@
 """The inner maximum of R_s: norms, projections and Algorithm 1's projected ascent (docs/math.md).
 
 A perturbation delta has the shape of the embeddings x, (n, ..., d). `granularity` says what one norm runs over: all
-axes but the batch ("example"), or the last one ("token"). An entry of x that is NaN or infinite, which the model
-imputes, is as one that is masked: delta is 0 there, and no norm and no root mean square counts it.
+axes but the batch ("example"), or the last one ("token"). An entry of x that is NaN or infinite, because the model
+imputes it, is treated like a masked one: delta is 0 there, and no norm or root mean square counts it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def normalize(g: ArrayLike, norm: Norm = "inf", granularity: Granularity = "exam
     rows = _rows(g, granularity)
     largest = _largest(rows)
     unit = rows / np.where(largest > 0, largest, 1)
-    if norm != "inf":  # of which the length is 1 by now
+    if norm != "inf":  # max|unit| is 1 by now
         length = NORMS[norm].length(unit)
         unit = unit / np.where(length > 0, length, 1)
     return unit.reshape(g.shape)
@@ -50,7 +50,7 @@ def project_linf_ball(delta: ArrayLike, epsilon: ArrayLike, granularity: Granula
     Args:
         delta: (n, ..., d).
         epsilon: the radius, one number or one an example, (n,).
-        granularity: makes no difference here; kept so that the three balls are called alike.
+        granularity: makes no difference here; it is there because the three projections are called alike.
 
     Source: paper, Algorithm 1 (p = inf).
 
@@ -287,7 +287,7 @@ def expand_mask(mask: ArrayLike, x: Array) -> NDArray[np.bool_]:
 
 
 def _counted(x: Array, mask: ArrayLike | None) -> NDArray[np.bool_]:
-    """Which entries of x are perturbed, as booleans of its shape: those that are finite and not masked."""
+    """Say which entries of x are perturbed, as booleans of its shape: those that are finite and not masked."""
     finite: NDArray[np.bool_] = np.isfinite(x)
     return finite if mask is None else finite & expand_mask(mask, x)
 
@@ -300,8 +300,8 @@ def output_mask(outputs: Array, mask: ArrayLike | None) -> ArrayLike | None:
 
 
 def _shrink(rows: Array, length: Array, radius: Array, inside: Array) -> Array:
-    """Rows that are not inside, to the radius."""
-    # a few ulps less, so that the rounding of the product cannot leave the ball and a second projection does nothing
+    """Scale the rows that are not inside to the radius."""
+    # a few ulps less: rounding the product cannot leave the ball, and a second projection changes nothing
     factor = radius * (1 - 4 * np.finfo(rows.dtype).eps) / np.where(inside | (length == 0), 1, length)
     shrunk: Array = rows * np.where(inside, 1, factor).astype(rows.dtype)
     return shrunk
@@ -361,7 +361,7 @@ NORMS: dict[Norm, _Norm] = {
 
 
 def _rows(x: Array, granularity: Granularity) -> Array:
-    """x with everything that one norm runs over in the last axis."""
+    """Put everything that one norm runs over into the last axis."""
     if x.ndim < 2:
         raise ValueError(f"expected embeddings of shape (n, ..., d), got {x.shape}")
     return x.reshape(len(x), -1) if granularity == "example" else x
@@ -373,7 +373,7 @@ def _radius(epsilon: ArrayLike, rows: Array) -> Array:
 
 
 def _each(values: Array, x: Array) -> Array:
-    """One value an example, (n,), against (n, ..., d)."""
+    """Shape one value an example, (n,), to be multiplied with (n, ..., d)."""
     return values.reshape((-1,) + (1,) * (x.ndim - 1))
 
 

@@ -68,7 +68,7 @@ def moves(step: Any, config: SMARTConfig) -> Any:
 
 
 def ema_update(teacher: Mapping[str, Array], theta: Mapping[str, Array], beta: float) -> dict[str, Array]:
-    """theta~ <- (1 - beta) theta + beta theta~, kept in float32 or wider.
+    """Return the new theta~ <- (1 - beta) theta + beta theta~, in float32 or wider.
 
     Source: paper, Algorithm 1, line 14.
 
@@ -80,7 +80,7 @@ def ema_update(teacher: Mapping[str, Array], theta: Mapping[str, Array], beta: f
     for name, average in teacher.items():
         wide = np.result_type(average, np.float32)
         old, new = average.astype(wide), theta[name].astype(wide)
-        # either form is exact at its end, and where theta is theta~: then D_Breg must be exactly 0
+        # each form is exact at its end of [0, 1], and if theta = theta~, for which D_Breg must be exactly 0
         moved[name] = old + (1 - beta) * (new - old) if beta > 0.5 else new - beta * (new - old)
     return moved
 
@@ -92,7 +92,7 @@ def bregman_divergence(
     mask: ArrayLike | None = None,
     sample_weight: ArrayLike | None = None,
 ) -> float:
-    """D_Breg(theta, theta~) = 1/n sum_i w_i l_s( f(x_i; theta), f(x_i; theta~) ).
+    """Return D_Breg(theta, theta~) = 1/n sum_i w_i l_s( f(x_i; theta), f(x_i; theta~) ).
 
     Args:
         outputs, teacher_outputs: (n, ..., C). mask: of the position axis. sample_weight: w_i, (n,), 1 by default.
@@ -112,7 +112,7 @@ def bregman_divergence(
 
 
 def mean_examples(values: Array, sample_weight: ArrayLike | None = None) -> float:
-    """1/n sum_i w_i v_i: the mean over the batch that R_s and D_Breg take.
+    """Return 1/n sum_i w_i v_i, the mean over the batch that R_s and D_Breg take.
 
     Example:
         >>> mean_examples(np.array([1.0, 3.0]), [1.0, 0.0])

@@ -1,4 +1,4 @@
-"""This backend as `smartreg.checking` takes one: its functions, and how to reach them from NumPy."""
+"""What `smartreg.checking` calls of this backend: its functions, a conversion and gradients."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ __all__ = [
 
 
 def asarray(array: Any, dtype: str) -> Any:
-    """A NumPy array as a tensor.
+    """Return a NumPy array as a tensor.
 
     Example:
         >>> asarray([1.0], "bfloat16").dtype
@@ -39,7 +39,7 @@ def asarray(array: Any, dtype: str) -> Any:
 
 
 def gradients(function: Callable[..., Any], *arrays: Any) -> Any:
-    """The gradients of sum(function(*arrays)) with respect to each.
+    """Return the gradients of sum(function(*arrays)) with respect to each array.
 
     Example:
         >>> float(gradients(tf.square, tf.constant(3.0))[0])

@@ -36,7 +36,7 @@ def normalize(g: Tensor, norm: Norm = "inf", granularity: Granularity = "example
     rows = _rows(g, granularity)
     largest = _largest(rows)
     unit = rows / tf.where(largest > 0, largest, 1)
-    if norm != "inf":  # of which the length is 1 by now
+    if norm != "inf":  # max|unit| is 1 by now
         length = NORMS[norm].length(unit)
         unit = unit / tf.where(length > 0, length, 1)
     return tf.reshape(unit, tf.shape(g))
@@ -48,7 +48,7 @@ def project_linf_ball(delta: Tensor, epsilon: Tensor, granularity: Granularity =
     Args:
         delta: (n, ..., d).
         epsilon: the radius, one number or one an example, (n,).
-        granularity: makes no difference here; kept so that the three balls are called alike.
+        granularity: makes no difference here; it is there because the three projections are called alike.
 
     Source: paper, Algorithm 1 (p = inf).
 
@@ -287,7 +287,7 @@ def expand_mask(mask: Tensor, x: Tensor) -> Tensor:
 
 
 def _counted(x: Tensor, mask: Tensor | None) -> Tensor:
-    """Which entries of x are perturbed, as booleans of its shape: those that are finite and not masked."""
+    """Say which entries of x are perturbed, as booleans of its shape: those that are finite and not masked."""
     finite = tf.math.is_finite(x)
     return finite if mask is None else finite & expand_mask(mask, x)
 
@@ -307,8 +307,8 @@ def floating(x: Tensor) -> Tensor:
 
 
 def _shrink(rows: Tensor, length: Tensor, radius: Tensor, inside: Tensor) -> Tensor:
-    """Rows that are not inside, to the radius."""
-    # a few ulps less, so that the rounding of the product cannot leave the ball and a second projection does nothing
+    """Scale the rows that are not inside to the radius."""
+    # a few ulps less: rounding the product cannot leave the ball, and a second projection changes nothing
     ulp = 2.0**-23 if rows.dtype == tf.float32 else 2.0**-52
     factor = radius * (1 - 4 * ulp) / tf.where(length != 0, length, 1)
     return rows * tf.where(inside, tf.ones_like(factor), factor)
@@ -361,7 +361,7 @@ NORMS: dict[Norm, _Norm] = {
 
 
 def _rows(x: Tensor, granularity: Granularity) -> Tensor:
-    """x with everything that one norm runs over in the last axis."""
+    """Put everything that one norm runs over into the last axis."""
     if x.shape.rank is None or x.shape.rank < 2:
         raise ValueError(f"expected embeddings of shape (n, ..., d), got {x.shape}")
     return tf.reshape(x, [tf.shape(x)[0], -1]) if granularity == "example" else x
@@ -374,5 +374,5 @@ def _radius(epsilon: Tensor, rows: Tensor) -> Tensor:
 
 
 def each(values: Tensor, x: Tensor) -> Tensor:
-    """One value an example, (n,), against (n, ..., d)."""
+    """Shape one value an example, (n,), to be multiplied with (n, ..., d)."""
     return tf.reshape(values, [-1] + [1] * (x.shape.rank - 1))

@@ -1,4 +1,4 @@
-"""This backend as `smartreg.checking` takes one: its functions, and how to reach them from NumPy."""
+"""What `smartreg.checking` calls of this backend: its functions, a conversion and gradients."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ __all__ = [
 
 
 def asarray(array: Any, dtype: str) -> Tensor:
-    """A NumPy array as a tensor of its own memory.
+    """Return a NumPy array as a tensor with its own memory.
 
     Example:
         >>> import numpy as np
@@ -41,7 +41,7 @@ def asarray(array: Any, dtype: str) -> Tensor:
 
 
 def gradients(function: Callable[..., Tensor], *arrays: Tensor) -> tuple[Tensor, ...]:
-    """The gradients of sum(function(*arrays)) with respect to each.
+    """Return the gradients of sum(function(*arrays)) with respect to each array.
 
     Example:
         >>> gradients(torch.square, torch.tensor([3.0]))

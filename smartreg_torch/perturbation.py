@@ -1,8 +1,8 @@
 """The inner maximum of R_s for PyTorch: `smartreg.perturbation`, native (docs/math.md).
 
 A perturbation delta has the shape of the embeddings x, (n, ..., d). `granularity` says what one norm runs over: all
-axes but the batch ("example"), or the last one ("token"). An entry of x that is NaN or infinite, which the model
-imputes, is as one that is masked: delta is 0 there, and no norm and no root mean square counts it.
+axes but the batch ("example"), or the last one ("token"). An entry of x that is NaN or infinite, because the model
+imputes it, is treated like a masked one: delta is 0 there, and no norm or root mean square counts it.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ def normalize(g: Tensor, norm: Norm = "inf", granularity: Granularity = "example
         >>> normalize(torch.tensor([[3e-30, 4e-30]]), "2")
         tensor([[0.6000, 0.8000]])
     """
-    rows = _rows(g, granularity)
+    rows = _rows(g, granularity)  # by hand: torch.nn.functional.normalize squares the entries as they are
     largest = _largest(rows)
     unit = rows / largest.where(largest > 0, 1)
-    if norm != "inf":  # of which the length is 1 by now
+    if norm != "inf":  # max|unit| is 1 by now
         length = NORMS[norm].length(unit)
         unit = unit / length.where(length > 0, 1)
     return unit.view_as(g)
@@ -49,7 +49,7 @@ def project_linf_ball(delta: Tensor, epsilon: Tensor | float, granularity: Granu
     Args:
         delta: (n, ..., d).
         epsilon: the radius, one number or one an example, (n,).
-        granularity: makes no difference here; kept so that the three balls are called alike.
+        granularity: makes no difference here; it is there because the three projections are called alike.
 
     Source: paper, Algorithm 1 (p = inf).
 
@@ -70,7 +70,7 @@ def project_l2_ball(delta: Tensor, epsilon: Tensor | float, granularity: Granula
         >>> project_l2_ball(torch.tensor([[3.0, 4.0]]), 1.0)
         tensor([[0.6000, 0.8000]])
     """
-    rows = _rows(delta, granularity)
+    rows = _rows(delta, granularity)  # by hand: torch.renorm has one radius for all rows
     radius, length = _radius(epsilon, rows), _scaled_length(rows, "2")
     return _shrink(rows, length, radius, length <= radius).view_as(delta)
 
@@ -308,14 +308,14 @@ def expand_mask(mask: Tensor, x: Tensor) -> Tensor:
 
 
 def _counted(x: Tensor, mask: Tensor | None) -> Tensor:
-    """Which entries of x are perturbed, as booleans of its shape: those that are finite and not masked."""
+    """Say which entries of x are perturbed, as booleans of its shape: those that are finite and not masked."""
     return x.isfinite() if mask is None else x.isfinite() & expand_mask(mask, x)
 
 
 def output_mask(outputs: Tensor, mask: Tensor | Sequence[Tensor | None] | None) -> Tensor | None:
     """Return the mask if the outputs have its axes (one output a position), else None (one output an example).
 
-    Of several masks, the first that fits.
+    Of several masks it is the first that fits.
     """
     fitting = [m for m in _listed(mask) if m is not None and m.shape == outputs.shape[:-1]]
     return fitting[0] if fitting and outputs.ndim >= 3 else None
@@ -337,8 +337,8 @@ def _gradients(
 
 
 def _shrink(rows: Tensor, length: Tensor, radius: Tensor, inside: Tensor) -> Tensor:
-    """Rows that are not inside, to the radius."""
-    # a few ulps less, so that the rounding of the product cannot leave the ball and a second projection does nothing
+    """Scale the rows that are not inside to the radius."""
+    # a few ulps less: rounding the product cannot leave the ball, and a second projection changes nothing
     factor = radius * (1 - 4 * torch.finfo(rows.dtype).eps) / length.where(length != 0, 1)
     return rows * factor.where(~inside, 1)
 
@@ -361,7 +361,7 @@ def _l1_length(rows: Tensor) -> Tensor:
 
 
 def _sign(g: Tensor) -> Tensor:
-    """The sign, NaN where g is: torch's own is 0 there, which would hide a broken gradient."""
+    """Return the sign, and NaN for NaN: torch's own is 0, which would hide a broken gradient."""
     return g.sign().where(~g.isnan(), g)
 
 
@@ -396,7 +396,7 @@ NORMS: dict[Norm, _Norm] = {
 
 
 def _rows(x: Tensor, granularity: Granularity) -> Tensor:
-    """x with everything that one norm runs over in the last axis."""
+    """Put everything that one norm runs over into the last axis."""
     if x.ndim < 2:
         raise ValueError(f"expected embeddings of shape (n, ..., d), got {tuple(x.shape)}")
     return x.reshape(len(x), -1) if granularity == "example" else x
@@ -408,7 +408,7 @@ def _radius(epsilon: Tensor | float, rows: Tensor) -> Tensor:
 
 
 def _each(values: Tensor, x: Tensor) -> Tensor:
-    """One value an example, (n,), against (n, ..., d)."""
+    """Shape one value an example, (n,), to be multiplied with (n, ..., d)."""
     return values.reshape((-1,) + (1,) * (x.ndim - 1))
 
 

@@ -19,7 +19,7 @@ __all__ = ["bregman_divergence", "ema_update", "local", "mean_examples", "moment
 
 @torch.no_grad()
 def ema_update(teacher: Mapping[str, Tensor], theta: Mapping[str, Tensor], beta: float) -> None:
-    """theta~ <- (1 - beta) theta + beta theta~, in place, in theta~'s own dtype (float32 or wider).
+    """Move theta~ <- (1 - beta) theta + beta theta~ in place, in theta~'s own dtype (float32 or wider).
 
     Source: paper, Algorithm 1, line 14.
 
@@ -42,7 +42,9 @@ def bregman_divergence(
     mask: Tensor | None = None,
     sample_weight: Tensor | None = None,
 ) -> Tensor:
-    """D_Breg(theta, theta~) = 1/n sum_i w_i l_s( f(x_i; theta), f(x_i; theta~) ), no gradient through theta~.
+    """Return D_Breg(theta, theta~) = 1/n sum_i w_i l_s( f(x_i; theta), f(x_i; theta~) ).
+
+    No gradient flows through theta~.
 
     Args:
         outputs, teacher_outputs: (n, ..., C). mask: of the position axis. sample_weight: w_i, (n,), 1 by default.
@@ -62,7 +64,7 @@ def bregman_divergence(
 
 
 def mean_examples(values: Tensor, sample_weight: Tensor | None = None) -> Tensor:
-    """1/n sum_i w_i v_i: the mean over the batch that R_s and D_Breg take.
+    """Return 1/n sum_i w_i v_i, the mean over the batch that R_s and D_Breg take.
 
     Example:
         >>> mean_examples(torch.tensor([1.0, 3.0]), torch.tensor([1.0, 0.0]))

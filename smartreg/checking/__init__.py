@@ -1,13 +1,13 @@
-"""Numerical reference checking of any backend: golden vectors, laws and Algorithm 1 (docs/backends.md).
+"""Check any backend numerically: golden vectors, laws and Algorithm 1 (docs/backends.md).
 
-A backend is a module or an object with functions named and called as this package's (`FUNCTIONS`), on arrays of its
-own. Two more functions say how to reach them; NumPy's conventions hold for a backend without them:
+A backend is a module or an object whose functions are named and called as this package's (`FUNCTIONS`), on arrays of
+its own. Two more functions convert and differentiate; a backend without them follows NumPy's conventions:
 
     asarray(array, dtype)           a NumPy array as one of its own, dtype being "float32", "int64", "bool", ...
     gradients(function, *arrays)    the gradients of sum(function(*arrays)) with respect to each array
 
-Without `gradients` the backend has `symmetric_kl_grad` and so on beside the divergences, and `ascend` gets a forward
-that gives (outputs, vjp).
+Without `gradients` the backend has `symmetric_kl_grad` and so on beside the divergences. Its `ascend` then gets a
+forward that returns (outputs, vjp).
 """
 
 from smartreg.checking.bounds import DTYPES, Row, bound, worst

@@ -13,13 +13,13 @@ Array = NDArray[Any]
 HALF = ("bfloat16", "float16")  # computed in float32
 DTYPES = ("float32", "float64", *HALF)
 
-# The largest error of each kind in units in the last place of the type that is computed in; docs/math.md asks for
-# 1e-5 and 1e-12 of a divergence.
+# The largest error of each kind, in units in the last place of the type that is computed in.
+# docs/math.md requires 1e-5 and 1e-12 of a divergence.
 _ULPS = {"norm": 20.0, "projection": 30.0, "expansion": 100.0, "mean": 8.0, "average": 4.0, "schedule": 1.0}
 
 
 def bound(kind: str, dtype: str, condition: float = 1.0) -> float:
-    """The largest relative error that a backend may make, whichever it is, in a problem of that condition.
+    """Return the largest relative error that any backend may make in a problem of that condition.
 
     Example:
         >>> bound("divergence", "float64")
@@ -35,9 +35,9 @@ class Row(NamedTuple):
 
     Attributes:
         what: the function and the law, golden vector or intermediate.
-        error, bound: the worst error over all inputs, as a share of its own bound, and that bound.
-        at: the input of the worst error.
-        problem: why there is no error to show: the function is missing, raised, or gave something else.
+        error, bound: of all inputs, the error that is the largest share of its bound, and that bound.
+        at: the input of that error.
+        problem: why there is no error to show: the function is missing, raised, or returned something else.
     """
 
     what: str
@@ -53,7 +53,7 @@ class Row(NamedTuple):
 
 
 def round_to(values: Any, dtype: str) -> Array:
-    """The values rounded to a type; those of bfloat16, which NumPy has not, are in float32."""
+    """Round values to a type; those of bfloat16, which NumPy lacks, are returned in float32."""
     array = np.asarray(values, np.float64)
     if dtype != "bfloat16":
         return array.astype(dtype)
@@ -63,30 +63,30 @@ def round_to(values: Any, dtype: str) -> Array:
 
 
 def eps(dtype: str) -> float:
-    """The unit in the last place, at 1, of the type that is computed in: float32 for narrower ones."""
+    """Return the unit in the last place, at 1, of the type that is computed in: float32 for narrower ones."""
     return 2.0**-52 if dtype == "float64" else 2.0**-23
 
 
 def floor_of(dtype: str) -> float:
-    """Below tiny / eps a type has no full precision left."""
+    """Return tiny / eps, below which a type has lost full precision."""
     info = np.finfo(np.float64 if dtype == "float64" else np.float32)
     return float(info.tiny / info.eps)
 
 
 def worst(errors: Any) -> float:
-    """The largest absolute value, inf where there is a NaN."""
+    """Return the largest absolute value, and inf if there is a NaN."""
     largest = float(np.max(np.abs(errors), initial=0.0))
     return math.inf if math.isnan(largest) else largest
 
 
 def relative(got: Any, want: Any, floor: float) -> float:
-    """The largest error, each relative to its own entry, or to `floor` if that is larger."""
+    """Return the largest error, each relative to its own entry, or to `floor` if that is larger."""
     want = np.asarray(want, np.float64)
     return worst((np.asarray(got, np.float64) - want) / np.maximum(np.abs(want), floor))
 
 
 def ulps_apart(a: Array, b: Array, dtype: str) -> float:
-    """How far two results are apart, in units in the last place of the largest entry of their row.
+    """Return how far two results are apart, in units in the last place of the largest entry of their row.
 
     Example:
         >>> ulps_apart(np.array([[1.0, 0.0]]), np.array([[1.0, 2.0**-52]]), "float64")
@@ -96,5 +96,5 @@ def ulps_apart(a: Array, b: Array, dtype: str) -> float:
 
 
 def by_row(got: Array, want: Array, floor: float) -> float:
-    """Errors relative to the largest entry of their row."""
+    """Return the largest error, each relative to the largest entry of its row."""
     return worst((got - want) / np.maximum(np.abs(want).max(-1, keepdims=True), floor))

@@ -20,7 +20,7 @@ from smartreg.divergences import DIVERGENCES
 
 @dataclass
 class Report:
-    """What `check_backend` found; printing it gives a table."""
+    """What `check_backend` found; `print` shows it as a table."""
 
     backend: str
     dtype: str
@@ -43,7 +43,7 @@ class Report:
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as plain values, for JSON."""
+        """Return the report as plain values, for JSON."""
         rows = [row._asdict() | {"ok": row.ok} for row in self.rows]
         for row in rows:
             row["error"] = row["error"] if math.isfinite(row["error"]) else None
@@ -56,14 +56,14 @@ def check_backend(
     """Check a backend: golden vectors, laws on random inputs, and 50 steps of Algorithm 1.
 
     Args:
-        backend: a module or object as this module's head describes, or the name of one: "numpy", "torch", "tf", or
-            that of a module to import.
+        backend: a module or object as `smartreg.checking` describes it, or a name: "numpy", "torch", "tf", or that
+            of a module to import.
         dtype: "float32", "float64", or "bfloat16" or "float16" (only the divergences, which are computed in float32).
-        functions: which of `FUNCTIONS` the backend has; one that is asked for and missing is a failure. Algorithm 1
-            runs where all are asked for.
+        functions: which of `FUNCTIONS` to check; one that the backend lacks is a failure. Algorithm 1 runs if all of
+            them are given.
 
     Returns:
-        a report, also of a backend that raises or gives wrong shapes: `print(report)`, `report.ok`.
+        a report, also of a backend that raises or returns wrong shapes: `print(report)`, `report.ok`.
 
     Raises:
         ValueError: an unknown dtype or function name. ImportError: no backend of that name can be loaded.
@@ -94,11 +94,11 @@ def check_backend(
     return report
 
 
-# What is checked: each gives rows, one for each law and input
+# What is checked: each yields a row for each law and input
 
 
 def golden_checks(face: Face, functions: Sequence[str]) -> Iterator[Row]:
-    """The backend against the 50-digit answers of `smartreg.golden`."""
+    """Compare the backend with the 50-digit answers of golden.json."""
     for case in golden.cases(face.dtype):
         if case.function not in functions:
             continue
@@ -110,7 +110,7 @@ def golden_checks(face: Face, functions: Sequence[str]) -> Iterator[Row]:
 
 
 def law_checks(face: Face, functions: Sequence[str], rounds: int = 20) -> Iterator[Row]:
-    """The laws, on random inputs."""
+    """Check the laws on random inputs."""
     for seed in range(rounds):
         rng = np.random.default_rng(seed)
         for function in functions:
@@ -140,10 +140,10 @@ def _laws(face: Face, function: str, rng: np.random.Generator) -> Iterator[Law]:
 
 
 def trajectory_checks(face: Face, functions: Sequence[str]) -> Iterator[Row]:
-    """Algorithm 1 with the backend's functions, every intermediate against the NumPy reference.
+    """Run Algorithm 1 with the backend's functions, and compare every intermediate with the NumPy reference's.
 
-    An intermediate may differ by what the reference itself moves by where its outputs, gradients and steps are rounded
-    32 units in the last place off: so the bound knows the condition of each.
+    An intermediate may be as far off as those of the reference are if its outputs, gradients and steps are rounded 32
+    units in the last place off. So the bound follows the condition of each.
     """
     if face.dtype in HALF or set(functions) != set(FUNCTIONS):
         return
@@ -159,7 +159,7 @@ def trajectory_checks(face: Face, functions: Sequence[str]) -> Iterator[Row]:
 
 
 def _golden(face: Face, case: golden.Case) -> Iterator[tuple[float, float]]:
-    """Errors and bounds of one call."""
+    """Yield the errors and bounds of one call."""
     name, given, expected = case.function, dict(case.arguments), case.expected
     if name in DIVERGENCES:
         limit = bound("divergence", face.dtype)
@@ -182,5 +182,5 @@ def _golden(face: Face, case: golden.Case) -> Iterator[tuple[float, float]]:
 
 
 def _share(row: Row) -> float:
-    """The error as a share of its bound."""
+    """Return the error as a share of its bound."""
     return row.error / row.bound if row.bound > 0 else (math.inf if row.error > 0 else 0.0)

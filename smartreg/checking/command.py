@@ -1,4 +1,4 @@
-"""What `python -m smartreg check` does."""
+"""Run the checks of several backends and types: `python -m smartreg check`."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from smartreg.checking.face import BACKENDS, load_backend
 
 
 def main(backends: Sequence[str], dtypes: Sequence[str], as_json: bool) -> int:
-    """`python -m smartreg check`: the exit status, 1 on any failure."""
+    """Check and print; return the exit status, 1 after any failure."""
     status, reports = 0, []
     names, types = zip(*itertools.product(backends or BACKENDS, dtypes or DTYPES[:3]), strict=True)
-    # a process for each: a framework may go on with more threads, and two of them share no state
+    # one process each: a framework may need more threads, and two frameworks share no state
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
         for name, dtype, report in zip(names, types, pool.map(_report, names, types), strict=True):
             if isinstance(report, str):
-                status |= bool(backends)  # one that was asked for
+                status |= bool(backends)  # it was asked for by name
                 print(f"{name}, {dtype}: not checked: {report}", file=sys.stderr if as_json else sys.stdout)
                 continue
             reports.append(report)
@@ -37,7 +37,7 @@ def main(backends: Sequence[str], dtypes: Sequence[str], as_json: bool) -> int:
 
 
 def _report(name: str, dtype: str) -> Report | str:
-    """A report, or why there is none."""
+    """Return a report, or why there is none."""
     if name == "numpy" and dtype == "bfloat16" and not importlib.util.find_spec("ml_dtypes"):
         return "NumPy has no such type without the package ml_dtypes"
     try:

@@ -24,32 +24,31 @@ from smartreg.proximal import momentum
 Array = NDArray[Any]
 
 _HINTS = {
-    "all finite": "A NaN or an infinity in the outputs, delta, or x where it was moved. Look at the learning rate and "
-    "the loss before this step; an output may be -inf only as a masked class, in every pass.",
-    "R_s": "The divergence of the recorded outputs is another one. Something stands between the outputs and R_s: a "
-    "function outputs= that does not always give the same, sample weights of another form, a changed kernel. Please "
-    "report it, with the file.",
-    "D_Breg": "As for R_s: the divergence of the recorded outputs and the teacher's is another one. Please report it, "
-    "with the file.",
-    "penalty": "It is not lambda_s R_s + mu D_Breg of the recorded outputs. Where R_s and D_Breg agree, the weights "
-    "were changed in the run; else see there.",
+    "all finite": "A NaN or an infinity in the outputs, in delta, or in an entry of x that was moved. Look at the "
+    "learning rate and the loss before this step; an output may be -inf only as a masked class, in every pass.",
+    "R_s": "The recorded outputs have another divergence. Possible causes: an outputs= function that does not always "
+    "return the same, sample weights of another form, a changed kernel. Please report it, with the file.",
+    "D_Breg": "The recorded outputs and the teacher's have another divergence. Please report it, with the file.",
+    "penalty": "It is not lambda_s R_s + mu D_Breg of the recorded outputs. If R_s and D_Breg agree, lambda_s or mu "
+    "was changed in the run; else see their hints.",
     "max_delta": "The recorded delta is not the one that SMART measured. Please report it, with the file.",
     "vanished": "The recorded x and delta are not those that SMART measured. Please report it, with the file.",
-    "beta": "theta~ moved by another beta than the schedule has. Is total_steps the optimiser steps of the whole run?",
+    "beta": "theta~ moved by another beta than the schedule has. total_steps must be the number of optimiser steps of "
+    "the whole run.",
     "delta in the ball": "The perturbation is longer than epsilon allows (times the root mean square of x, with "
     "scale='rms'). Please report it, with the file.",
-    "delta 0 at padding": "A masked position was moved. Is the mask that of the site: true (or 1) at real tokens, in "
+    "delta 0 at padding": "A masked position was moved. Is the mask that of the site, true (or 1) at real tokens, in "
     "the order of x's positions? See mask=.",
-    "delta not all 0": "Nothing was perturbed, so R_s is 0. Does the mask leave a position? Is sigma 0 with "
+    "delta not all 0": "Nothing was perturbed, so R_s is 0. Is the mask true anywhere? Is sigma 0 with "
     "start='gaussian'? Do the outputs depend on the site?",
     "x + delta is not x": "Adding delta changes less than half of the entries: it is below the precision of x, and R_s "
     "measures little but rounding. Use a larger epsilon, or float32 embeddings.",
     "theta~ is counted": "The weights changed from one recorded step to the next, but SMART counted no optimiser step, "
-    "so theta~ stays where it was. In PyTorch call smart.update() after optimizer.step(), or smart.attach(optimizer) "
-    "once; in Keras update through model.optimizer.",
-    "theta~ is not theta": "The teacher's outputs are the model's own, after optimiser steps: D_Breg is 0. Does the "
-    "optimiser hold this model's weights, and is its learning rate above 0? With beta = 0 and proximal_steps = 1 it "
-    "is always so. A change below the outputs' precision looks the same.",
+    "so theta~ did not move. In PyTorch call smart.update() after optimizer.step(), or smart.attach(optimizer) once; "
+    "in Keras update through model.optimizer.",
+    "theta~ is not theta": "After optimiser steps the teacher's outputs are still the model's own, so D_Breg is 0. "
+    "Does the optimiser hold this model's weights, and is its learning rate above 0? With beta = 0 and "
+    "proximal_steps = 1 it is always so. A change below the outputs' precision looks the same.",
 }
 
 
@@ -57,9 +56,9 @@ class Row(NamedTuple):
     """One comparison in one recorded step.
 
     Attributes:
-        step: which of the recorded steps, from 1; the last one where the row is about all of them.
+        step: which of the recorded steps, from 1; the last one if the row is about all of them.
         what: the name of a metric, or of a check.
-        reported: what SMART said; None where a check has no such number.
+        reported: what SMART reported; None if a check has no such number.
         recomputed: the same from the recorded tensors, in float64.
         error, bound, ok: ok is error <= bound.
     """
@@ -75,7 +74,7 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class RunReport:
-    """What `compare_run` found; printed, one line for each kind of row, its worst step.
+    """What `compare_run` found; `print` shows one line for each kind of row, with its worst step.
 
     Attributes:
         about: backend, versions and site, in a line.
@@ -87,7 +86,7 @@ class RunReport:
 
     @property
     def ok(self) -> bool:
-        """Whether every row is."""
+        """Whether every row is ok."""
         return all(row.ok for row in self.rows)
 
     def __str__(self) -> str:
@@ -109,7 +108,7 @@ class RunReport:
 
 
 def compare_run(path: str | os.PathLike[str]) -> RunReport:
-    """Recompute in NumPy float64 what SMART reported of a recorded run, and check what must always hold.
+    """Recompute in NumPy float64 what SMART reported about a recorded run, and check what must always hold.
 
     R_s = 1/n sum_i w_i l_s( f(x_i + delta_i), f(x_i) ),   D_Breg = 1/n sum_i w_i l_s( f(x_i; theta), f(x_i; theta~) ),
     ||delta_i||_p <= epsilon (times rms(x_i) with scale="rms"),   penalty = lambda_s R_s + mu D_Breg
@@ -119,7 +118,7 @@ def compare_run(path: str | os.PathLike[str]) -> RunReport:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no recording, is damaged, or is of a newer format.
+        ValueError: it is no recording, is damaged, or has a newer format.
 
     Source: paper, equations 1 to 3.
 
@@ -148,7 +147,7 @@ def compare_run(path: str | os.PathLike[str]) -> RunReport:
 
 
 class _Output(NamedTuple):
-    """One recorded output; perturbed or teacher is None where R_s or D_Breg is switched off."""
+    """One recorded output; perturbed or teacher is None if R_s or D_Breg is switched off."""
 
     clean: Array
     perturbed: Any
@@ -160,7 +159,7 @@ class _Output(NamedTuple):
     by_weights: bool
 
     def mean(self, other: Array) -> tuple[float, float]:
-        """weight / n sum_i w_i l_s(other_i, clean_i), and the same of |w_i|, on which the rounding goes by."""
+        """Return weight / n sum_i w_i l_s(other_i, clean_i), and the same with |w_i|, to which rounding is relative."""
         value, w = DIVERGENCES[self.divergence].value, self.sample_weight
         a, b = other.astype(np.float64), self.clean.astype(np.float64)
         if w is None:
@@ -184,7 +183,7 @@ class _Step(NamedTuple):
     heads: list[dict[str, Any]]
 
     def listed(self, name: str) -> list[Any]:
-        """NAME/0, NAME/1, ..., as many as there are runs of the site or outputs, None where there is none."""
+        """Return NAME/0, NAME/1, ..., one for each run of the site or each output; None for one that is missing."""
         per_output = name in ("outputs", "perturbed", "teacher", "positions", "sample_weight")
         count = len(self.heads) if per_output else sum(key.startswith("x/") for key in self.arrays)
         return [self.arrays.get(f"{name}/{k}") for k in range(count)]
@@ -195,7 +194,7 @@ class _Step(NamedTuple):
         return [_Output(*arrays, **head) for arrays, head in zip(columns, self.heads, strict=True)]
 
     def dtype(self, kinds: Sequence[str]) -> str:
-        """In which precision SMART computed with these tensors."""
+        """Return the precision in which SMART computed with these tensors."""
         found = [dtype for name, dtype in self.dtypes.items() if name.split("/")[0] in kinds]
         return "float64" if all(dtype == "float64" for dtype in found) else "float32"
 
@@ -212,7 +211,7 @@ def _step_rows(number: int, step: _Step, config: SMARTConfig) -> Iterator[Row]:
     def agrees(what: str, recomputed: float, bound: float) -> Row:
         reported = step.reported(what)
         same = reported == recomputed or (np.isnan(reported) and np.isnan(recomputed))
-        bound = bound if np.isfinite(bound) else 0.0  # an infinite term is as good as nothing but itself
+        bound = bound if np.isfinite(bound) else 0.0  # an infinite term agrees with itself only
         return _row(number, what, reported, recomputed, 0.0 if same else abs(reported - recomputed), bound)
 
     def holds(what: str, recomputed: float, error: float, bound: float = 0.0) -> Row:
@@ -220,7 +219,7 @@ def _step_rows(number: int, step: _Step, config: SMARTConfig) -> Iterator[Row]:
 
     broken = 0
     for x, delta in zip(step.listed("x"), step.listed("delta"), strict=True):
-        if delta is not None:  # of x, what delta moves: where the model imputes a NaN, delta is 0
+        if delta is not None:  # of x only the moved entries: delta is 0 at a NaN that the model imputes
             broken += _not_finite(delta) + _not_finite(np.where(delta != 0, x, 0))
     penalty = penalty_size = 0.0
     terms = []
@@ -272,7 +271,7 @@ def _delta_rows(step: _Step, config: SMARTConfig, agrees: Any, holds: Any) -> It
 
 
 def _longest(x: Array, delta: Array, mask: Array | None, config: SMARTConfig) -> float:
-    """max_i ||delta_i||_p / epsilon_i, at most 1 in the ball; rescaled deltas have a largest entry of 1 at most."""
+    """Return max_i ||delta_i||_p / epsilon_i, at most 1 in the ball; of rescaled deltas max|delta|, at most 1."""
     ball = config.projection == "ball"
     radius = np.ones(len(x))
     if ball:
@@ -284,7 +283,7 @@ def _longest(x: Array, delta: Array, mask: Array | None, config: SMARTConfig) ->
 
 
 def _teacher_rows(steps: Sequence[_Step], config: SMARTConfig) -> Iterator[Row]:
-    """What only several steps show: theta~ moves when theta does, and is not theta."""
+    """Check what only several steps show: theta~ moves when theta does, and is not theta."""
     if config.mu == 0 or len(steps) < 2:
         return
     counts, distances = ([step.reported(name) for step in steps] for name in ("step", "distance"))

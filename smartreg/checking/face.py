@@ -1,4 +1,4 @@
-"""A backend seen from NumPy: its functions called with NumPy arrays and giving NumPy arrays."""
+"""Call any backend from NumPy: arrays in, arrays out, and one exception for whatever goes wrong in it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ FUNCTIONS = (
 
 
 def load_backend(name: str) -> Any:
-    """The backend of that name: "numpy", "torch", "tf", or a module to import.
+    """Return the backend of that name: "numpy", "torch", "tf", or a module to import.
 
     Raises:
         ImportError: its framework is not installed; the message says which extra to install.
@@ -47,7 +47,7 @@ def load_backend(name: str) -> Any:
 
 
 class Problem(Exception):  # noqa: N818 - the backend's, not ours
-    """A function of a backend is missing, raised, or gave what cannot be compared."""
+    """A function of a backend is missing, raised, or returned what cannot be compared."""
 
     def __init__(self, function: str, what: str) -> None:
         super().__init__(f"{function} {what}")
@@ -55,14 +55,14 @@ class Problem(Exception):  # noqa: N818 - the backend's, not ours
 
 
 class Face(Functions):
-    """A backend's functions, called with NumPy arrays and giving NumPy arrays.
+    """A backend's functions, which take and return NumPy arrays here.
 
     Args:
-        backend: as `check_backend`.
-        dtype: of the floating-point arrays that it is given.
+        backend: as `check_backend` takes it.
+        dtype: the type to which floating-point arrays are converted.
 
     Raises:
-        Problem: in place of whatever goes wrong in the backend.
+        Problem: in place of any exception in the backend.
 
     Example:
         >>> Face(NUMPY).value("squared_error", np.ones((1, 2)), np.zeros((1, 2)))
@@ -75,12 +75,12 @@ class Face(Functions):
         self._gradients = getattr(backend, "gradients", None)
 
     def value(self, divergence: str, a: Any, b: Any, mask: Any = None) -> Array:
-        """l_s(a, b), (n,)."""
+        """Return l_s(a, b), (n,)."""
         given = self._put(a), self._put(b)
         return self._array(divergence, self._call(divergence, *given, mask=self._put(mask)), np.shape(a)[:1])
 
     def grad(self, divergence: str, a: Any, b: Any, mask: Any = None) -> tuple[Array, Array]:
-        """The gradients of the sum over the examples of l_s(a, b), with respect to both."""
+        """Return the gradients of the sum over the examples of l_s(a, b), with respect to both."""
         given, mask = (self._put(a), self._put(b)), self._put(mask)
         what = f"{divergence}: gradient"
         with _as_problem(what):
@@ -91,7 +91,7 @@ class Face(Functions):
         return self._array(what, grad_a, np.shape(a)), self._array(what, grad_b, np.shape(b))
 
     def call(self, function: str, *arrays: Any, **settings: Any) -> Array:
-        """A function that gives an array of the shape of its first one."""
+        """Call a function that returns an array of the shape of its first argument."""
         settings = {name: self._put(value) for name, value in settings.items()}
         return self._array(function, self._call(function, *map(self._put, arrays), **settings), np.shape(arrays[0]))
 
@@ -106,9 +106,9 @@ class Face(Functions):
         divergence: str,
         pooled: bool = True,
     ) -> Array:
-        """delta for the reference network, written with operators alone so that any framework can run it."""
+        """Return delta for the reference network, which is written with operators alone: any framework can run it."""
         w = {name: self._put(value) for name, value in theta.items()}
-        d = len(theta["W1"])  # it reads that many features: of those that are not finite, none
+        d = len(theta["W1"])  # the network reads that many features; the features beyond are not finite
         share = divergences.position_weights(np.asarray(x), mask)  # (n, tokens, 1)
         row = self._put(np.swapaxes(share, 1, 2))
 
@@ -134,13 +134,13 @@ class Face(Functions):
         return self._array("ascend", delta, np.shape(x))
 
     def momentum(self, step: int, config: SMARTConfig) -> float:
-        """beta at that step."""
+        """Return beta at that step."""
         beta = self._call("momentum", step, config)
         with _as_problem("momentum"):
             return float(beta)
 
     def ema_update(self, teacher: Mapping[str, Any], theta: Mapping[str, Any], beta: float) -> Parameters:
-        """theta~ after the update, of a function that gives a new dict or changes the one it is given."""
+        """Return theta~ after the update, by a function that returns a new dict or changes the one it gets."""
         own = {name: self._put(value) for name, value in teacher.items()}
         moved = self._call("ema_update", own, {name: self._put(value) for name, value in theta.items()}, beta)
         with _as_problem("ema_update"):
@@ -152,14 +152,14 @@ class Face(Functions):
     def bregman_divergence(  # type: ignore[override]
         self, outputs: Any, teacher_outputs: Any, divergence: str, mask: Any = None, sample_weight: Any = None
     ) -> float:
-        """D_Breg."""
+        """Return D_Breg."""
         given = self._put(outputs), self._put(teacher_outputs)
         result = self._call("bregman_divergence", *given, divergence, self._put(mask), self._put(sample_weight))
         with _as_problem("bregman_divergence"):
             return float(self._array("bregman_divergence", result, (), dtyped=False))
 
     def bregman_grad(self, outputs: Any, teacher_outputs: Any, divergence: str) -> Array | None:
-        """The gradient of D_Breg at the outputs; None of a backend that does not differentiate."""
+        """Return the gradient of D_Breg at the outputs; None if the backend does not differentiate."""
         if self._gradients is None:
             return None
         teacher, what = self._put(teacher_outputs), "bregman_divergence: gradient"
@@ -176,7 +176,7 @@ class Face(Functions):
             return getattr(self.backend, function)(*args, **kwargs)
 
     def _put(self, value: Any) -> Any:
-        """Arrays as the backend's own; everything else as it is."""
+        """Convert an array to the backend's own; leave everything else as it is."""
         if not isinstance(value, (np.ndarray, np.generic)):
             return value
         array = np.array(value)  # a copy: a backend may write into what it is given
@@ -195,7 +195,7 @@ class Face(Functions):
 
 
 class _as_problem:  # noqa: N801 - a context manager
-    """Whatever is raised inside is a Problem of that function."""
+    """Turn whatever is raised inside into a Problem of that function."""
 
     def __init__(self, function: str) -> None:
         self.function = function

@@ -1,6 +1,6 @@
 """Golden vectors: inputs of every function, hard ones among them, and the answers to 50 digits.
 
-`tools/make_golden.py` makes golden.json with mpmath. Any implementation can be held against it.
+`tools/make_golden.py` writes golden.json with mpmath. Any implementation can be compared with it.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ LARGEST["bfloat16"] = LARGEST["float32"]
 
 
 class Exact(NamedTuple):
-    """An answer to about 32 digits: high + low, and what its errors are measured against.
+    """An answer to about 32 digits: high + low, and what its errors are relative to.
 
-    `scale` is the largest entry of each row (of what one softmax or one norm runs over). Where there are too many
-    classes to store, high and low are of those at the indices `at` of the last axis, the largest entry among them.
+    `scale` is the largest entry of each row (of what one softmax or one norm runs over). If there are too many classes
+    to store, high and low are those at the indices `at` of the last axis, the largest entry among them.
     """
 
     shape: tuple[int, ...]
@@ -39,10 +39,10 @@ class Exact(NamedTuple):
 class Case(NamedTuple):
     """One call and its answers.
 
-    `function` is a public name of `smartreg.divergences`, `smartreg.perturbation` or `smartreg.proximal`, and
-    `arguments` its keyword arguments: floating-point arrays in float64, to be cast, boolean masks, plain values.
-    `expected` has "value", and for a divergence "grad_a" and "grad_b", the gradients of the sum of the values.
-    `ema_update` has one weight, "w", and "value" is what becomes of it.
+    `function` is a public name of `smartreg.divergences`, `smartreg.perturbation` or `smartreg.proximal`. `arguments`
+    are its keyword arguments: floating-point arrays in float64, to be cast, boolean masks, plain values.
+    `expected` has "value". For a divergence it also has "grad_a" and "grad_b", the gradients of the sum of the values.
+    `ema_update` has one weight, "w", and "value" is the new one.
     """
 
     name: str
@@ -52,9 +52,9 @@ class Case(NamedTuple):
 
 
 def cases(dtype: str) -> list[Case]:
-    """The cases whose inputs are all normal numbers of a dtype, and whose answers do not overflow it.
+    """Return the cases whose inputs are all normal numbers of a dtype, and whose answers do not overflow it.
 
-    The error of a function on them is its own: nothing was rounded on the way in.
+    No input is rounded, so an error is the function's own.
 
     Args:
         dtype: "float64", "float32", "float16" or "bfloat16".
@@ -74,9 +74,9 @@ def cases(dtype: str) -> list[Case]:
 
 
 def relative_error(got: ArrayLike, expected: Exact) -> float:
-    """The largest error of an array against the largest exact entry of its row; inf where it is not finite.
+    """Return the largest error of an array, relative to the largest exact entry of its row; inf if it is not finite.
 
-    Below tiny / eps a dtype has no full precision left, so no row is measured against less.
+    No row is compared with less than tiny / eps, below which a dtype has lost full precision.
 
     Raises:
         ValueError: the shapes differ.
@@ -99,9 +99,9 @@ def relative_error(got: ArrayLike, expected: Exact) -> float:
 
 
 def by_seed(seed: int, classes: int, spread: int, exponent: int) -> Array:
-    """(1, classes) whole numbers of [-spread, spread) times 2^exponent, by a linear congruential generator.
+    """Return (1, classes) whole numbers of [-spread, spread) times 2^exponent, by a linear congruential generator.
 
-    Every number is exact, in any version of any library.
+    Every number is exact, with any version of any library.
 
     Example:
         >>> by_seed(1, 4, 8, -2)
@@ -115,7 +115,7 @@ def by_seed(seed: int, classes: int, spread: int, exponent: int) -> Array:
 
 
 def decode(argument: Any) -> Any:
-    """An argument as golden.json writes it: lists are arrays, a dict with "by_seed" is a sum of `by_seed` rows."""
+    """Decode an argument of golden.json: a list is an array, a dict with "by_seed" is a sum of `by_seed` rows."""
     if isinstance(argument, list):
         array = np.array(argument)
         return array if array.dtype == bool else array.astype(np.float64)  # "-inf" is a string
@@ -135,7 +135,7 @@ def _case(name: str, function: str, arguments: dict[str, Any], expected: dict[st
     decoded = {key: decode(value) for key, value in arguments.items()}
     if "config" in arguments:
         decoded["config"] = SMARTConfig(**arguments["config"])
-    rows: tuple[int, ...] | None = ()  # what the errors are measured against: each entry, or the largest of some axes
+    rows: tuple[int, ...] | None = ()  # errors are relative to each entry, or to the largest of some axes
     if "granularity" in arguments:
         rows = (-1,) if arguments["granularity"] == "token" else None
     answers = {}

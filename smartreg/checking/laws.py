@@ -1,7 +1,7 @@
-"""The laws that every backend obeys, the inputs on which they are checked, and how large an error may be.
+"""The laws that every backend obeys, and the inputs on which they are checked.
 
-A law takes the backend's face (`smartreg.checking.Face`) and a case, and yields (what, error, bound) for each thing
-that it looks at. The cases are drawn by `smartreg.checking` or by hypothesis; no backend has a tolerance of its own.
+A law takes the backend's `Face` and a case, and yields (what, error, bound) for each thing that it checks. The cases
+are drawn by `check_backend` or by hypothesis. No backend has a tolerance of its own.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ class Pair(NamedTuple):
 
 
 def random_pair(rng: np.random.Generator, name: str, dtype: str) -> Pair:
-    """Outputs of a few shapes, from a scalar head to (n, tokens, C), any distance apart, with ties and -inf classes.
+    """Draw outputs from a scalar head to (n, tokens, C), any distance apart, with ties and -inf classes.
 
-    Few shapes, since some frameworks compile each anew.
+    The shapes are few, because some frameworks compile each anew.
     """
     classes = int(rng.choice([2, 3, 40])) if name == "symmetric_kl" else int(rng.choice([1, 3]))
     return make_pair(
@@ -65,7 +65,7 @@ def make_pair(
     ties: bool = False,
     excluded: int = 0,
 ) -> Pair:
-    """A pair by its properties: the outputs' size and distance, whether they are whole numbers, how many are -inf."""
+    """Make a pair: the outputs' size and distance, whether they are whole numbers, how many classes are -inf."""
     rng = np.random.default_rng(seed)
     b = size * rng.normal(size=shape)
     a = b + distance * rng.normal(size=shape)
@@ -79,7 +79,7 @@ def make_pair(
 
 
 def divergence_laws(face: Face, name: str, pair: Pair) -> Iterator[Law]:
-    """J >= 0, symmetric, 0 only at equal distributions; gradients sum to 0; positions and masks; the reference."""
+    """Check J >= 0, symmetry, 0 only at equal distributions, gradients, positions, masks, and the reference."""
     a, b, mask, shift = pair
     required = bound("divergence", face.dtype)
     reference = DIVERGENCES[name]
@@ -138,7 +138,7 @@ class BallCase(NamedTuple):
 
 
 def random_ball(rng: np.random.Generator, dtype: str) -> BallCase:
-    """Points inside, outside and at 0, ties among their entries, and gradients as small as 1e-30."""
+    """Draw points inside, outside and at 0, some with ties, and gradients as small as 1e-30."""
     return make_ball(
         dtype,
         seed=int(rng.integers(2**32)),
@@ -164,7 +164,7 @@ def make_ball(
     granularity: str,
     norm: str,
 ) -> BallCase:
-    """A case by its properties: the points' size, the radius in units of it, and whether each example has its own."""
+    """Make a case: the points' size, the radius in units of that size, and whether each example has its own."""
     rng = np.random.default_rng(seed)
     u, v = rng.normal(size=(2, *shape)) * 10 ** rng.uniform(-1, 1, size=(2, shape[0], *[1] * (len(shape) - 1)))
     if ties:
@@ -175,7 +175,7 @@ def make_ball(
 
 
 def normalize_laws(face: Face, case: BallCase) -> Iterator[Law]:
-    """||g / ||g|| || = 1, at any size of g; 0 at 0; signs stay."""
+    """Check that the length is 1 at any size of g, 0 at 0, and that signs stay."""
     g, norm, granularity = case.u, case.norm, case.granularity
     unit = face.call("normalize", g, norm=norm, granularity=granularity)
     length, before = (_norms(z, norm, granularity) for z in (unit, g))
@@ -191,7 +191,7 @@ def normalize_laws(face: Face, case: BallCase) -> Iterator[Law]:
 
 
 def projection_laws(face: Face, ball: str, case: BallCase) -> Iterator[Law]:
-    """Inside the ball, idempotent, the identity inside, non-expansive, and the reference's point."""
+    """Check that it is inside the ball, idempotent, the identity inside, non-expansive, and as the reference."""
     u, v, radius, granularity, _ = case
     norm = next(norm for norm, name in BALLS.items() if name == ball)
     ulp = eps(face.dtype)
@@ -225,7 +225,7 @@ class AscentCase(NamedTuple):
 
 
 def random_ascent(rng: np.random.Generator, dtype: str) -> AscentCase:
-    """Any norm, granularity, start and divergence; radii that bind and radii that do not."""
+    """Draw any norm, granularity, start and divergence; radii that bind and radii that do not."""
     return make_ascent(
         dtype,
         seed=int(rng.integers(2**32)),
@@ -239,13 +239,13 @@ def random_ascent(rng: np.random.Generator, dtype: str) -> AscentCase:
 
 
 def make_ascent(dtype: str, *, seed: int, divergence: str, **settings: Any) -> AscentCase:
-    """A case by its seed and its settings of SMARTConfig."""
+    """Make a case from a seed and settings of SMARTConfig."""
     rng = np.random.default_rng(seed)
     theta = {
         name: round_to(value, dtype)
         for name, value in init_parameters(rng, vocabulary=9, d=4, hidden=5, outputs=3).items()
     }
-    # no token twice: of coordinates that tie, rounding decides which one the l1 margin start moves
+    # no token twice: if coordinates tie, rounding decides which one the l1 margin start moves
     x = theta["E"][np.stack([rng.permutation(9)[:4] for _ in range(3)])]
     mask = np.arange(4) < rng.integers(1, 5, size=(3, 1))
     config = SMARTConfig(**{"sigma": 0.05, "eta": 0.05, **settings})
@@ -254,7 +254,7 @@ def make_ascent(dtype: str, *, seed: int, divergence: str, **settings: Any) -> A
 
 
 def ascent_laws(face: Face, case: AscentCase) -> Iterator[Law]:
-    """delta in its ball, 0 at masked positions and where x is not finite; a small step never lowers the divergence."""
+    """Check that delta is in its ball, 0 at masked and non-finite entries, and that a small step ascends."""
     theta, x, mask, noise, divergence, config = case
 
     def network(delta: Any) -> Array:
@@ -300,20 +300,20 @@ def ascent_laws(face: Face, case: AscentCase) -> Iterator[Law]:
 
 
 def random_schedule(rng: np.random.Generator) -> SMARTConfig:
-    """Any schedule of beta, its ends among them."""
+    """Draw any schedule of beta, its ends among them."""
     early, late = (float(rng.choice([0.0, 0.5, 0.99, 0.999, 1.0])) for _ in range(2))
     return make_schedule(early, late, int(rng.integers(0, 101)), int(rng.integers(1, 1000)))
 
 
 def make_schedule(early: float, late: float, percent: int, total: int) -> SMARTConfig:
-    """beta_early for `percent` of `total` steps, then beta_late."""
+    """Make a schedule: beta_early for `percent` of `total` steps, then beta_late."""
     return SMARTConfig(
         beta_early=early, beta_late=late, early_fraction=percent / 100, total_steps=total, proximal_steps=2
     )
 
 
 def momentum_laws(face: Face, config: SMARTConfig) -> Iterator[Law]:
-    """beta_early up to the step early_fraction T, beta_late after it; in whole numbers, which have no rounding."""
+    """Check beta_early up to the step early_fraction T and beta_late after it, in whole numbers without rounding."""
     assert config.total_steps is not None
     last = round(100 * config.early_fraction) * config.total_steps // 100
     steps = {1, max(last, 1), last + 1, config.total_steps}
@@ -326,7 +326,7 @@ def momentum_laws(face: Face, config: SMARTConfig) -> Iterator[Law]:
 
 
 def ema_laws(face: Face, pair: Pair) -> Iterator[Law]:
-    """beta = 0 gives theta, beta = 1 theta~, equal weights stay, and the average lies between."""
+    """Check that beta = 0 gives theta, beta = 1 theta~, that equal weights stay, and the average in between."""
     old, new = pair.a, pair.b
     for beta, want in ((0.0, new), (1.0, old)):
         yield f"beta = {beta:g}", worst(face.ema_update({"w": old}, {"w": new}, beta)["w"] - want), 0.0
@@ -340,7 +340,7 @@ def ema_laws(face: Face, pair: Pair) -> Iterator[Law]:
 
 
 def bregman_laws(face: Face, pair: Pair) -> Iterator[Law]:
-    """0 at equal outputs; the weighted mean of each divergence over the positions that count; its gradient."""
+    """Check 0 at equal outputs, the weighted mean of each divergence over the positions that count, its gradient."""
     weight = round_to(np.linspace(0.5, 2, len(pair.a)), face.dtype)
     for name in DIVERGENCES:
         a, b, mask, _ = pair
@@ -360,7 +360,7 @@ def bregman_laws(face: Face, pair: Pair) -> Iterator[Law]:
 
 
 def _norms(values: Array, norm: str, granularity: str) -> Array:
-    """The norm of everything that one norm runs over, in float64, without overflow."""
+    """Return the norm of everything that one norm runs over, in float64, without overflow."""
     rows = np.asarray(values, np.float64)
     rows = rows.reshape(len(rows), -1) if granularity == "example" else rows
     scale = np.abs(rows).max(-1, keepdims=True)

@@ -1,15 +1,15 @@
-"""What SMART saw in the first steps of a run, as one file, and its numbers again in NumPy float64 (docs/debugging.md).
+"""Write what SMART saw in the first steps of a run to one file (docs/debugging.md).
 
 The file is an `.npz` without pickles. Its entry `recording` is JSON: the format's number, the backend, the versions,
-the configuration, the site, and for each step the tensors' own dtypes and the divergence of each output. The arrays of
-step i (0, 1, ...) are `i/NAME`, half precision as float32, which is exact:
+the configuration and the site. For each step it has the tensors' dtypes and the divergence of each output. The arrays
+of step i (0, 1, ...) are `i/NAME`; half precision becomes float32, which is exact:
 
     x/k, delta/k, mask/k           of the k-th run of the site: (n, ..., d) twice, and true at real positions
     outputs/k, perturbed/k, teacher/k    of the k-th output: f(x; theta), f(x + delta; theta), f(x; theta~)
     positions/k, sample_weight/k   which of its positions count; w, one an example or one a position
     R_s, D_Breg, penalty, max_delta, vanished, step, beta, distance    what SMART itself reported
 
-`step` counts the optimiser steps before this one, and `distance` is max|theta - theta~| then.
+`step` is the number of optimiser steps before this one, and `distance` is max|theta - theta~| at that time.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ FORMAT = 1
 
 
 def flat(tensors: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
-    """Lists of tensors by the names that a recording gives them; what is None is left out.
+    """Name lists of tensors as a recording does; None is left out.
 
     Example:
         >>> flat({"x": [1, 2], "mask": [None, 3]})
@@ -51,16 +51,16 @@ def flat(tensors: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
 
 
 class Recorder:
-    """Collects the first steps of a run and writes them, complete or not at all. For the backends.
+    """Collects the first steps of a run for a backend, and writes all of them or none.
 
     Args:
-        path: the file. It must not be there yet: a run that breaks before its first step would leave the old file, to
-            be read as its own.
+        path: the file. It must not exist: if a run breaks before its first step, an old file would be taken for
+            that run's.
         steps: how many steps to record.
-        call: whose argument `record` is, for the messages.
+        call: the call that got `record=`, for the messages.
 
     Attributes:
-        done: nothing more is to be recorded: the file is written, or will not be.
+        done: whether recording has ended: the file is written, or will not be.
 
     Raises:
         FileExistsError, FileNotFoundError: there is such a file, or no such folder.
@@ -72,7 +72,7 @@ class Recorder:
             raise TypeError(f"{call}: record_steps must be a whole number, got {steps!r}")
         if steps < 1:
             raise ValueError(f"{call}: record_steps must be at least 1, got {steps!r}")
-        self.path = Path(path).absolute()  # wherever the run may go
+        self.path = Path(path).absolute()  # the run may change its folder
         if self.path.exists():
             raise FileExistsError(f"{call}: record={str(path)!r} is there already. Give another path, or delete it.")
         if not self.path.parent.is_dir():
@@ -84,7 +84,7 @@ class Recorder:
         self._recorded: dict[int, tuple[dict[str, Array], dict[str, Any]]] = {}
 
     def begin(self, backend: str, packages: Mapping[str, str], config: SMARTConfig, site: str) -> None:
-        """Say what runs; ValueError where it computes nothing that could be recorded."""
+        """Say what runs; ValueError if it computes nothing that could be recorded."""
         if config.lambda_s == config.mu == 0:
             raise ValueError(f"{self._call}: record= has nothing to record: lambda_s and mu are 0")
         versions = {"smartreg": smartreg.__version__, "python": platform.python_version(), "numpy": np.__version__}
@@ -99,15 +99,15 @@ class Recorder:
         outputs: Sequence[Mapping[str, Any]],
         index: int | None = None,
     ) -> None:
-        """One complete step.
+        """Add one complete step.
 
         Args:
-            arrays: by the names that `flat` gives.
+            arrays: by the names that `flat` gives them.
             reported: the scalars.
-            dtypes: what the tensors were before they became arrays.
+            dtypes: the types of the tensors before they became arrays.
             outputs: of each output its `divergence`, `weight` (Keras' loss_weights) and `by_weights` (whether the mean
                 divides by the sum of the sample weights).
-            index: the place of the step, where steps may come in another order.
+            index: the place of the step, if steps may come in another order.
         """
         index = len(self._recorded) if index is None else index
         if self.done or index >= self.steps:
@@ -125,7 +125,7 @@ class Recorder:
         return len(self._recorded) >= self.steps
 
     def write(self) -> None:
-        """Write what there is, once; a warning, and no exception, where that fails: training is worth more."""
+        """Write what there is, once. A failure gives a warning and no exception, because training matters more."""
         if self.done or not self._recorded:
             return
         self.done = True
@@ -148,7 +148,7 @@ class Recorder:
             part.unlink(missing_ok=True)
 
     def close(self) -> None:
-        """No more steps will come: write what there is, and warn where that is nothing."""
+        """End the recording: write what there is, and warn if there is nothing."""
         if not self.done and not self._recorded and sys.exc_info()[0] is None:
             self._warn(f"{str(self.path)!r} is not written: no training step was taken (in eval mode there is none).")
         self.write()

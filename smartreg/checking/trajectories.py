@@ -1,4 +1,4 @@
-"""Algorithm 1 in 11 settings, from one file of weights, batches and noise: every intermediate of a run compared."""
+"""Algorithm 1 in 11 settings, from one file of weights, batches and noise: compare every intermediate of a run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Array = NDArray[Any]
 
 # settings of SMARTConfig, and arguments of fit_reference
 TRAJECTORIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "paper": ({}, {}),  # Gaussian start, T_x = 1, as the others where they do not say otherwise
+    "paper": ({}, {}),  # Gaussian start, T_x = 1; the others have the same unless they say otherwise
     "l2, token": (
         {"norm": "2", "granularity": "token", "ascent_steps": 3, "proximal_steps": 3, "beta_early": 0, "beta_late": 0},
         {"optimizer": "sgd"},
@@ -50,7 +50,7 @@ class Trajectory(NamedTuple):
 
 
 def load_trajectory(name: str, dtype: str = "float64") -> Trajectory:
-    """One of `TRAJECTORIES` with its inputs, for an implementation of your own to be run on.
+    """Load one of `TRAJECTORIES` with its inputs, to run an implementation of your own on it.
 
     The network is that of `smartreg.reference`, and the learning rate `fit_reference`'s own, 0.01.
 
@@ -86,13 +86,13 @@ def load_trajectory(name: str, dtype: str = "float64") -> Trajectory:
 
 
 def run_trajectory(name: str, functions: Functions, dtype: str = "float64", count: int = 50) -> list[Step]:
-    """The first steps of Algorithm 1 with these functions."""
+    """Run the first steps of Algorithm 1 with these functions."""
     theta, batches, config, noise, options = load_trajectory(name, dtype)
     return fit_reference(theta, batches[:count], config, noise, functions=functions, **options)
 
 
 class _Rounded(Functions):
-    """The reference's functions where every output, gradient and step is off by some units in the last place."""
+    """The reference's functions with every output, gradient and step off by some units in the last place."""
 
     def __init__(self, seed: int, dtype: str, ulps: float = 32) -> None:
         self.rng, self.size = np.random.default_rng(seed), ulps * eps(dtype)
@@ -117,13 +117,13 @@ class _Rounded(Functions):
 
 
 def compare_steps(steps: Sequence[Any], name: str, dtype: str = "float64") -> list[Row]:
-    """Every intermediate of a run of a trajectory against the reference's, in the order in which they are computed.
+    """Compare every intermediate of a run with the reference's, in the order in which they are computed.
 
     The first row that is not `ok` names the step and the intermediate at which the run first differs.
 
     Args:
-        steps: the first steps of the run, up to 50: `Step`s, or dicts or objects with some of its fields; None where
-            there is nothing to compare.
+        steps: the first steps of the run, up to 50: `Step`s, or dicts or objects with some of its fields. A field that
+            is None is not compared.
         name, dtype: which of `TRAJECTORIES`, and the type that the run computed in.
 
     Raises:
@@ -152,7 +152,7 @@ def compare_steps(steps: Sequence[Any], name: str, dtype: str = "float64") -> li
 
 @cache
 def _reference(name: str, dtype: str, count: int) -> list[dict[str, tuple[Any, float]]]:
-    """Every intermediate of the first steps, and how far from it a run may be: as the rounded runs are so far."""
+    """Return every intermediate of the first steps, and how far off a run may be: as far as the rounded runs are."""
     rounded = [run_trajectory(name, _Rounded(seed, dtype), count=count) for seed in range(4)]
     so_far: dict[str, float] = {}
     steps = []
