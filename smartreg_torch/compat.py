@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 _REQUIRED = {
     "torch.Tensor": (Tensor, ("_version", "_backward_hooks", "_post_accumulate_grad_hooks")),
-    "torch.nn.Module": (nn.Module(), ("_parameters", "_buffers")),
+    "torch.nn.Module": (nn.Module(), ("_parameters", "_buffers", "_modules")),
 }
 _missing = [f"{of}.{name}" for of, (owner, names) in _REQUIRED.items() for name in names if not hasattr(owner, name)]
 if _missing:
@@ -46,6 +46,17 @@ def own_buffers(module: nn.Module) -> dict[str, Tensor | None]:
     Without: ImportError when this module is imported
     """
     return module._buffers
+
+
+def own_modules(module: nn.Module) -> dict[str, nn.Module | None]:
+    """Return the dictionary in which a module keeps the modules inside it.
+
+    Private: torch.nn.Module._modules
+    Seen: torch 2.6 to 2.13; other libraries rely on it as well
+    For: seeing, in less time than a walk takes, that a model is made of the same modules as in the step before
+    Without: ImportError when this module is imported
+    """
+    return module._modules
 
 
 def forward_hooks(module: nn.Module) -> tuple[Callable[..., Any], ...]:

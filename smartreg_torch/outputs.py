@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from smartreg.report import Choice
+from smartreg_torch.inputs import Inputs, Masks, read_inputs, virtual_tokens
+from smartreg_torch.passes import Passes
 from smartreg_torch.perturbation import output_mask
+from smartreg_torch.site import Call, argument_names
 
 Outputs = str | int | Sequence[str | int] | Callable[[Any], Tensor | Sequence[Tensor]]
 
@@ -20,9 +23,6 @@ _PROBLEM_TYPES = {
     "regression": "squared_error",
 }
 _SPANS = ("start_logits", "end_logits")  # a softmax over the positions
-# Masks by other names than attention_mask: what is true there is for the user to say.
-_MASKS = re.compile(r"(^|_)(masks?|pad|padding|valid)(_|$)", re.IGNORECASE)
-_OTHER_MASKS = re.compile(r"head|special|global|label|decoder|cross|span|masked|sample|class|type|indices", re.I)
 
 
 class Head(NamedTuple):
@@ -274,79 +274,8 @@ def _axis(
     )
 
 
-def check_probabilities(z: Tensor, head: Head) -> None:
-    """Raise ValueError where an output (n, ..., C) holds probabilities and l_s takes logits. Reads the values."""
-    if head.divergence == "squared_error":
-        return
-    z = z.detach()
-    inside = bool(((z >= 0) & (z <= 1)).all())
-    if not inside:
-        return
-    if head.divergence == "symmetric_kl" and bool(((z.sum(-1) - 1).abs() < 1e-2).all()):
-        what, mend = (
-            "are probabilities: they sum to 1",
-            "the logits instead, or compare their logarithms: outputs=torch.log",
-        )
-    elif z.numel() >= 32:  # so many logits are never all between 0 and 1
-        what, mend = "are probabilities: all are between 0 and 1", "the logits instead, or say outputs=torch.logit"
-    else:
-        return
-    raise ValueError(
-        f"SMART: the outputs ({head.name}) {what}, and {head.divergence} takes logits. Let forward return {mend} (a "
-        "function of the model's output)"
-    )
-
-
-def find_mask(arguments: Mapping[str, Any], xs: Sequence[torch.Size]) -> tuple[str, Tensor | None]:
-    """Which positions are real, by the model's own arguments, and the argument that says so; None where none does.
-
-    `attention_mask` is true at real positions, or, if it is to be added to scores, 0 there and negative elsewhere.
-    PyTorch's `*key_padding_mask` is true at padding.
-
-    Raises:
-        ValueError: a mask of another name, of which nothing says what is true there.
-    """
-    given = arguments.get("attention_mask")
-    if isinstance(given, Tensor):
-        return "attention_mask", _real(given)
-    for name, value in arguments.items():
-        if not isinstance(value, Tensor):
-            continue
-        if name.endswith("key_padding_mask"):
-            return f"{name}, true at padding", value == 0
-        is_mask = _MASKS.search(name) and not _OTHER_MASKS.search(name)
-        if is_mask and any(len(x) > 2 and value.shape == x[:-1] for x in xs):
-            raise ValueError(
-                f"SMART: the model was given {name!r}, (n, tokens). Is it true at padding, or at real tokens? Say "
-                f"mask={name!r} if it is true at real tokens, else mask=, a function of the model's arguments that "
-                "gives the tensor which is"
-            )
-    return "none", None
-
-
-def _real(mask: Tensor) -> Tensor:
-    if mask.ndim == 4 and mask.shape[1] == mask.shape[2] == 1:  # for the scores, (n, heads, tokens, tokens)
-        mask = mask[:, 0, 0]
-    if not mask.is_floating_point():
-        return mask
-    additive = (mask <= 0).all()
-    return torch.where(additive, mask == 0, mask != 0)
-
-
-def check_real(mask: Tensor, name: str) -> None:
-    """Raise ValueError where a mask seems to be true at padding. Reads the values."""
-    if mask.ndim != 2:
-        return
-    real = mask != 0
-    if bool((~real.any(1)).any()) and not bool(real.all(1).any()):
-        raise ValueError(
-            f"SMART: {name} leaves a row without a real token, and none without padding: it seems to be true at "
-            f"padding. Give it the other way round, or say mask=, a function of the model's arguments: {name} == 0"
-        )
-
-
-def positions(z: Tensor, masks: Sequence[Tensor | None], virtual: int = 0) -> Tensor | None:
-    """The mask that has the positions of an output (n, ..., C), or None. `virtual` more of them may be in front."""
+def _positions(z: Tensor, masks: Sequence[Tensor | None], virtual: int = 0) -> Tensor | None:
+    """Find the mask that has the positions of an output (n, ..., C). `virtual` more of them may be in front."""
     found = output_mask(z, masks)
     if found is None and virtual and z.ndim == 3:
         for mask in masks:
@@ -355,28 +284,136 @@ def positions(z: Tensor, masks: Sequence[Tensor | None], virtual: int = 0) -> Te
     return found
 
 
-def zero_sum_error(gradient: Tensor, z: Tensor, head: Head) -> str:
-    """Say why the loss's gradient at an output is not that of a softmax over its classes; "" where it may be.
+class Compared(NamedTuple):
+    """How the outputs of one batch are compared.
 
-    sum_c dL/dz_c = 0 for every loss of softmax(z), since it does not change when all z_c move alike.
+    Attributes:
+        heads: one for each output.
+        targets: the clean outputs f(x; theta), (n, ..., C).
+        positions: the mask of each output's positions, true at those that count, or None.
+        inputs: what the model was given.
     """
-    gradient = head.arranged(gradient.detach())
-    if not bool(gradient.isfinite().all()):
-        return ""
-    wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
-    left = wide.sum(-1).flatten()  # of the task's loss alone: the penalty's gradient sums to 0
-    total, apart = float(wide.abs().sum()), float(left.abs().sum())
-    if wide.ndim == 2 and wide.shape[0] == wide.shape[1]:  # a contrastive loss of rows and columns
-        apart = min(apart, float(left.sum().abs()))
-    if len(left) < 3 or apart <= total * (0.01 if gradient.dtype.itemsize > 2 else 0.1):
-        return ""
-    # z.sum() and z.square().sum() stand for a loss in many a first try
-    for alike in (torch.ones_like(left), head.arranged(z).to(wide).sum(-1).flatten()):
-        if bool(torch.cosine_similarity(left, alike, 0).abs() > 0.99):
-            return ""
-    return (
-        f"SMART: the loss's gradient at the outputs ({head.name}) does not sum to 0 over axis {head.axis}, so they are "
-        "no logits of classes there, and symmetric_kl is not their divergence. Say divergence='bernoulli_symmetric_kl' "
-        "(several labels, BCE) or 'squared_error' (values), or where the classes are, class_axis=; if this is as you "
-        "want it, divergence='symmetric_kl'"
-    )
+
+    heads: list[Head]
+    targets: list[Tensor]
+    positions: list[Tensor | None]
+    inputs: Inputs
+
+    @property
+    def divergences(self) -> list[str]:
+        """The name of l_s of each output."""
+        return [head.divergence for head in self.heads]
+
+    def arranged(self, outputs: Mapping[str, Tensor]) -> list[Tensor]:
+        """Arrange the outputs of a pass as (n, ..., C)."""
+        return [head.arranged(z) for head, z in zip(self.heads, outputs.values(), strict=True)]
+
+
+class Reader:
+    """Finds out, batch by batch, which outputs are compared, by which l_s, and at which positions.
+
+    Args:
+        model: the module that the passes run.
+        outputs, divergence, class_axis, mask: as `SMART` takes them.
+
+    Attributes:
+        heads: those of the last batch.
+        choices: what `describe` says of it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        outputs: Outputs | None,
+        divergence: str | Sequence[str] | None,
+        class_axis: int | None,
+        mask: Masks | None,
+    ) -> None:
+        self.outputs, self.divergence, self.class_axis, self.mask = outputs, divergence, class_axis, mask
+        self.names = argument_names(model)
+        self.heads: list[Head] = []
+        self.choices: dict[str, Choice] = {}
+        self._model = model
+
+    def read(self, passes: Passes, label_mask: Tensor | None) -> Compared:
+        """Read the clean pass of a batch.
+
+        Raises:
+            TypeError, ValueError: an output, a mask or the label_mask is not what it should be.
+        """
+        outputs, calls, site = passes.clean.outputs, passes.clean.calls, passes.site
+        for z in outputs.values():
+            check_output(z, len(calls[0].x) if calls else None)
+        with passes.given() as (args, kwargs):  # a mask= reads what the model was given
+            inputs = read_inputs(self.names, args, kwargs, calls, self.mask)
+        xs = [call.x.shape for call in calls] if calls else inputs.shapes
+        at_input = site is None or site.at_input
+        labels = inputs.arguments.get("labels")
+        evidence = Evidence(getattr(self._model, "config", None), labels, inputs.masks, xs, at_input)
+        self.heads = find_heads(outputs, evidence, self.divergence, self.class_axis, self.heads)
+        targets = [head.arranged(z) for head, z in zip(self.heads, outputs.values(), strict=True)]
+        return Compared(self.heads, targets, [self._count(z, inputs, label_mask) for z in targets], inputs)
+
+    def note(self, compared: Compared, calls: Sequence[Call]) -> None:
+        """Note for `describe` what was chosen for this batch."""
+        self.choices = _describe_batch(compared, calls)
+
+    def _count(self, z: Tensor, inputs: Inputs, label_mask: Tensor | None) -> Tensor | None:
+        """Which positions of an output count: those of the site, or of a decoder if there is one, with a label."""
+        masks = inputs.masks
+        if "decoder_input_ids" in self.names:
+            mask, labels = inputs.arguments.get("decoder_attention_mask"), inputs.arguments.get("labels")
+            masks = [labels != -100 if mask is None and labels is not None else mask]
+        virtual = virtual_tokens(self._model)
+        real, labelled = _positions(z, masks, virtual), _positions(z, [label_mask], virtual)
+        if label_mask is not None and labelled is None and z.ndim > 2:
+            raise ValueError(
+                f"SMART: label_mask has the shape {tuple(label_mask.shape)}, and the outputs' positions are "
+                f"{tuple(z.shape[:-1])}. Give a label_mask of that shape"
+            )
+        fits = label_mask is None and real is None and z.ndim == 3
+        lost = [tuple(mask.shape) for mask in masks if mask is not None and mask.ndim == 2] if fits else []
+        if lost and inputs.mask_name == "attention_mask":
+            raise ValueError(
+                f"SMART: {inputs.mask_name} has the shape {lost[0]}, and the outputs' positions are "
+                f"{tuple(z.shape[:-1])}. Say which of them count: smart(..., label_mask=<true at those, of that shape>)"
+            )
+        if real is None or labelled is None:
+            return labelled if real is None else real
+        return (real > 0) & labelled
+
+    def describe(self) -> dict[str, Choice]:
+        """Say what is compared, and why."""
+        later = Choice("not known yet", "the first training step shows it")
+        known = dict.fromkeys(("outputs", "l_s", "class axis", "mask", "positions"), later)
+        if self.heads:
+            said = "outputs=" if self.outputs is not None else "what the model returns"
+            known["outputs"] = Choice(", ".join(head.name for head in self.heads), said)
+            for key, values, whys in (
+                ("l_s", [head.divergence for head in self.heads], [head.why_divergence for head in self.heads]),
+                (
+                    "class axis",
+                    ["none" if head.axis is None else str(head.axis) for head in self.heads],
+                    [head.why_axis for head in self.heads],
+                ),
+            ):
+                known[key] = Choice(", ".join(dict.fromkeys(values)), ", ".join(dict.fromkeys(whys)))
+        return {"x": later} | known | self.choices
+
+
+def _describe_batch(compared: Compared, calls: Sequence[Call]) -> dict[str, Choice]:
+    """Say what `describe` says of a batch: shapes, the mask and the positions."""
+    inputs, targets = compared.inputs, compared.targets
+    x = ", ".join(str(tuple(call.x.shape)) for call in calls)
+    masked = [mask for mask in inputs.masks if mask is not None]
+    shapes = ", ".join(str(tuple(z.shape)) for z in targets)
+    several = any(z.ndim > 2 for z in targets)
+    counted = any(m is not None for m in compared.positions)
+    where = f"those of {inputs.mask_name}" if counted else "all" if several else "one an example"
+    return {
+        "x": Choice(x or "none", f"{len(calls)} call(s) of the site" if calls else "lambda_s is 0"),
+        "mask": Choice(
+            inputs.mask_name if masked else "none", str(tuple(masked[0].shape)) if masked else "no argument says"
+        ),
+        "positions": Choice(where, f"the outputs are compared as {shapes}"),
+    }

@@ -1,79 +1,420 @@
-"""How a model is run again: in float32, with frozen weights, without touching any `.grad`, and whether it repeats."""
+"""How a model is run on one mini-batch: the clean pass, the pass again, the pass at other points."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
+import copy
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from smartreg_torch import compat
-from smartreg_torch.replay import device_of
+from smartreg_torch.replay import Given, Known, State, device_of, differing, first_differing_module
 from smartreg_torch.sharding import fully_sharded, reshard
-from smartreg_torch.values import alike, tensors_in
+from smartreg_torch.site import Call, Site
+from smartreg_torch.teacher import Teacher, in_model
 
+Outputs = dict[str, Tensor]  # those that are compared, by name, as the model gives them
 HALF = (torch.bfloat16, torch.float16)
+_ONE_BACKWARD = (
+    "SMART: the model's backward frees or overwrites what it needs, as some fused kernels do, and the margin start "
+    "runs it once before yours: your gradients would be wrong. Say SMARTConfig(start='gaussian')"
+)
 
 
-class Float32:
-    """The passes of a model in float32, whatever it computes in itself, while the block lasts.
+class Runner:
+    """A model, how its passes are run, and what they have shown: one for all steps.
+
+    Args:
+        wrapped: what the clean pass calls, DistributedDataParallel, say.
+        choose: gives the outputs that are compared of what the model returned.
+        precision: as `SMART` takes it.
+
+    Attributes:
+        called: what the other passes call: a compiled module, say, since all passes run the same code.
+        model: the module itself.
+        modules, theta, sharded: its modules, its parameters by name, and the modules that `fully_shard` was called on,
+            all as `look` found them.
+    """
+
+    def __init__(self, wrapped: nn.Module, choose: Callable[[Any], Outputs], precision: str) -> None:
+        self.wrapped, self.choose, self.precision = wrapped, choose, precision
+        self.called: nn.Module = wrapped.module if isinstance(wrapped, nn.parallel.DistributedDataParallel) else wrapped
+        self.model: nn.Module = compat.uncompiled(self.called)
+        if isinstance(self.model, nn.parallel.DistributedDataParallel):
+            raise ValueError(
+                "SMART: torch.compile(DistributedDataParallel(model)) would run one pass compiled and the others not. "
+                "Compile inside: DistributedDataParallel(torch.compile(model))"
+            )
+        self.known = Known()
+        self.checked: set[Any] = set()  # the arguments with which a pass was seen to repeat
+        self.needs_graph = False  # whether passes without a graph fail in the model's forward
+        self.forget()
+
+    def forget(self) -> None:
+        """Hold nothing of the model's any longer; the next `look` walks over it."""
+        self.modules: list[nn.Module] = []
+        self.theta: dict[str, nn.Parameter] = {}
+        self.sharded: list[Any] = []
+        self._held: list[list[int]] = []
+
+    def look(self) -> dict[str, nn.Parameter]:
+        """Return the parameters by name, in a walk over the modules if one of them holds others than before."""
+        reshard(self.sharded)
+        if not self.modules or list(map(_held, self.modules)) != self._held:
+            self.sharded = fully_sharded(self.model)
+            reshard(self.sharded)
+            self.modules, self.theta = [], {}
+            known: set[nn.Parameter] = set()
+            for prefix, module in self.model.named_modules():
+                self.modules.append(module)
+                for name, parameter in compat.own_parameters(module).items():
+                    if parameter is not None and parameter not in known:
+                        known.add(parameter)
+                        self.theta[f"{prefix}.{name}" if prefix else name] = parameter
+            self._held = list(map(_held, self.modules))
+        return self.theta
+
+    @property
+    def has_static_graph(self) -> bool:
+        """Whether the wrapper is DistributedDataParallel(static_graph=True)."""
+        wrapped = self.wrapped
+        return isinstance(wrapped, nn.parallel.DistributedDataParallel) and bool(wrapped.static_graph)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"known": Known(), "modules": [], "theta": {}, "sharded": [], "_held": []}
+
+
+def _held(module: nn.Module) -> list[int]:
+    """The identities of what a module holds."""
+    return [*map(id, compat.own_modules(module).values()), *map(id, compat.own_parameters(module).values())]
+
+
+class Pass(NamedTuple):
+    """One run of the model.
+
+    Attributes:
+        outputs: those that are compared, by name, as the model gives them.
+        calls: the runs of the site; none if it has none.
+    """
+
+    outputs: Outputs
+    calls: list[Call]
+
+
+class Passes:
+    """The runs of a model on one mini-batch.
+
+    `again` and `at` have the dropout masks, the buffers and the states of the clean pass, and change none of them.
+
+    Args:
+        runner: of the model, after its `look`.
+        given: the model's arguments, (args, kwargs).
+        site: where x is; None if nothing is perturbed.
+
+    Attributes:
+        output: what the model returned to the user.
+        clean: f(x; theta), in the precision of the other passes.
+        lost: what the model wrote into for the first time, so that no pass can have what was there before.
+    """
+
+    output: Any
+    clean: Pass
+    lost: list[str]
+
+    def __init__(self, runner: Runner, given: Given, site: Site | None) -> None:
+        self.site, self._runner, self.theta = site, runner, runner.theta
+        self._given = given
+        self._state = State(runner.model, self.theta, given, runner.known, runner.modules)
+        half = runner.precision == "float32" and _in_half(runner.model, self.theta)
+        self._float32 = _Float32(runner) if half else None
+
+    @property
+    def given_tensors(self) -> list[Tensor]:
+        """The tensors among the arguments."""
+        return self._state.kept.given_tensors
+
+    @property
+    def own_outputs(self) -> Outputs:
+        """The outputs that the model's own pass gave, in its own precision."""
+        return self.clean.outputs if self._float32 is None else self._runner.choose(self.output)
+
+    def run_clean(self, call: nn.Module, differentiable: bool) -> None:
+        """Make the model's own pass; in float32, too, if the model is in half precision.
+
+        Args:
+            call: what is called.
+            differentiable: whether the graph of the outputs has to reach x.
+        """
+        args, kwargs = self._given
+        with ExitStack() as stack:
+            site = self.site if self._float32 is None else None
+            calls = stack.enter_context(site.recording(differentiable)) if site else []
+            self.output = call(*args, **kwargs)
+        self.lost = self._state.settle(self._runner.called)
+        if self._float32 is None:
+            self.clean = Pass(self._runner.choose(self.output), calls)
+            return
+        with ExitStack() as stack:  # once more: the rounding of the model's own pass is far above R_s
+            calls = stack.enter_context(self.site.recording(differentiable)) if self.site else []
+            self.clean = Pass(self._run(), calls)
+
+    @contextmanager
+    def given(self) -> Iterator[Given]:
+        """Yield the arguments as they were before the clean pass."""
+        with self._state.kept.as_before() as given:
+            yield given
+
+    def again(self, teacher: Teacher | None = None, watched: bool = False) -> Outputs:
+        """Return f(x; theta), or f(x; theta~) without a graph.
+
+        Args:
+            watched: whether to see if the model writes into theta~.
+        """
+        if teacher is None:
+            return self._run()
+        averages = teacher.for_a_pass()
+        # half-precision weights get theta~ in float32
+        copied = {name for name in averages if self._float32 and self.theta[name].dtype in HALF}
+        with in_model(self.theta, averages, self._runner.sharded, copied):
+            taught = self._without_graph(lambda: self._run(averages))
+        if watched:
+            teacher.see(averages)
+        return taught
+
+    def at(self, points: list[Tensor], graph: bool = True) -> Outputs:
+        """Return the outputs if the k-th run of the site gives points[k].
+
+        Args:
+            graph: False detaches them, and keeps no activation either.
+        """
+        assert self.site is not None
+        if graph:
+            with self.site.replaced(points):
+                return self._run()
+        with self._frozen(), self.site.replaced([x.detach() for x in points]):
+            # a head in outputs= may have weights of its own
+            return {name: z.detach() for name, z in self._run().items()}
+
+    def shifted(self, deltas: list[Tensor]) -> Outputs:
+        """Return f(x + delta) with a graph of its own below the site, too."""
+        assert self.site is not None
+        with self.site.shifted(deltas):
+            return self._run()
+
+    def without_clean(self) -> Passes:
+        """Copy this without the clean pass, whose graph it would hold."""
+        passes = copy.copy(self)
+        del passes.clean, passes.output
+        return passes
+
+    @property
+    def starts(self) -> list[Tensor]:
+        """x, on the graph of the clean outputs if a gradient may be taken of it."""
+        xs = [call.x for call in self.clean.calls]
+        # the first backward through it averages gradients over the processes; a margin start's would be that one
+        return [x.detach() for x in xs] if self._runner.has_static_graph else xs
+
+    @contextmanager
+    def ascending(self) -> Iterator[Callable[[list[Tensor]], Outputs]]:
+        """Yield `at` for the ascent: no graph is built for the weights, and no `.grad` or random stream changes."""
+        frozen = ExitStack()
+
+        def at(points: list[Tensor]) -> Outputs:
+            # not before the first pass of the ascent: the margin start still has a gradient to take of the clean graph,
+            # which checkpointed layers rebuild as it was
+            frozen.enter_context(self._frozen())
+            return self.at(points)
+
+        try:
+            # a backward under autocast would round its products: the passes have the caller's, the gradients none
+            with self._own_backward(), frozen, torch.autocast(device_of(self._runner.model).type, enabled=False):
+                yield at
+        except RuntimeError as error:
+            if compat.says(error, "reentrant"):
+                raise RuntimeError(
+                    "SMART: reentrant checkpointing cannot work: it allows no gradient with respect to embeddings. "
+                    "Use use_reentrant=False (gradient_checkpointing_kwargs={'use_reentrant': False} in Hugging Face)."
+                ) from error
+            raise
+
+    # In the first step
+
+    def is_first(self, names: frozenset[str]) -> bool:
+        """Whether no step with these arguments was checked."""
+        mine = self.site is not None, names
+        return self._runner.model.training and not {mine, (True, names)} & self._runner.checked
+
+    def checked(self, names: frozenset[str]) -> None:
+        """Note that a step with these arguments was checked."""
+        self._runner.checked.add((self.site is not None, names))
+
+    def check_repeated(
+        self,
+        read: Callable[[Outputs], list[Tensor]],
+        targets: list[Tensor],
+        positions: list[Tensor | None],
+        own_x: bool,
+    ) -> None:
+        """Raise RuntimeError if the pass at delta = 0 is another one: R_s and D_Breg would compare two models.
+
+        Args:
+            read: arranges the outputs of a pass as the targets are.
+            targets, positions: of the clean pass; which positions count.
+            own_x: whether the layers below the site are checked, too: theta~'s pass does not have the clean pass's x.
+        """
+        site = self.site
+        zeros = [torch.zeros_like(call.own) for call in self.clean.calls]
+        points = [call.own.detach() for call in self.clean.calls]
+
+        def repeated() -> Outputs:
+            if site is None:
+                return self._run()
+            with site.shifted(zeros, graph=False) if own_x else site.replaced(points, graph=False):
+                return self._run()
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # reentrant checkpointing is refused by the ascent
+            difference = differing(targets, read(self._without_graph(repeated, trying=True)), positions)
+            if difference:  # what seemed to be set up for good was not
+                self._state.reject()
+                difference = differing(targets, read(self._without_graph(repeated, trying=True)), positions)
+            if not difference:
+                return
+            where = first_differing_module(self._runner.model, lambda: self._without_graph(self._run, trying=True))
+        changed = [name for name in self._state.kept.changed if not name.endswith(".config.problem_type")]
+        hints = [f"the first module whose output differs is {where}"] if where else []
+        hints += [f"the forward changes {', '.join(changed[:5])}"] if changed else []
+        raise RuntimeError(
+            f"SMART: the model does not repeat itself: with the same batch, weights and dropout, {difference}; "
+            + ("; ".join(hints) or "nothing that SMART sees was changed")
+            + ". R_s and D_Breg would compare two models. Keep what changes in a buffer or a plain attribute, "
+            "pass it as an argument, or draw random numbers from torch's, NumPy's or Python's global stream"
+        )
+
+    def check_backward(self, targets: list[Tensor]) -> None:
+        """Raise RuntimeError if the model's backward changes what it needs: the margin start runs it once more."""
+        xs = self.starts
+        if self._runner.has_static_graph or not all(x.requires_grad for x in xs):
+            return
+        ones = [torch.ones_like(z) for z in targets]
+        with self._own_backward():
+            try:
+                first, second = (
+                    torch.autograd.grad(targets, xs, ones, retain_graph=True, allow_unused=True) for _ in range(2)
+                )
+            except (AttributeError, IndexError, KeyError, RuntimeError) as error:  # what it has saved is gone
+                raise RuntimeError(_ONE_BACKWARD) from error
+        both = zip(first, second, strict=True)
+        if any(a is not None and b is not None and differing([a], [b], [None]) for a, b in both):
+            raise RuntimeError(_ONE_BACKWARD)
+
+    def _run(self, averages: Mapping[str, Tensor] | None = None) -> Outputs:
+        """Run the model as in the clean pass; half-precision weights as these, if given."""
+        runner = self._runner
+        with self._state.replayed(None if self._float32 is None else _widened) as (args, kwargs):
+            if self._float32 is None:
+                return runner.choose(runner.called(*args, **kwargs))
+            return self._float32(averages or {}, args, kwargs)
+
+    def _without_graph(self, run: Callable[[], Outputs], trying: bool = False) -> Outputs:
+        """Run a pass of which no gradient is taken; with a graph if the model's forward needs one.
+
+        Args:
+            trying: whether to find out if it does.
+        """
+        if not self._runner.needs_graph:
+            try:
+                with torch.no_grad():
+                    return run()
+            except (RuntimeError, AssertionError):
+                if not trying:
+                    raise
+        with torch.enable_grad():
+            found = {name: z.detach() for name, z in run().items()}
+        self._runner.needs_graph = True
+        return found
+
+    def _frozen(self) -> Any:
+        return frozen_weights(self.theta.values(), self._runner.sharded)
+
+    @contextmanager
+    def _own_backward(self) -> Iterator[None]:
+        """Leave random streams and every `.grad` as they are after a backward of ours."""
+        # fully_shard reduces what it has accumulated in whichever backward comes next
+        weights = [] if self._runner.sharded else self.theta.values()
+        with self._state.kept_streams(), untouched_gradients(weights):
+            yield
+
+
+class _Float32:
+    """Runs passes of a model in float32, whatever it computes in itself.
 
     Autocast is off, and half-precision weights and buffers have float32 copies: of the weights, on the graph of theta.
     """
 
-    def __init__(self, model: nn.Module, called: nn.Module) -> None:
-        self._model = model
-        self._copies = {weight: weight.to(torch.float32) for weight in model.parameters() if weight.dtype in HALF}
+    def __init__(self, runner: Runner) -> None:
+        self._runner = runner
+        self._copies = {name: weight.to(torch.float32) for name, weight in runner.theta.items() if _is_half(weight)}
+        self._buffers = any(_is_half(b) for module in runner.modules for b in compat.own_buffers(module).values())
         if not self._copies:
             return
         unsupported = {
-            "torch.compile": is_compiled(called),
+            "torch.compile": is_compiled(runner.called),
             "checkpointed layers, which run again with the weights as they are": any(
-                getattr(module, "gradient_checkpointing", False) for module in model.modules()
+                getattr(module, "gradient_checkpointing", False) for module in runner.modules
             ),
-            "fully_shard, which puts its own in their place": bool(fully_sharded(model)),
-            "nn.LSTM, nn.GRU and nn.RNN": any(isinstance(module, nn.RNNBase) for module in model.modules()),
+            "fully_shard, which puts its own in their place": bool(runner.sharded),
+            "nn.LSTM, nn.GRU and nn.RNN": any(isinstance(module, nn.RNNBase) for module in runner.modules),
         }
         for what, found in unsupported.items():
             if found:
                 raise ValueError(
-                    f"SMART: the model has {next(iter(self._copies)).dtype} weights, and with {what}, the float32 "
-                    "copies of them that the passes of SMART need are not possible. Train float32 weights under "
-                    "torch.autocast, or say SMART(..., precision='model') with a radius that this precision can hold."
+                    f"SMART: the model has {runner.theta[next(iter(self._copies))].dtype} weights, and with {what}, "
+                    "the float32 copies of them that the passes of SMART need are not possible. Train float32 weights "
+                    "under torch.autocast, or say SMART(..., precision='model') with a radius that this precision can "
+                    "hold."
                 )
 
-    @contextmanager
-    def __call__(self, theta: Mapping[str, Tensor]) -> Iterator[None]:
-        """One pass, with the values of theta where it has them."""
-        given = {weight: theta[name] for name, weight in self._model.named_parameters() if name in theta}
-        own: list[tuple[dict[str, Any], str, Any]] = []
-        forward = vars(self._model).get("forward")
-        with torch.autocast(device_of(self._model).type, enabled=False):
+    def __call__(self, averages: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Outputs:
+        """Run one pass, with these values of the weights if there are some."""
+        runner, theta = self._runner, self._runner.theta
+        whole: Any = _Whole(runner)
+        copies = {name: averages.get(name, copy) for name, copy in self._copies.items()}
+        # frozen_weights may have come since the copies were made
+        tensors = {f"model.{name}": z if theta[name].requires_grad else z.detach() for name, z in copies.items()}
+        if self._buffers:
+            tensors |= {name: z.to(torch.float32) for name, z in whole.named_buffers() if _is_half(z)}
+        own, inside = vars(runner.model).get("forward"), compat.original_forward(runner.model)
+        with torch.autocast(device_of(runner.model).type, enabled=False):
             try:
-                inside = compat.original_forward(self._model)
                 if inside is not None:  # accelerate has put autocast around it
-                    vars(self._model)["forward"] = inside
-                for module in self._model.modules():
-                    groups: list[dict[str, Any]] = [compat.own_parameters(module), compat.own_buffers(module)]
-                    for tensors in groups:
-                        own += [(tensors, name, tensor) for name, tensor in tensors.items() if is_half(tensor)]
-                for tensors, name, tensor in own:
-                    copied = given.get(tensor, self._copies.get(tensor))
-                    copied = tensor.to(torch.float32) if copied is None else copied
-                    tensors[name] = copied if tensor.requires_grad else copied.detach()
-                yield
+                    vars(runner.model)["forward"] = inside
+                outputs: Outputs = functional_call(whole, tensors, args, kwargs) if tensors else whole(*args, **kwargs)
+                return outputs
             finally:
-                for tensors, name, tensor in own:
-                    tensors[name] = tensor
-                if forward is not None:
-                    vars(self._model)["forward"] = forward
+                if own is not None:
+                    vars(runner.model)["forward"] = own
+
+
+class _Whole(nn.Module):
+    """A model and the function outputs=, which may use its weights: for `functional_call`."""
+
+    def __init__(self, runner: Runner) -> None:
+        super().__init__()
+        self.model, self._choose = runner.called, runner.choose
+
+    def forward(self, *args: Any, **kwargs: Any) -> Outputs:
+        return self._choose(self.model(*args, **kwargs))
 
 
 @contextmanager
 def frozen_weights(parameters: Iterable[nn.Parameter], sharded: list[Any]) -> Iterator[None]:
-    """No graph is built for the weights, nor are the activations kept that it would need."""
+    """Build no graph for the weights, nor keep the activations that it would need."""
     weights = [parameter for parameter in parameters if parameter.requires_grad]
     reshard(sharded)  # whole weights that are kept have the flag that their shards had when they were gathered
     try:
@@ -86,30 +427,9 @@ def frozen_weights(parameters: Iterable[nn.Parameter], sharded: list[Any]) -> It
             weight.requires_grad_(True)
 
 
-def in_half(model: nn.Module, theta: Mapping[str, Tensor]) -> bool:
-    """Whether anything in the model computes in half precision, as far as can be seen from outside."""
-    autocast = torch.is_autocast_enabled(device_of(model).type) or compat.original_forward(model) is not None
-    return autocast or any(map(is_half, theta.values()))
-
-
-def is_half(tensor: Any) -> bool:
-    """Whether this is a bfloat16 or float16 tensor."""
-    return isinstance(tensor, Tensor) and tensor.dtype in HALF
-
-
-def widened(value: Any) -> Any:
-    """A half-precision tensor as float32; anything else as it is."""
-    return value.to(torch.float32) if is_half(value) else value
-
-
-def is_compiled(model: nn.Module) -> bool:
-    """Whether torch.compile or .compile() was called on it or on a module inside."""
-    return any(map(compat.is_compiled, model.modules()))
-
-
 @contextmanager
 def untouched_gradients(weights: Iterable[Tensor]) -> Iterator[None]:
-    """Every `.grad` is after the block what it was before, whatever a layer's own backward does.
+    """Leave every `.grad` after the block as it was before, whatever a layer's own backward does.
 
     Reversible layers run a backward of their own inside theirs, which adds to the `.grad` of their weights.
     """
@@ -130,61 +450,21 @@ def untouched_gradients(weights: Iterable[Tensor]) -> Iterator[None]:
             weight.grad = grad
 
 
-def differing(clean: Sequence[Tensor], again: Sequence[Tensor], masks: Sequence[Tensor | None]) -> str:
-    """Say how the outputs of a repeated pass differ from the clean pass's; "" where they agree.
-
-    Masked positions may differ, and so may the last digits: compiled code, or a GPU's atomic additions, may add up in
-    another order.
-    """
-    for i, (z, z_again, mask) in enumerate(zip(clean, again, masks, strict=True)):
-        if z.shape != z_again.shape:
-            return f"output {i} has the shape {tuple(z_again.shape)} instead of {tuple(z.shape)}"
-        z, z_again = z.detach(), z_again.detach()
-        if mask is not None:
-            keep = (mask != 0).unsqueeze(-1)
-            z, z_again = z.where(keep, 0), z_again.where(keep, 0)
-        if torch.equal(z, z_again):
-            continue
-        wide = torch.promote_types(z.dtype, torch.float32)
-        finite = z.isfinite() & z_again.isfinite()
-        same = finite | (z == z_again) | (z.isnan() & z_again.isnan())
-        if not bool(same.all()):
-            return f"output {i} is finite in one and not in the other"
-        apart = float((z.to(wide) - z_again.to(wide)).where(finite, 0).abs().max())
-        size = float(z.to(wide).where(finite, 0).abs().max())
-        # seven tenths of the digits; half of them where additions may come in another order
-        digits = 0.7 if z.device.type == "cpu" else 0.5
-        if apart > torch.finfo(z.dtype).eps ** digits * size:
-            return f"output {i} differs by up to {apart:.3g}, its largest entry being {size:.3g}"
-    return ""
+def is_compiled(model: nn.Module) -> bool:
+    """Whether torch.compile or .compile() was called on it or on a module inside."""
+    return any(map(compat.is_compiled, model.modules()))
 
 
-def first_differing_module(model: nn.Module, run: Callable[[], Any]) -> str:
-    """The innermost module whose output differs between two repeated passes, or "" where none does.
+def _in_half(model: nn.Module, theta: Mapping[str, Tensor]) -> bool:
+    """Whether anything in the model computes in half precision, as far as can be seen from outside."""
+    autocast = torch.is_autocast_enabled(device_of(model).type) or compat.original_forward(model) is not None
+    return autocast or any(map(_is_half, theta.values()))
 
-    Args:
-        run: one pass.
-    """
 
-    def traced() -> list[tuple[str, list[Tensor]]]:
-        trace: list[tuple[str, list[Tensor]]] = []
+def _is_half(tensor: Any) -> bool:
+    return isinstance(tensor, Tensor) and tensor.dtype in HALF
 
-        def note(name: str) -> Callable[..., None]:
-            def hook(module: nn.Module, args: Any, output: Any) -> None:
-                tensors = [tensor.detach().clone() for tensor in tensors_in(output)]
-                trace.append((f"{name} ({type(module).__name__})", tensors))
 
-            return hook
-
-        hooks = [module.register_forward_hook(note(name)) for name, module in model.named_modules() if name]
-        try:
-            run()
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return trace
-
-    for (name, tensors), (other, others) in zip(traced(), traced(), strict=False):
-        if name != other or len(tensors) != len(others) or not all(map(alike, tensors, others)):
-            return name
-    return ""
+def _widened(value: Any) -> Any:
+    """A half-precision tensor as float32; anything else as it is."""
+    return value.to(torch.float32) if _is_half(value) else value

@@ -173,7 +173,7 @@ class Probe:
         divergence = next((one.divergence for one in answers if one.divergence), None)
         self._tell(smart, divergence, next((one.axis for one in answers if one.axis is not None), None))
         problem = getattr(getattr(smart.model, "config", None), "problem_type", None)
-        if smart._divergence is None and problem is None and any(one.unsaid for one in answers):
+        if smart._reader.divergence is None and problem is None and any(one.unsaid for one in answers):
             raise ValueError(
                 f"{type(trainer).__name__}: the labels have the shape of the outputs, and neither they nor the "
                 "gradient of the task loss tell SMART what the outputs are. Set model.config.problem_type to "
@@ -191,10 +191,10 @@ class Probe:
             )
 
     def _tell(self, smart: SMART, divergence: str | None, axis: int | None) -> None:
-        if smart._divergence is None:  # nobody said it
-            smart._divergence = self._divergence = divergence
-        if axis is not None and smart._class_axis is None:
-            smart._class_axis = self._axis = axis
+        if smart._reader.divergence is None:  # nobody said it
+            smart._reader.divergence = self._divergence = divergence
+        if axis is not None and smart._reader.class_axis is None:
+            smart._reader.class_axis = self._axis = axis
 
 
 def label_mask(model: Any, inputs: Mapping[str, Any]) -> Tensor | None:
@@ -289,14 +289,14 @@ def _outputs_and_gradients(
     if not seen:
         return None
     output = seen[0]
-    if smart._outputs is None and hasattr(output, "logits") and output.logits is None:
+    if smart._reader.outputs is None and hasattr(output, "logits") and output.logits is None:
         raise ValueError(
             f"{type(trainer).__name__}: the model gives no logits while it trains, so SMART has nothing to compare: "
             "its loss is fused with its last layer. Switch that off: use_liger_kernel=False in TrainingArguments (or "
             "liger_kernel_config={'fused_linear_cross_entropy': False}), loss_type='nll' in TRL's SFTConfig, "
             "UNSLOTH_RETURN_LOGITS=1 in the environment with Unsloth."
         )
-    compared = list(chosen(output, smart._outputs).values())
+    compared = list(chosen(output, smart._reader.outputs).values())
     tensors = {id(tensor): tensor for tensor in tensors_in(output) if tensor.requires_grad}
     if all(id(z) in tensors for z in compared):
         tensors = {id(z): tensors[id(z)] for z in compared}
@@ -310,7 +310,7 @@ def _outputs_and_gradients(
     elif any(gradient is not None for key, gradient in by_id.items() if tensors[key] is not loss):
         # outputs= takes parts or moves axes: the same of the gradient
         given = _mapped(output, lambda value: value if id(value) not in by_id else _or_zeros(by_id[id(value)], value))
-        gradients = list(chosen(given, smart._outputs).values())
+        gradients = list(chosen(given, smart._reader.outputs).values())
     else:
         gradients = list[Tensor | None]([None] * len(compared))
     return [z.detach() for z in compared], gradients

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from smartreg_torch.compat import own_buffers, own_parameters, version
 from smartreg_torch.kept import Kept
 from smartreg_torch.reach import Given, Known
-from smartreg_torch.values import alike, clone
+from smartreg_torch.values import alike, clone, tensors_in
 
-__all__ = ["Given", "Known", "State", "device_of"]
+__all__ = ["Given", "Known", "State", "device_of", "differing", "first_differing_module"]
 
 
 class State:
@@ -253,3 +253,63 @@ def _parameter(value: Tensor, copies: dict[int, Tensor]) -> Tensor:
 def device_of(model: nn.Module) -> torch.device:
     """The device of the first parameter; the CPU where there is none."""
     return next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
+
+
+def differing(clean: Sequence[Tensor], again: Sequence[Tensor], masks: Sequence[Tensor | None]) -> str:
+    """Say how the outputs of a repeated pass differ from the clean pass's; "" if they agree.
+
+    Masked positions may differ, and so may the last digits: compiled code, or a GPU's atomic additions, may add up in
+    another order.
+    """
+    for i, (z, z_again, mask) in enumerate(zip(clean, again, masks, strict=True)):
+        if z.shape != z_again.shape:
+            return f"output {i} has the shape {tuple(z_again.shape)} instead of {tuple(z.shape)}"
+        z, z_again = z.detach(), z_again.detach()
+        if mask is not None:
+            keep = (mask != 0).unsqueeze(-1)
+            z, z_again = z.where(keep, 0), z_again.where(keep, 0)
+        if torch.equal(z, z_again):
+            continue
+        wide = torch.promote_types(z.dtype, torch.float32)
+        finite = z.isfinite() & z_again.isfinite()
+        same = finite | (z == z_again) | (z.isnan() & z_again.isnan())
+        if not bool(same.all()):
+            return f"output {i} is finite in one and not in the other"
+        apart = float((z.to(wide) - z_again.to(wide)).where(finite, 0).abs().max())
+        size = float(z.to(wide).where(finite, 0).abs().max())
+        # seven tenths of the digits; half of them where additions may come in another order
+        digits = 0.7 if z.device.type == "cpu" else 0.5
+        if apart > torch.finfo(z.dtype).eps ** digits * size:
+            return f"output {i} differs by up to {apart:.3g}, its largest entry being {size:.3g}"
+    return ""
+
+
+def first_differing_module(model: nn.Module, run: Callable[[], Any]) -> str:
+    """Find the innermost module whose output differs between two repeated passes; "" if none does.
+
+    Args:
+        run: one pass.
+    """
+
+    def traced() -> list[tuple[str, list[Tensor]]]:
+        trace: list[tuple[str, list[Tensor]]] = []
+
+        def note(name: str) -> Callable[..., None]:
+            def hook(module: nn.Module, args: Any, output: Any) -> None:
+                tensors = [tensor.detach().clone() for tensor in tensors_in(output)]
+                trace.append((f"{name} ({type(module).__name__})", tensors))
+
+            return hook
+
+        hooks = [module.register_forward_hook(note(name)) for name, module in model.named_modules() if name]
+        try:
+            run()
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return trace
+
+    for (name, tensors), (other, others) in zip(traced(), traced(), strict=False):
+        if name != other or len(tensors) != len(others) or not all(map(alike, tensors, others)):
+            return name
+    return ""

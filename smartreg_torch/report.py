@@ -1,17 +1,20 @@
-"""What a step found, on its way to main memory."""
+"""What a step found, on its way to main memory, and what is said of it."""
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from smartreg.config import SMARTConfig, SMARTWarning
 from smartreg.recording import Recorder
-from smartreg.report import StepSeen
+from smartreg.report import StepSeen, not_finite, warn_of
 from smartreg_torch.site import Call, shift
+from smartreg_torch.step import Step
 
 
 class Report:
@@ -22,7 +25,7 @@ class Report:
     ) -> None:
         self.step, self.dtype, self.judged = step, dtype, False
         self.stages = {name: [z.detach() for z in tensors] for name, tensors in stages.items()}
-        self._names = list(values)
+        self.names = list(values)
         penalty = values["penalty"].detach()
         found = torch.stack([value.detach().to(penalty) for value in values.values()])
         self._found = found.to("cpu", non_blocking=found.is_cuda)
@@ -39,7 +42,10 @@ class Report:
         if self._sent is not None:
             self._sent.synchronize()
             self._sent = None
-        return dict(zip(self._names, self._found.tolist(), strict=True))
+        return dict(zip(self.names, self._found.tolist(), strict=True))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update({"names": state.pop("_names")} | state if "_names" in state else state)
 
     def __getstate__(self) -> dict[str, Any]:
         return dict(vars(self)) | {"stages": {}, "_found": torch.tensor(list(self.values.values())), "_sent": None}
@@ -51,10 +57,67 @@ class Report:
         return math.isfinite(values["penalty"]) and math.isfinite(values.get("max_delta", 0.0))
 
 
+class Reports:
+    """What the steps found so far.
+
+    Attributes:
+        last: of the last step; None if it had no penalty.
+        smooth: of the last step that had R_s.
+        skipped: how many steps had no finite penalty.
+    """
+
+    def __init__(self) -> None:
+        self.last: Report | None = None
+        self.smooth: Report | None = None
+        self.skipped = 0
+        self._warned: set[str] = set()
+
+    def add(self, report: Report | None) -> None:
+        """Take the report of a step."""
+        self.last = report
+        if report is not None and "R_s" in report.names:
+            self.smooth = report
+
+    @property
+    def found(self) -> dict[str, float]:
+        """R_s, D_Breg, vanished and max_delta of the last step that had them; waits for the device."""
+        values: dict[str, float] = {}
+        for report in (self.smooth, self.last):
+            values |= {} if report is None else report.values
+        return {name: values[name] for name in ("R_s", "D_Breg", "vanished", "max_delta") if name in values}
+
+    def judge(self, config: SMARTConfig) -> None:
+        """Check the last step once: warn or raise FloatingPointError."""
+        report = self.last
+        if report is None or report.judged:
+            return
+        report.judged = True
+        stages, report.stages = report.stages, {}
+        found = dict(report.values)
+        found["vanished"] = found.get("vanished in the next layer", found.get("vanished", 0.0))
+        for what, message in warn_of(found, config.start, str(report.dtype)).items():
+            self.warn(what, message)
+        if config.non_finite == "skip" or report.is_finite:
+            return
+        first = next(
+            (name for name, tensors in stages.items() if not all(bool(z.isfinite().all()) for z in tensors)),
+            "divergence",
+        )
+        raise FloatingPointError(not_finite(report.step, first, report.values))
+
+    def warn(self, what: str, message: str) -> None:
+        """Warn, once of each kind."""
+        if what not in self._warned:
+            self._warned.add(what)
+            warnings.warn(message, SMARTWarning, stacklevel=4)
+
+
 @torch.no_grad()
 def observed(calls: list[Call], deltas: list[Tensor]) -> tuple[dict[str, Tensor], torch.dtype | None]:
-    """max|delta|, and the fraction of the entries with delta != 0 in which x + delta == x, also in the dtype in which
-    the next layer has x, where that is another; and the dtype."""
+    """Measure max|delta|, and the fraction of the entries with delta != 0 in which x + delta == x.
+
+    Also in the dtype in which the next layer has x, if that is another one; that dtype is returned, too.
+    """
     if not deltas:
         return {}, None
     moved = torch.stack([(delta != 0).sum() for delta in deltas]).sum().clamp(min=1)
@@ -73,7 +136,27 @@ def observed(calls: list[Call], deltas: list[Tensor]) -> tuple[dict[str, Tensor]
     return found, next_layer[0]
 
 
-def record(recorder: Recorder, seen: StepSeen, distance: float | None) -> None:
+def see(step: Step, report: Report, beta: float | None) -> StepSeen:
+    """Show a step to an observer; waits for the device."""
+    found = report.values
+    metrics = {name: found[name] for name in ("R_s", "D_Breg", "vanished", "max_delta", "penalty") if name in found}
+    stages = {name: [z.detach() for z in tensors] for name, tensors in step.stages.items()}
+    return StepSeen(
+        step=report.step,
+        x=[call.x.detach() for call in step.passes.clean.calls],
+        delta=stages.get("ascent", []),
+        mask=step.compared.inputs.masks if step.passes.clean.calls else [],
+        outputs=stages["clean"],
+        perturbed=stages.get("perturbed", []),
+        teacher=stages.get("teacher", []),
+        positions=step.compared.positions,
+        sample_weight=[step.sample_weight] * len(step.compared.heads),
+        divergences=step.compared.divergences,
+        metrics=metrics | ({} if beta is None else {"beta": beta}),
+    )
+
+
+def record(recorder: Recorder, distance: float | None, seen: StepSeen) -> None:
     """Copy a step into main memory for the recorder, half precision as float32, and write when all steps are there.
 
     Args:

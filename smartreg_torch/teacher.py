@@ -107,7 +107,12 @@ class Teacher:
         )
 
     def check_saved(self, saved: Mapping[str, Tensor]) -> None:
-        """Raise ValueError if saved averages are not of this model."""
+        """Raise ValueError if saved averages are not of this model, or if there are none."""
+        if not saved:
+            raise ValueError(
+                "SMART.load_state_dict: the state has no theta~, since it was saved with mu=0. Resume it with mu=0, or "
+                "start a new run from its weights"
+            )
         shapes = {name: tuple(local(average).shape) for name, average in saved.items()}
         own = {name: tuple(local(average).shape) for name, average in self.averages.items()}
         if shapes != own:
@@ -120,8 +125,8 @@ class Teacher:
 
     def load(self, saved: Mapping[str, Tensor]) -> None:
         """Copy saved averages into theta~; from now on it does not follow loaded weights."""
-        for name, average in self.averages.items():
-            local(average).copy_(local(saved[name]))
+        for name, average in saved.items():
+            local(self.averages[name]).copy_(local(average))
         self._stamps = None
 
     @torch.no_grad()

@@ -340,7 +340,9 @@ class _Steps(TrainerCallback):
     def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
         self._scale = self._loss_scale()
         if self._trainer.smart is not None:
-            self._trainer.smart._judge()  # on a GPU a penalty that is not finite is noticed here
+            self._trainer.smart._reports.judge(
+                self._trainer.smart.config
+            )  # on a GPU a penalty that is not finite is noticed here
 
     def on_optimizer_step(self, *_: Any, **__: Any) -> None:
         # Where a gradient overflows, theta does not move and GradScaler lowers its scale. accelerate's own
@@ -367,8 +369,8 @@ class _Window:
 
     def add(self, smart: SMART, share: float) -> None:
         """What SMART found in a batch that is this share of its optimiser step."""
-        if smart._report is not None:
-            self._reports.append((smart._report, share))
+        if smart._reports.last is not None:
+            self._reports.append((smart._reports.last, share))
 
     def sums(self) -> dict[str, float]:
         for report, share in self._reports:
@@ -393,7 +395,8 @@ class _Window:
         means = {name: total / counts[name] for name, total in totals.items() if counts[name] > 0}
         if "max_delta" in means:
             means["max_delta"] = float(every[:, -1].max())
-        return {k: means.get(k, value) for k, value in metrics.items() if k in means or k not in self._NAMES}
+        left_out = {"step", *self._NAMES} - means.keys()  # Trainer logs its own step
+        return {k: means.get(k, value) for k, value in metrics.items() if k not in left_out}
 
 
 def _divided(trainer: Trainer, num_items_in_batch: Any) -> bool:

@@ -7,10 +7,11 @@ import pytest
 import torch
 from architectures import ARCHITECTURES, loss_of
 from paper_settings import papers
-from torch import nn
+from torch import nn, randn_like
 
 from smartreg_torch import SMART
 from smartreg_torch.divergences import symmetric_kl
+from smartreg_torch.outputs import chosen
 
 WITHOUT_DROPOUT = ["ResNet"]
 # One of each kind: it is the dearest of the properties. T5's norms round to float32, Mixtral's experts take no float64.
@@ -32,6 +33,13 @@ def started(name, config, dtype=torch.float32, **changes):
     return model, inputs, SMART(model, config, **{**architecture.settings, **changes})
 
 
+def compared(name, smart, output):
+    """The outputs that are compared, (n, ..., C)."""
+    axis = smart.describe()["class axis"].value
+    found = chosen(output, ARCHITECTURES[name].settings.get("outputs"))
+    return [z.unsqueeze(-1) if axis == "none" else z.movedim(int(axis), -1) for z in found.values()]
+
+
 def state_of(model):
     return {name: value.clone() for name, value in model.state_dict().items()}
 
@@ -49,7 +57,7 @@ def test_the_perturbed_pass_at_zero_is_the_clean_pass_bit_for_bit(name):
     plain, _, _ = started(name, config, **zeros)
 
     def logits_of(output):
-        return torch.cat([z.flatten() for z in smart._select(output, None)])
+        return torch.cat([z.flatten() for z in compared(name, smart, output)])
 
     seed(1)
     output, penalty = smart(**inputs)
@@ -90,20 +98,19 @@ def test_a_step_leaves_everything_else_alone(name, start):
 
 
 def test_padding_is_not_perturbed(name):
-    model, inputs, smart = started(name, papers(mu=0, ascent_steps=1))
-    deltas = []
-    original = smart._ascend
-    smart._ascend = lambda *arguments: deltas.append(original(*arguments)) or deltas[-1]
+    seen = []
+    model, inputs, smart = started(name, papers(mu=0, ascent_steps=1), on_step=seen.append)
     smart(**inputs)
+    deltas = seen[0].delta
     texts = [value != 0 for key, value in inputs.items() if value.ndim == 2 and key in ("ids", "first", "second")]
     masks = [inputs["attention_mask"]] if "attention_mask" in inputs else texts
     if not masks:
-        assert all((delta != 0).any() for delta in deltas[0])
+        assert all((delta != 0).any() for delta in deltas)
         return
     if name == "Longformer":
         masks = [nn.functional.pad(masks[0], (0, 1))]
-    assert len(deltas[0]) == len(masks)
-    for delta, mask in zip(deltas[0], masks, strict=True):
+    assert len(deltas) == len(masks)
+    for delta, mask in zip(deltas, masks, strict=True):
         assert (mask == 0).any()
         assert torch.all(delta[mask == 0] == 0)
         assert torch.any(delta[mask == 1] != 0)
@@ -114,22 +121,21 @@ def test_padding_is_not_perturbed(name):
 def test_gradient_of_the_penalty_against_finite_differences(name, start):
     """d/dw of lambda_s R_s + mu D_Breg at a fixed delta, in float64, along a random direction of all the weights."""
     config = papers(start=start, ascent_steps=1, total_steps=10, epsilon=0.05, sigma=0.05, mu=2.0)
-    model, inputs, smart = started(name, config, torch.float64)
+    seen, fixed = [], []
+    model, inputs, smart = started(
+        name, config, torch.float64, on_step=seen.append, noise=lambda like: fixed.pop(0) if fixed else randn_like(like)
+    )
     with torch.no_grad():
         for average in smart.teacher.values():
             average.add_(0.05 * torch.randn_like(average))
-    deltas = []
-    original = smart._ascend
-
-    def frozen_delta(*arguments):
-        if not deltas:
-            deltas.append(original(*arguments))
-        return deltas[0]
-
-    smart._ascend = frozen_delta
+    seed(1)
+    smart(**inputs)
+    deltas = seen[0].delta
+    smart.config = config.replace(start="gaussian", ascent_steps=0, scale="absolute", sigma=1.0, epsilon=1e9)
 
     def penalty():
         seed(1)
+        fixed.extend(deltas)
         return smart(**inputs)[1]
 
     penalty().backward()
@@ -159,29 +165,26 @@ def test_gradient_of_the_penalty_against_finite_differences(name, start):
 
 def test_r_s_is_the_divergence_at_the_perturbed_embeddings(name):
     """R_s, recomputed from outside: a hook of our own adds the same delta, and the seed gives the same dropout."""
-    model, inputs, smart = started(name, papers(mu=0, ascent_steps=1))
-    deltas = []
-    original = smart._ascend
-    smart._ascend = lambda *arguments: deltas.extend(original(*arguments)) or list(deltas)
+    seen = []
+    model, inputs, smart = started(name, papers(mu=0, ascent_steps=1), on_step=seen.append)
     seed(1)
     output, penalty = smart(**inputs)
     smart.remove()
-    rest = iter(deltas)
+    rest, site = iter(seen[0].delta), smart.describe()["site"].value
 
     def shifted(given):
         return (given[0] + next(rest), *given[1:]) if isinstance(given, tuple) else given + next(rest)
 
     seed(1)
-    if smart._site.name == "input":
+    if site == "input":
         first = next(iter(inputs))
         perturbed = model(**{**inputs, first: shifted(inputs[first])})
     else:
-        site = dict(model.named_modules())[smart._site.name]
-        handle = site.register_forward_hook(lambda _module, _inputs, given: shifted(given))
+        handle = model.get_submodule(site).register_forward_hook(lambda _module, _inputs, given: shifted(given))
         perturbed = model(**inputs)
         handle.remove()
     value = 0
-    for z, clean in zip(smart._select(perturbed, None), smart._select(output, None), strict=True):
+    for z, clean in zip(*(compared(name, smart, given) for given in (perturbed, output)), strict=True):
         positions = None
         if z.ndim == 3:
             decodes = "decoder_input_ids" in inspect.signature(model.forward).parameters

@@ -1,9 +1,10 @@
-"""What an earlier smartreg wrote still loads: a loop's state, a Trainer's checkpoint, a recording.
+"""What an earlier smartreg wrote still loads: a loop's state, a pickled loop, a Trainer's checkpoint, a recording.
 
 `tools/make_before.py` runs `write` with the earlier package; the tests go on from its files to its values.
 """
 
 import json
+import pickle
 import shutil
 import tempfile
 from pathlib import Path
@@ -105,6 +106,7 @@ def write(folder):
         steps(model, optimizer, smart, 3)
         parts = {"model": model, "optimizer": optimizer, "smart": smart}
         torch.save({name: part.state_dict() for name, part in parts.items()}, folder / "torch_state.pt")
+        (folder / "torch_loop.pkl").write_bytes(pickle.dumps((model, optimizer, smart)))
     with tempfile.TemporaryDirectory() as new:
         trainer(new).train()
         shutil.move(Path(new, "checkpoint-3"), folder / "trainer")
@@ -126,6 +128,12 @@ def assert_close(rows, expected):
 
 def test_a_state_dict_goes_on(values):
     assert_close(loop_goes_on(BEFORE), values["loop"])
+
+
+def test_a_pickled_loop_goes_on(values):
+    model, optimizer, smart = pickle.loads((BEFORE / "torch_loop.pkl").read_bytes())
+    with smart:
+        assert_close(steps(model, optimizer, smart, 2), values["loop"])
 
 
 def test_a_trainers_checkpoint_goes_on(values, tmp_path):

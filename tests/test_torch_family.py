@@ -43,12 +43,11 @@ def gradient(value, model):
 def run(network, config, nu, **settings):
     """The penalty, its gradient, and delta, where the noise is nu."""
     model, x = network
-    smart = SMART(model, config, noise=lambda like: nu, **settings)
-    deltas, ascend = [], smart._ascend
-    smart._ascend = lambda *arguments: deltas.append(ascend(*arguments)) or deltas[-1]
+    seen = []
+    smart = SMART(model, config, noise=lambda like: nu, on_step=seen.append, **settings)
     _, penalty = smart(x)
     smart.remove()
-    return penalty, gradient(penalty, model), deltas[0][0]
+    return penalty, gradient(penalty, model), seen[0].delta[0]
 
 
 def presets():

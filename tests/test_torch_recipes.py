@@ -8,6 +8,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import safetensors.torch
@@ -297,11 +298,12 @@ def fit_sentences(folder, out, *, resume=None, accumulate=1, dropout=0.1, double
     )
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2) if double else torch.optim.AdamW(model.parameters())
     names = {"model": model, "args": arguments, "dataset": pairs(), "steps": 2 * epochs, "optimizer": optimizer}
-    names = recipe("SentenceTransformerTrainer(", **names, **recipe("class SMARTLoss"))
+    # the columns are drawn in turn, so that a batch and its quarters would draw in another order
+    drawn = torch.randn(64, 16, dtype=torch.double, generator=torch.Generator().manual_seed(0))
+    noise = (lambda like: drawn[: like.shape[1]].expand_as(like)) if double else None
+    with mock.patch("smartreg_torch.SMART", partial(SMART, noise=noise)):
+        names = recipe("SentenceTransformerTrainer(", **names, **recipe("class SMARTLoss"))
     smart, trainer = names["smart"], names["trainer"]
-    if double:  # the columns are drawn in turn, so that a batch and its quarters would draw in another order
-        drawn = torch.randn(64, 16, dtype=torch.double, generator=torch.Generator().manual_seed(0))
-        smart._noise = lambda like: drawn[: like.shape[1]].expand_as(like)
     if on_score:
         smart.remove()
         names = recipe("class Score(", model=model, steps=2 * epochs, optimizer=optimizer)

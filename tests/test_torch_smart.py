@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from smartreg_torch import SMART, SMARTConfig, SMARTWarning
 from smartreg_torch.divergences import symmetric_kl
 from smartreg_torch.proximal import bregman_divergence
+from smartreg_torch.step import Noise
 
 
 class Named(NamedTuple):
@@ -103,7 +104,7 @@ def test_eval_mode_and_no_grad_are_the_models_own_call(ids):
     output, penalty = smart(ids)
     assert penalty == 0
     assert torch.equal(output, model(ids))
-    assert smart.metrics == {"skipped": 0}
+    assert smart.metrics == {"step": 0, "skipped": 0}
 
 
 def test_sample_weights_weigh_both_terms(ids):
@@ -143,12 +144,11 @@ def test_sample_weight_reaches_a_forward_that_takes_it(ids):
 def test_both_sides_of_r_s_carry_gradient(ids):
     """With the clean side detached, a part of the gradient is missing: the two must differ."""
     model = Model()
-    deltas = []
-    smart = SMART(model, R_S)
-    original = smart._ascend
-    smart._ascend = lambda *arguments: deltas.extend(original(*arguments)) or deltas
+    seen = []
+    smart = SMART(model, R_S, on_step=seen.append)
     torch.manual_seed(1)
     output, penalty = smart(ids)
+    deltas = seen[0].delta
     gradient = torch.autograd.grad(penalty, model.head.weight)[0]
     assert smart.metrics["max_delta"] == deltas[0].abs().max()
     torch.manual_seed(1)
@@ -405,7 +405,7 @@ def test_the_paper_start_and_the_seed_make_a_run_reproducible():
 
 
 def test_the_noise_is_standard_normal():
-    drawn = SMART(Model(), R_S)._draw(torch.zeros(10_000))
+    drawn = Noise(0)(torch.zeros(10_000))
     assert (drawn.mean().item(), drawn.std().item()) == pytest.approx((0, 1), abs=0.05)
     assert drawn.abs().max() > 3
 
@@ -460,7 +460,7 @@ def test_hugging_faces_problem_type_chooses_the_divergence(problem, labels, star
     smart(**text(), labels=torch.rand(N, labels) if labels > 1 else torch.rand(N))
     assert smart.metrics["R_s"] > 0
     expected = "bernoulli_symmetric_kl" if problem == "multi_label_classification" else "squared_error"
-    assert smart._divergences([torch.zeros(N, labels)]) == [expected]
+    assert smart.describe()["l_s"].value == expected
 
 
 def test_regression_on_plain_tensors(ids):
@@ -527,15 +527,12 @@ def test_bad_outputs_are_named(ids, convert, settings, error, message):
 
 def test_mask_may_be_a_function_or_a_name_or_padding_idx(ids):
     model = Model()
-    deltas = []
+    seen = []
 
     def delta_with(model, inputs, **settings):
-        smart = SMART(model, R_S, **settings)
-        original = smart._ascend
-        smart._ascend = lambda *arguments: deltas.append(original(*arguments)) or deltas[-1]
-        smart(**inputs)
-        smart.remove()
-        return deltas[-1][0]
+        with SMART(model, R_S, on_step=seen.append, **settings) as smart:
+            smart(**inputs)
+        return seen[-1].delta[0]
 
     by_function = delta_with(model, {"ids": ids}, mask=lambda ids: ids != 3)
     assert torch.equal((by_function == 0).all(-1), ids == 3)
@@ -556,13 +553,11 @@ def test_arguments_may_be_positional():
         def forward(self, input_ids, attention_mask=None):
             return self.head(self.embedding(input_ids).mean(1))
 
-    smart = SMART(Positional(), R_S)
-    deltas = []
-    original = smart._ascend
-    smart._ascend = lambda *arguments: deltas.extend(original(*arguments)) or deltas
+    seen = []
+    smart = SMART(Positional(), R_S, on_step=seen.append)
     inputs = text()
     smart(inputs["input_ids"], inputs["attention_mask"])
-    assert torch.equal((deltas[0] == 0).all(-1), inputs["attention_mask"] == 0)
+    assert torch.equal((seen[0].delta[0] == 0).all(-1), inputs["attention_mask"] == 0)
 
 
 class Tagger(nn.Module):
@@ -995,20 +990,21 @@ def test_a_resumed_run_equals_the_unbroken_one_bit_for_bit(start):
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
 
 
-def test_a_state_is_a_copy_and_carries_the_seed():
-    model = Model()
-    smart = SMART(model, BOTH)
+def test_a_state_is_a_copy_and_carries_the_seed(ids):
+    model, seen = Model(), []
+    smart = SMART(model, papers(total_steps=20, ascent_steps=0), on_step=seen.append)
     state = smart.state_dict()
     kept = copy.deepcopy(state["teacher"])
-    first = smart._draw(torch.zeros(3))
+    smart(ids)
     with torch.no_grad():
         model.head.weight.add_(1)
     smart.update()
     assert all(torch.equal(state["teacher"][name], value) for name, value in kept.items())
     torch.manual_seed(99)
-    for resumed in (smart, SMART(model, BOTH)):
+    for resumed in (smart, SMART(model, smart.config, on_step=seen.append)):
         resumed.load_state_dict(state)  # from before the first noise was drawn
-        assert torch.equal(resumed._draw(torch.zeros(3)), first)
+        resumed(ids)
+        assert torch.equal(seen[-1].delta[0], seen[0].delta[0])
 
 
 def test_a_state_of_another_model_is_refused():

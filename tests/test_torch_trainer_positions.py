@@ -524,7 +524,7 @@ def test_l_s_is_the_losss(tmp_path, name):
         smart(**batch)
     assert logged(trainer)[0]["R_s"] == pytest.approx(smart.metrics["R_s"], rel=1e-5)
     told = watched(tmp_path, bert(dropout=0.0, num_labels=3), make_rows(8, several), base, max_steps=1, **TOLD)
-    assert told.smart._divergence == SOFTMAX  # whatever the loss is
+    assert told.smart.describe()["l_s"] == (SOFTMAX, "divergence=")  # whatever the loss is
 
 
 TOLD = {"smart_settings": {"divergence": SOFTMAX}}
@@ -537,7 +537,7 @@ def test_one_logit_a_token(tmp_path):
         transformers.ElectraConfig(vocab_size=VOCABULARY, num_attention_heads=2, **sizes)
     )
     trainer = watched(tmp_path, model, make_rows(6, lambda ids, mask: ids % 2), max_steps=1)
-    assert trainer.smart._divergence == BERNOULLI
+    assert trainer.smart.describe()["l_s"].value == BERNOULLI
 
 
 def test_labels_by_another_name(tmp_path):
@@ -576,7 +576,7 @@ def test_what_the_loss_said_is_the_reason(state, expected):
     assert ("sums to 0" in description["class axis"].why) == (state[3] is not None)
     assert ("sigma" in description["l_s"].why) == (state[2] == BERNOULLI)
     if state[2] is not None:
-        assert smart._divergence == state[2]
+        assert smart._reader.divergence == state[2]
 
 
 class Tagger(nn.Module):

@@ -53,15 +53,16 @@ def fit_torch(theta, batches, config, noise, *, divergence="symmetric_kl", optim
     make = torch.optim.Adam if optimizer == "adam_torch" else torch.optim.SGD
     update = make(model.parameters(), lr=1e-2)
     steps = []
-    smart = SMART(model, config, divergence=divergence, noise=lambda like: torch.from_numpy(noise[len(steps)]))
     recorded = {}
-    original = smart._ascend
-
-    def ascend_and_note(*arguments):
-        recorded[len(steps)] = original(*arguments)[0]
-        return [recorded[len(steps)]]
-
-    smart._ascend = ascend_and_note
+    smart = SMART(
+        model,
+        config,
+        divergence=divergence,
+        noise=lambda like: torch.from_numpy(noise[len(steps)]),
+        on_step=lambda seen: recorded.update(
+            dict.fromkeys([len(steps)][: len(seen.delta)], seen.delta and seen.delta[0])
+        ),
+    )
     for batch in batches:
         ids, y, mask, weight = (None if value is None else torch.from_numpy(value) for value in batch)
         outputs, penalty = smart(ids, attention_mask=mask, sample_weight=weight)

@@ -157,6 +157,17 @@ def other_tensors_can_be_put_in():
     assert set(compat.own_buffers(norm)) == {"running_mean", "running_var", "num_batches_tracked"}
 
 
+@trial("torch", "own_modules")
+def modules_inside_are_listed():
+    import torch
+
+    from smartreg_torch import compat
+
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    model[0] = new = torch.nn.Linear(2, 3)
+    assert compat.own_modules(model) == {"0": new}
+
+
 @trial("torch", "forward_hooks")
 def hooks_are_listed():
     import torch

@@ -201,7 +201,11 @@ def torch_rows(only: str = "") -> Iterator[Row]:
             left += ["theta~"] if different(teacher, smart.teacher) else []
             left += (
                 ["an armed hook"]
-                if smart._site is not None and any(hook.is_armed for hook in smart._site._hooks)
+                if any(
+                    getattr(hook, "is_armed", False)
+                    for module in smart.model.modules()
+                    for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+                )
                 else []
             )
             left += ["a file"] if broken and list(Path(folder).iterdir()) else []

@@ -1,0 +1,101 @@
+"""What the values of outputs, masks and gradients say against what was chosen. Reading them waits for the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from smartreg_torch.outputs import Compared, Head
+
+
+def check_values(compared: Compared, masks_were_found: bool) -> None:
+    """Raise ValueError if the outputs are no logits, or a mask that nobody named seems to be true at padding."""
+    for z, head in zip(compared.targets, compared.heads, strict=True):
+        check_probabilities(z, head)
+    for mask in compared.inputs.masks if masks_were_found else []:
+        if mask is not None:
+            check_real(mask, compared.inputs.mask_name)
+
+
+def check_probabilities(z: Tensor, head: Head) -> None:
+    """Raise ValueError where an output (n, ..., C) holds probabilities and l_s takes logits. Reads the values."""
+    if head.divergence == "squared_error":
+        return
+    z = z.detach()
+    inside = bool(((z >= 0) & (z <= 1)).all())
+    if not inside:
+        return
+    if head.divergence == "symmetric_kl" and bool(((z.sum(-1) - 1).abs() < 1e-2).all()):
+        what, mend = (
+            "are probabilities: they sum to 1",
+            "the logits instead, or compare their logarithms: outputs=torch.log",
+        )
+    elif z.numel() >= 32:  # so many logits are never all between 0 and 1
+        what, mend = "are probabilities: all are between 0 and 1", "the logits instead, or say outputs=torch.logit"
+    else:
+        return
+    raise ValueError(
+        f"SMART: the outputs ({head.name}) {what}, and {head.divergence} takes logits. Let forward return {mend} (a "
+        "function of the model's output)"
+    )
+
+
+def check_real(mask: Tensor, name: str) -> None:
+    """Raise ValueError where a mask seems to be true at padding. Reads the values."""
+    if mask.ndim != 2:
+        return
+    real = mask != 0
+    if bool((~real.any(1)).any()) and not bool(real.all(1).any()):
+        raise ValueError(
+            f"SMART: {name} leaves a row without a real token, and none without padding: it seems to be true at "
+            f"padding. Give it the other way round, or say mask=, a function of the model's arguments: {name} == 0"
+        )
+
+
+def zero_sum_error(gradient: Tensor, z: Tensor, head: Head) -> str:
+    """Say why the loss's gradient at an output is not that of a softmax over its classes; "" where it may be.
+
+    sum_c dL/dz_c = 0 for every loss of softmax(z), since it does not change when all z_c move alike.
+    """
+    gradient = head.arranged(gradient.detach())
+    if not bool(gradient.isfinite().all()):
+        return ""
+    wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+    left = wide.sum(-1).flatten()  # of the task's loss alone: the penalty's gradient sums to 0
+    total, apart = float(wide.abs().sum()), float(left.abs().sum())
+    if wide.ndim == 2 and wide.shape[0] == wide.shape[1]:  # a contrastive loss of rows and columns
+        apart = min(apart, float(left.sum().abs()))
+    if len(left) < 3 or apart <= total * (0.01 if gradient.dtype.itemsize > 2 else 0.1):
+        return ""
+    # z.sum() and z.square().sum() stand for a loss in many a first try
+    for alike in (torch.ones_like(left), head.arranged(z).to(wide).sum(-1).flatten()):
+        if bool(torch.cosine_similarity(left, alike, 0).abs() > 0.99):
+            return ""
+    return (
+        f"SMART: the loss's gradient at the outputs ({head.name}) does not sum to 0 over axis {head.axis}, so they are "
+        "no logits of classes there, and symmetric_kl is not their divergence. Say divergence='bernoulli_symmetric_kl' "
+        "(several labels, BCE) or 'squared_error' (values), or where the classes are, class_axis=; if this is as you "
+        "want it, divergence='symmetric_kl'"
+    )
+
+
+def watch_loss(outputs: Mapping[str, Tensor], heads: Sequence[Head], say: Callable[[str], Any]) -> None:
+    """Look, in the first backward, whether the loss is one of classes, if l_s = symmetric_kl was but a guess."""
+
+    def watch(z: Tensor, head: Head) -> None:
+        value = z.detach()
+
+        def on_gradient(gradient: Tensor) -> None:
+            message = zero_sum_error(gradient, value, head)
+            if message:
+                handle.remove()
+                say(message)
+
+        handle = z.register_hook(on_gradient)  # type: ignore[no-untyped-call]
+
+    for z, head in zip(outputs.values(), heads, strict=True):
+        if head.is_guess and z.requires_grad:
+            watch(z, head)

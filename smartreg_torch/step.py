@@ -1,0 +1,243 @@
+"""Algorithm 1 for one mini-batch, lines 5 to 11: delta, R_s, D_Breg and the penalty (paper, section 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from smartreg.config import SMARTConfig
+from smartreg_torch.checks import check_values, watch_loss
+from smartreg_torch.divergences import DIVERGENCES
+from smartreg_torch.lean import Afterwards, check_backward, check_no_graph
+from smartreg_torch.outputs import Compared, Reader
+from smartreg_torch.passes import Passes
+from smartreg_torch.perturbation import ascend
+from smartreg_torch.proximal import bregman_divergence, mean_examples
+from smartreg_torch.site import shift
+from smartreg_torch.teacher import Teacher
+
+
+class Step(NamedTuple):
+    """What one mini-batch gives.
+
+    Attributes:
+        penalty: lambda_s R_s + mu D_Breg for the loss.
+        terms: R_s and D_Breg, those that the step has.
+        stages: the tensors of each pass by its name, one a head: clean, teacher and perturbed; and ascent, the delta of
+            each run of the site.
+        passes, compared: what was run, and how its outputs were compared.
+        sample_weight: w_i.
+    """
+
+    penalty: Tensor
+    terms: dict[str, Tensor]
+    stages: dict[str, list[Tensor]]
+    passes: Passes
+    compared: Compared
+    sample_weight: Tensor | None
+
+
+def smart_step(
+    passes: Passes,
+    compared: Compared,
+    sample_weight: Tensor | None,
+    teacher: Teacher,
+    config: SMARTConfig,
+    lambda_s: float,
+    draw: Noise,
+    first: bool = False,
+    later: Afterwards | None = None,
+) -> Step:
+    """Compute lambda_s R_s + mu D_Breg of one mini-batch, after its clean pass.
+
+    Args:
+        compared: how the outputs of the clean pass are compared.
+        lambda_s: of this step: `config.smoothness_weight`.
+        first: whether to see if the model writes into theta~, and if its backward can run twice.
+        later: defers R_s until the clean graph is freed.
+
+    Source: paper, equations 1 to 3 and Algorithm 1.
+    """
+    targets, masks = compared.targets, compared.inputs.masks  # f(x; theta), and which positions of x are real
+    stages, terms = {"clean": targets}, dict[str, Tensor]()
+    if lambda_s > 0:
+        with passes.ascending() as at:
+            nu = _draw(draw, passes.starts, compared, config)
+            stages["ascent"] = ascend(  # lines 6 to 10
+                lambda points: compared.arranged(at(points)),
+                *(passes.starts, targets, config, nu, masks, compared.divergences, compared.positions),
+            )
+        if first and config.start == "margin":
+            passes.check_backward(targets)
+    if config.mu > 0:  # here, while there is one graph: what this pass frees the next can have
+        stages["teacher"] = compared.arranged(passes.again(teacher, watched=first))  # f(x; theta~), theta~ of line 14
+        terms["D_Breg"] = proximity(targets, stages["teacher"], compared, sample_weight)
+    if lambda_s > 0:
+        # x itself, not what a second pass of the layers below gives: its gradients are added up, and go on once
+        points = [shift(call.own, delta) for call, delta in zip(passes.clean.calls, stages["ascent"], strict=True)]
+        stages["perturbed"] = compared.arranged(passes.at(points, graph=later is None))  # f(x + delta; theta)
+        terms["R_s"] = smoothness(stages["perturbed"], targets, compared, sample_weight)
+    weights = {"R_s": lambda_s, "D_Breg": config.mu}
+    penalty = _total(weight * terms[name] for name, weight in weights.items() if name in terms)
+    step = Step(penalty, terms, stages, passes, compared, sample_weight)  # line 11 is the optimiser's, on L + penalty
+    return step if later is None else _deferred(step, lambda_s, later)
+
+
+def smoothness(
+    perturbed: list[Tensor], targets: list[Tensor], compared: Compared, sample_weight: Tensor | None
+) -> Tensor:
+    """R_s = 1/n sum_i w_i l_s( f(x_i + delta_i; theta), f(x_i; theta) ), added up over the heads.
+
+    Source: paper, equation 2.
+    """
+    return _total(
+        mean_examples(DIVERGENCES[name](z_perturbed, z, m), sample_weight)
+        for name, z_perturbed, z, m in zip(compared.divergences, perturbed, targets, compared.positions, strict=True)
+    )
+
+
+def proximity(targets: list[Tensor], taught: list[Tensor], compared: Compared, sample_weight: Tensor | None) -> Tensor:
+    """D_Breg = 1/n sum_i w_i l_s( f(x_i; theta), f(x_i; theta~) ), added up over the heads.
+
+    Source: paper, equation 3.
+    """
+    return _total(
+        bregman_divergence(z, z_taught, name, m, sample_weight)
+        for name, z, z_taught, m in zip(compared.divergences, targets, taught, compared.positions, strict=True)
+    )
+
+
+def _draw(draw: Noise, xs: list[Tensor], compared: Compared, config: SMARTConfig) -> list[Tensor | None]:
+    """Draw what the start needs: nu of the shape of x, or a sign for each output in regression."""
+    if config.start == "gaussian":
+        return [draw(x) for x in xs]
+    if "squared_error" in compared.divergences:
+        return [draw(z) for z in compared.targets]
+    return [None] * len(compared.targets)
+
+
+def _deferred(step: Step, lambda_s: float, later: Afterwards) -> Step:
+    """Let the backward of the penalty run the perturbed pass once more, with its graph, after the clean graph."""
+    delta, sample_weight, passes = step.stages["ascent"], step.sample_weight, step.passes.without_clean()
+    fixed = [z.detach() for z in step.compared.targets]
+    compared = step.compared._replace(targets=fixed)  # nothing holds the clean graph
+
+    def other_side() -> Tensor:
+        return lambda_s * smoothness(compared.arranged(passes.shifted(delta)), fixed, compared, sample_weight)
+
+    later.backward_of(other_side)
+    penalty = step.penalty + later.zero.to(step.penalty.device)
+    penalty.register_hook(check_backward)  # type: ignore[no-untyped-call]
+    return step._replace(penalty=penalty)
+
+
+def take_step(
+    passes: Passes,
+    call: nn.Module,
+    reader: Reader,
+    label_mask: Tensor | None,
+    sample_weight: Tensor | None,
+    teacher: Teacher,
+    config: SMARTConfig,
+    lambda_s: float,
+    draw: Noise,
+    say: Callable[[str, str], Any],
+    lean: bool = False,
+) -> Step:
+    """Run the clean pass, find out how its outputs are compared, check that in the first step, and do `smart_step`.
+
+    Args:
+        call: what the clean pass calls.
+        label_mask: as `SMART.__call__` takes it.
+        say: warns, once of each kind.
+        lean: whether R_s is deferred until the clean graph is freed.
+    """
+    later = _later(passes) if lean and lambda_s > 0 else None  # older than the clean graph
+    passes.run_clean(call, differentiable=lambda_s > 0 and config.start == "margin")  # line 5
+    if passes.lost:
+        say(
+            "written",
+            f"SMART: the model wrote into {passes.lost[0]} for the first time, and the other passes of this step "
+            "cannot have what was there before. From the next step on they have.",
+        )
+    teacher.settle(passes.theta)
+    compared = reader.read(passes, label_mask)
+    first = passes.is_first(compared.inputs.names)
+    if first:
+        reader.note(compared, passes.clean.calls)
+        check_values(compared, masks_were_found=reader.mask is None)
+        passes.check_repeated(compared.arranged, compared.targets, compared.positions, own_x=config.mu > 0)
+    step = smart_step(passes, compared, sample_weight, teacher, config, lambda_s, draw, first, later)
+    if first:
+        # not before the ascent, whose backward it would see
+        watch_loss(passes.own_outputs, compared.heads, partial(say, "loss"))
+        passes.checked(compared.inputs.names)
+    return step
+
+
+def _later(passes: Passes) -> Afterwards | None:
+    """Prepare to defer R_s; None if no weight is trained."""
+    for tensor in passes.given_tensors:
+        check_no_graph(tensor)
+    trained = [weight for weight in passes.theta.values() if weight.requires_grad]
+    return Afterwards(trained) if trained else None
+
+
+class Noise:
+    """Standard normal noise from a stream of our own: the global one stays as plain training leaves it.
+
+    Attributes:
+        seed: of the generator, which is made on the device of the first x.
+        function: like -> a tensor of that shape, drawn by the user instead.
+    """
+
+    def __init__(self, seed: int, function: Callable[[Tensor], Tensor] | None = None) -> None:
+        self.seed, self.function = seed, function
+        self.generator: torch.Generator | None = None
+
+    def __call__(self, like: Tensor) -> Tensor:
+        """Draw noise of the shape and on the device of `like`, in float32 or wider."""
+        like = like.detach().to(torch.promote_types(like.dtype, torch.float32))
+        if self.function is not None:
+            drawn = self.function(like)
+            if drawn.shape != like.shape:
+                raise ValueError(
+                    f"SMART: noise must give a tensor of shape {tuple(like.shape)}, got {tuple(drawn.shape)}"
+                )
+            return drawn
+        if self.generator is None:
+            self.generator = torch.Generator(like.device).manual_seed(self.seed)
+        device = self.generator.device
+        return torch.randn(like.shape, generator=self.generator, dtype=like.dtype, device=device).to(like.device)
+
+    def restored(self, seed: int, stream: Any, device: torch.device) -> Noise:
+        """Give this noise with another seed and the state of its generator, or None; ValueError if it is none."""
+        noise = Noise(seed, self.function)
+        if stream is not None:
+            noise.generator = torch.Generator(device)
+            try:
+                noise.generator.set_state(stream.cpu())
+            except (RuntimeError, TypeError, AttributeError) as error:
+                raise ValueError(
+                    f"SMART.load_state_dict: the state's noise generator is none of {device}: {error}"
+                ) from error
+        return noise
+
+    def __getstate__(self) -> dict[str, Any]:
+        generator = None if self.generator is None else (self.generator.device, self.generator.get_state())
+        return vars(self) | {"generator": generator}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        if state["generator"] is not None:
+            device, stream = state["generator"]
+            self.generator = torch.Generator(device)
+            self.generator.set_state(stream)
+
+
+def _total(terms: Iterable[Tensor]) -> Tensor:
+    return torch.stack(list(terms)).sum()
