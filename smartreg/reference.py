@@ -231,7 +231,8 @@ def fit_reference(
     steps = []
     for t, batch in enumerate(batches, start=1):  # lines 2 to 4
         nu = None if noise is None else noise[t - 1]
-        done = step(theta, teacher, batch, config, nu, t, update, f, divergence, pooled)
+        lambda_s = config.smoothness_weight(t - 1)
+        done = smart_step(theta, teacher, batch, config, lambda_s, nu, update, f, divergence, pooled)
         theta = done.theta
         if moves(t, config):  # lines 13 and 14
             beta = f.momentum(t, config)
@@ -241,53 +242,45 @@ def fit_reference(
     return steps
 
 
-def step(
+def smart_step(
     theta: Parameters,
     teacher: Parameters,
     batch: Batch,
     config: SMARTConfig,
+    lambda_s: float,
     noise: Array | None,
-    t: int,
     update: Callable[[Parameters, Parameters], Parameters],
     f: Functions,
     divergence: str,
     pooled: bool,
 ) -> Step:
-    """Take one optimiser step on a mini-batch.
+    """Take one optimiser step on a mini-batch: theta <- Update( grad_theta [ L + lambda_s R_s + mu D_Breg ] ).
 
-    theta <- Update( grad_theta [ L + lambda_s R_s + mu D_Breg(theta, theta~) ] )
-
-    Source: paper, Algorithm 1, lines 5 to 11.
+    Source: paper, equations 1 to 3 and Algorithm 1, lines 5 to 11.
     """
-    # line 5: the mini-batch, and the clean pass
-    ids, y, mask, sample_weight = batch
+    ids, y, mask, sample_weight = batch  # line 5
     x = theta["E"][ids]
-    outputs, vjp = forward(theta, x, mask, pooled)
-    positions, weight = output_mask(outputs, mask), _example_weights(outputs, sample_weight)
-    loss, grad_outputs = task_loss(outputs, y, divergence, mask, sample_weight)
+    targets, vjp = forward(theta, x, mask, pooled)  # f(x; theta)
+    positions, weight = output_mask(targets, mask), _example_weights(targets, sample_weight)
+    loss, grad = task_loss(targets, y, divergence, mask, sample_weight)
     objective, r_s, d_breg = loss, 0.0, 0.0
     delta = perturbed = perturbed_gradients = None
-    lambda_s = config.smoothness_weight(t - 1)
     if lambda_s > 0:
-        # lines 6 to 10: delta
-        delta = f.ascend(theta, x, outputs, config, noise, mask, divergence, pooled)
-        # R_s, whose gradient flows through both arguments
-        perturbed, perturbed_vjp = forward(theta, x + delta, mask, pooled)
-        r_s = mean_examples(f.value(divergence, perturbed, outputs, positions), sample_weight)
-        grad_perturbed, grad_clean = f.grad(divergence, perturbed, outputs, positions)
-        perturbed_gradients = perturbed_vjp(lambda_s * weight * grad_perturbed)
-        grad_outputs = grad_outputs + lambda_s * weight * grad_clean
+        delta = f.ascend(theta, x, targets, config, noise, mask, divergence, pooled)  # lines 6 to 10
+        perturbed, perturbed_vjp = forward(theta, x + delta, mask, pooled)  # f(x + delta; theta)
+        r_s = mean_examples(f.value(divergence, perturbed, targets, positions), sample_weight)
+        grad_perturbed, grad_target = f.grad(divergence, perturbed, targets, positions)
+        perturbed_gradients = perturbed_vjp(lambda_s * weight * grad_perturbed)  # R_s has gradients through both
+        grad = grad + lambda_s * weight * grad_target
         objective = objective + lambda_s * r_s
     if config.mu > 0:
-        # D_Breg, whose gradient does not flow through theta~
-        taught, _ = forward(teacher, teacher["E"][ids], mask, pooled)
-        d_breg = f.bregman_divergence(outputs, taught, divergence, mask, sample_weight)
-        grad_outputs = grad_outputs + config.mu * weight * f.grad(divergence, outputs, taught, positions)[0]
+        taught, _ = forward(teacher, teacher["E"][ids], mask, pooled)  # f(x; theta~), theta~ of line 14
+        d_breg = f.bregman_divergence(targets, taught, divergence, mask, sample_weight)
+        grad = grad + config.mu * weight * f.grad(divergence, targets, taught, positions)[0]
         objective = objective + config.mu * d_breg
-    # line 11: the update by the gradient of all three
-    gradients = _parameter_gradients(theta, ids, vjp(grad_outputs), perturbed_gradients)
-    theta = update(theta, gradients)
-    return Step(outputs, loss, delta, perturbed, r_s, d_breg, objective, gradients, theta, None, teacher)
+    gradients = _parameter_gradients(theta, ids, vjp(grad), perturbed_gradients)
+    theta = update(theta, gradients)  # line 11
+    return Step(targets, loss, delta, perturbed, r_s, d_breg, objective, gradients, theta, None, teacher)
 
 
 def _parameter_gradients(

@@ -31,8 +31,7 @@ def test_mtdnn_is_the_released_update():
 
 def test_default_is_relative_to_the_embeddings():
     assert SMARTConfig().scale == "rms"
-    assert SMARTConfig().lambda_s > 0
-    assert SMARTConfig().mu > 0
+    assert (SMARTConfig().lambda_s, SMARTConfig().mu) == (0.5, 1)
 
 
 def test_the_ascent_that_goes_with_the_start():
