@@ -32,7 +32,7 @@ def transformer():
 
 def operations(function):
     """All operations, functions inside included, that what `function` returns or assigns depends on."""
-    graph = tf.function(function).get_concrete_function().graph
+    graph = tf.function(function, autograph=False).get_concrete_function().graph
     assigns = ("Assign", "ResourceScatter")
     found, waiting = set(), [tensor.op for tensor in graph.outputs]
     waiting += [op for op in graph.get_operations() if op.type.startswith(assigns)]

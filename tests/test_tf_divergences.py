@@ -15,10 +15,10 @@ BOUND = {np.float32: 1e-5, np.float64: 1e-12}
 MODES = ["eager", "graph", "xla"]
 
 
-def in_mode(mode, function, **options):
+def in_mode(mode, function):
     if mode == "eager":
         return function
-    return tf.function(function, jit_compile=mode == "xla", **options)
+    return tf.function(function, jit_compile=mode == "xla", autograph=False)
 
 
 def both(name):
@@ -34,14 +34,14 @@ def both(name):
 
 
 GRAPH = {
-    (name, dtype): tf.function(both(name), input_signature=[tf.TensorSpec([1, None], dtype)] * 2)
+    (name, dtype): tf.function(both(name), input_signature=[tf.TensorSpec([1, None], dtype)] * 2, autograph=False)
     for name in NAMES
     for dtype in (np.float32, np.float64)
 }
 
 
 def exact(name, a, b):
-    """l_s and its gradient by a, with 50 digits of the smallest term: 1 - 1e-300 must not be 1."""
+    """l_s and its gradients by a and b, with 50 digits of the smallest term: 1 - 1e-300 must not be 1."""
     with mpmath.workdps(350):
         a, b = [mpmath.mpf(float(v)) for v in a], [mpmath.mpf(float(v)) for v in b]
         if name == "symmetric_kl":
@@ -53,25 +53,29 @@ def exact(name, a, b):
             log_p, log_q = log_softmax(a), log_softmax(b)
             p, q = [mpmath.exp(v) for v in log_p], [mpmath.exp(v) for v in log_q]
             r = [x - y for x, y in zip(log_p, log_q, strict=True)]
-            mean_r = mpmath.fsum(x * y for x, y in zip(p, r, strict=True))
+            by_p, by_q = (mpmath.fsum(x * z for x, z in zip(weights, r, strict=True)) for weights in (p, q))
             value = mpmath.fsum((x - y) * z for x, y, z in zip(p, q, r, strict=True))
-            grad = [x * (z - mean_r) + x - y for x, y, z in zip(p, q, r, strict=True)]
+            grad_a = [x * (z - by_p) + x - y for x, y, z in zip(p, q, r, strict=True)]
+            grad_b = [y * (by_q - z) + y - x for x, y, z in zip(p, q, r, strict=True)]
         elif name == "bernoulli_symmetric_kl":
 
             def sigmoid(z):
                 return 1 / (1 + mpmath.exp(-z))
 
-            value = mpmath.fsum((sigmoid(x) - sigmoid(y)) * (x - y) for x, y in zip(a, b, strict=True))
-            grad = [sigmoid(x) * sigmoid(-x) * (x - y) + sigmoid(x) - sigmoid(y) for x, y in zip(a, b, strict=True)]
+            sides = [(x, y, sigmoid(x), sigmoid(y)) for x, y in zip(a, b, strict=True)]
+            value = mpmath.fsum((p - q) * (x - y) for x, y, p, q in sides)
+            grad_a = [p * (1 - p) * (x - y) + p - q for x, y, p, q in sides]
+            grad_b = [q * (1 - q) * (y - x) + q - p for x, y, p, q in sides]
         else:
             value = mpmath.fsum((x - y) ** 2 for x, y in zip(a, b, strict=True))
-            grad = [2 * (x - y) for x, y in zip(a, b, strict=True)]
-        return value, grad
+            grad_a = [2 * (x - y) for x, y in zip(a, b, strict=True)]
+            grad_b = [-g for g in grad_a]
+        return value, grad_a, grad_b
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     seed=st.integers(0, 2**32 - 1),
     classes=st.sampled_from([2, 3, 7, 30]),
@@ -87,8 +91,7 @@ def test_value_and_gradient_in_a_graph_against_mpmath(name, dtype, seed, classes
     a = (10**size * rng.normal(size=(1, classes))).astype(dtype)
     b = (a + 10**distance * rng.normal(size=a.shape) + shift).astype(dtype)
     value, grad_a, grad_b = (tensor.numpy()[0] for tensor in GRAPH[name, dtype](a, b))
-    want, want_a = exact(name, a[0], b[0])
-    _, want_b = exact(name, b[0], a[0])
+    want, want_a, want_b = exact(name, a[0], b[0])
     tiny = 1e-30 if dtype is np.float32 else 1e-290  # below it TensorFlow flushes to zero
     assert value.dtype == dtype
     assert value >= 0

@@ -18,7 +18,7 @@ NORMS, GRANULARITIES = ["inf", "2", "1"], ["example", "token"]
 
 
 def in_mode(mode, function):
-    return function if mode == "eager" else tf.function(function, jit_compile=mode == "xla")
+    return function if mode == "eager" else tf.function(function, jit_compile=mode == "xla", autograph=False)
 
 
 @pytest.mark.parametrize("mode", MODES)
