@@ -21,7 +21,7 @@ def check_values(compared: Compared, masks_were_found: bool) -> None:
 
 
 def check_probabilities(z: Tensor, head: Head) -> None:
-    """Raise ValueError where an output (n, ..., C) holds probabilities and l_s takes logits. Reads the values."""
+    """Raise ValueError if an output (n, ..., C) holds probabilities and l_s takes logits."""
     if head.divergence == "squared_error":
         return
     z = z.detach()
@@ -44,7 +44,7 @@ def check_probabilities(z: Tensor, head: Head) -> None:
 
 
 def check_real(mask: Tensor, name: str) -> None:
-    """Raise ValueError where a mask seems to be true at padding. Reads the values."""
+    """Raise ValueError if a mask seems to be true at padding."""
     if mask.ndim != 2:
         return
     real = mask != 0
@@ -56,7 +56,7 @@ def check_real(mask: Tensor, name: str) -> None:
 
 
 def zero_sum_error(gradient: Tensor, z: Tensor, head: Head) -> str:
-    """Say why the loss's gradient at an output is not that of a softmax over its classes; "" where it may be.
+    """Say why the loss's gradient at an output is not that of a softmax over its classes; "" if it may be.
 
     sum_c dL/dz_c = 0 for every loss of softmax(z), since it does not change when all z_c move alike.
     """
@@ -77,8 +77,8 @@ def zero_sum_error(gradient: Tensor, z: Tensor, head: Head) -> str:
     return (
         f"SMART: the loss's gradient at the outputs ({head.name}) does not sum to 0 over axis {head.axis}, so they are "
         "no logits of classes there, and symmetric_kl is not their divergence. Say divergence='bernoulli_symmetric_kl' "
-        "(several labels, BCE) or 'squared_error' (values), or where the classes are, class_axis=; if this is as you "
-        "want it, divergence='symmetric_kl'"
+        "(several labels, BCE) or 'squared_error' (values), or say where the classes are, class_axis=. If this is as "
+        "you want it, say divergence='symmetric_kl'"
     )
 
 

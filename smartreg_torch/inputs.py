@@ -19,7 +19,7 @@ _OTHER_MASKS = re.compile(r"head|special|global|label|decoder|cross|span|masked|
 
 
 class Inputs(NamedTuple):
-    """What one batch says of its positions.
+    """Collect what one batch says of its positions.
 
     Attributes:
         arguments: the model's arguments by name, however they were given.
@@ -33,12 +33,12 @@ class Inputs(NamedTuple):
 
     @property
     def names(self) -> frozenset[str]:
-        """The arguments that are not None."""
+        """Name the arguments that are not None."""
         return frozenset(name for name, value in self.arguments.items() if value is not None)
 
     @property
     def shapes(self) -> list[torch.Size]:
-        """What x may look like without a site: token ids as embeddings of width 1."""
+        """List the shapes that x may have if there is no site: token ids count as embeddings of width 1."""
         tensors = [value for value in self.arguments.values() if isinstance(value, Tensor)]
         return [value.shape if value.is_floating_point() else torch.Size([*value.shape, 1]) for value in tensors]
 
@@ -96,7 +96,7 @@ def read_inputs(
 
 
 def find_mask(arguments: Mapping[str, Any], xs: Sequence[torch.Size]) -> tuple[str, Tensor | None]:
-    """Which positions are real, by the model's own arguments, and the argument that says so; None where none does.
+    """Find which positions are real, and the argument that says so; "none" and None if no argument does.
 
     `attention_mask` is true at real positions, or, if it is to be added to scores, 0 there and negative elsewhere.
     PyTorch's `*key_padding_mask` is true at padding.

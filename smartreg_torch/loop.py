@@ -14,7 +14,7 @@ Say = Callable[[str, str], Any]
 
 
 class Loop:
-    """Counts what the user's loop does.
+    """Count what the user's loop does.
 
     Args:
         say: warns, once of each kind.

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from smartreg.divergences import check_divergence
 from smartreg.report import Choice
 from smartreg_torch.inputs import Inputs, Masks, read_inputs, virtual_tokens
 from smartreg_torch.passes import Passes
@@ -26,12 +27,12 @@ _SPANS = ("start_logits", "end_logits")  # a softmax over the positions
 
 
 class Head(NamedTuple):
-    """How one output is compared.
+    """Say how one output is compared.
 
     Attributes:
         name: what the model calls it.
         divergence: the name of l_s.
-        axis: where its classes, labels or values are; None where each entry is one output of its own.
+        axis: where its classes, labels or values are; None if each entry is one output of its own.
         why_divergence, why_axis: what said so.
     """
 
@@ -47,7 +48,7 @@ class Head(NamedTuple):
         return self.why_divergence == DEFAULT
 
     def arranged(self, z: Tensor) -> Tensor:
-        """The output as (n, ..., C)."""
+        """Arrange the output as (n, ..., C)."""
         if self.axis is None:
             return z.unsqueeze(-1)
         return z if self.axis in (-1, z.ndim - 1) else z.movedim(self.axis, -1)
@@ -57,14 +58,14 @@ DEFAULT = "the default"
 
 
 class Evidence(NamedTuple):
-    """What says how the outputs are to be read.
+    """Collect what says how the outputs are to be read.
 
     Attributes:
         config: the model's own, or None.
-        labels: the argument of that name, where the model was given one.
+        labels: the argument of that name, if the model was given one.
         masks: of the positions of x, (n, tokens).
         xs: shapes of x, (n, ..., d); if there is no site, of what the model was given.
-        at_input: whether x is the model's own argument, an image or a signal, say, with its channels on any axis.
+        at_input: whether x is the model's own argument. An image or a signal may have its channels on any axis.
     """
 
     config: Any
@@ -74,7 +75,7 @@ class Evidence(NamedTuple):
     at_input: bool
 
     def positions(self) -> list[tuple[str, set[tuple[int, ...]]]]:
-        """The shapes that an output's positions may have, and what says so."""
+        """List the shapes that an output's positions may have, and what says so."""
         found: list[tuple[str, set[tuple[int, ...]]]] = []
         if isinstance(self.labels, Tensor) and not self.labels.is_floating_point() and self.labels.ndim > 1:
             found.append(("the labels' shape", {tuple(self.labels.shape[1:])}))
@@ -87,7 +88,7 @@ class Evidence(NamedTuple):
         return found
 
     def counts(self) -> list[tuple[str, int]]:
-        """The numbers of classes that the model's config has."""
+        """List the numbers of classes that the model's config has."""
         names = ("num_labels", "vocab_size")
         text = getattr(self.config, "text_config", None)  # of a vision-language model
         found = [(f"config.{name}", getattr(self.config, name, None)) for name in names]
@@ -96,7 +97,7 @@ class Evidence(NamedTuple):
 
 
 def chosen(output: Any, outputs: Outputs | None) -> dict[str, Any]:
-    """The outputs that are compared, by name, as the model gives them.
+    """Choose the outputs that are compared, by name, as the model gives them.
 
     Raises:
         ValueError: `outputs` names none of them, or it is not clear which is meant.
@@ -148,7 +149,7 @@ def _numbered(name: str, found: Sequence[Any]) -> dict[str, Any]:
 
 
 def check_output(z: Any, n: int | None) -> None:
-    """Raise TypeError or ValueError where an output is no float tensor (n, ..., C)."""
+    """Raise TypeError or ValueError if an output is no float tensor (n, ..., C)."""
     if isinstance(z, Tensor) and z.is_floating_point() and z.ndim == 0:
         raise TypeError(
             "SMART: the model's output is one number, most likely its loss. SMART compares what the loss compares: let "
@@ -173,12 +174,12 @@ def find_heads(
     class_axis: int | None = None,
     before: Sequence[Head] = (),
 ) -> list[Head]:
-    """How each output is compared: what the user said, else the model's config, labels and shapes.
+    """Find out how each output is compared: what the user said, else the model's config, labels and shapes.
 
     Args:
         outputs: by name, as the model gives them.
         divergence, class_axis: what the user said, if anything.
-        before: the heads of the step before; what was clear then stays where this batch's shapes fit several readings.
+        before: the heads of the step before. They decide if the shapes of this batch can be read in several ways.
 
     Raises:
         ValueError: nothing says where the classes are or what l_s is; the message says what to give.
@@ -285,7 +286,7 @@ def _positions(z: Tensor, masks: Sequence[Tensor | None], virtual: int = 0) -> T
 
 
 class Compared(NamedTuple):
-    """How the outputs of one batch are compared.
+    """Say how the outputs of one batch are compared.
 
     Attributes:
         heads: one for each output.
@@ -301,7 +302,7 @@ class Compared(NamedTuple):
 
     @property
     def divergences(self) -> list[str]:
-        """The name of l_s of each output."""
+        """Name l_s of each output."""
         return [head.divergence for head in self.heads]
 
     def arranged(self, outputs: Mapping[str, Tensor]) -> list[Tensor]:
@@ -310,11 +311,14 @@ class Compared(NamedTuple):
 
 
 class Reader:
-    """Finds out, batch by batch, which outputs are compared, by which l_s, and at which positions.
+    """Find out, batch by batch, which outputs are compared, by which l_s, and at which positions.
 
     Args:
         model: the module that the passes run.
         outputs, divergence, class_axis, mask: as `SMART` takes them.
+
+    Raises:
+        TypeError, ValueError: there is no such divergence, or no such axis.
 
     Attributes:
         heads: those of the last batch.
@@ -329,6 +333,10 @@ class Reader:
         class_axis: int | None,
         mask: Masks | None,
     ) -> None:
+        for name in [divergence] if isinstance(divergence, str) else divergence or []:
+            check_divergence("SMART", name)
+        if class_axis is not None and (isinstance(class_axis, bool) or not isinstance(class_axis, int)):
+            raise TypeError(f"SMART: class_axis must be a whole number, got {class_axis!r}")
         self.outputs, self.divergence, self.class_axis, self.mask = outputs, divergence, class_axis, mask
         self.names = argument_names(model)
         self.heads: list[Head] = []

@@ -27,7 +27,7 @@ _ONE_BACKWARD = (
 
 
 class Runner:
-    """A model, how its passes are run, and what they have shown: one for all steps.
+    """Hold a model, how its passes are run, and what they have shown: one for all steps.
 
     Args:
         wrapped: what the clean pass calls, DistributedDataParallel, say.
@@ -56,14 +56,14 @@ class Runner:
         self.forget()
 
     def forget(self) -> None:
-        """Hold nothing of the model's any longer; the next `look` walks over it."""
+        """Let go of the model's modules and parameters. The next `look` walks over it."""
         self.modules: list[nn.Module] = []
         self.theta: dict[str, nn.Parameter] = {}
         self.sharded: list[Any] = []
         self._held: list[list[int]] = []
 
     def look(self) -> dict[str, nn.Parameter]:
-        """Return the parameters by name, in a walk over the modules if one of them holds others than before."""
+        """Return the parameters by name. Walk over the model only if a module holds others than before."""
         reshard(self.sharded)
         if not self.modules or list(map(_held, self.modules)) != self._held:
             self.sharded = fully_sharded(self.model)
@@ -90,12 +90,12 @@ class Runner:
 
 
 def _held(module: nn.Module) -> list[int]:
-    """The identities of what a module holds."""
+    """List the identities of what a module holds."""
     return [*map(id, compat.own_modules(module).values()), *map(id, compat.own_parameters(module).values())]
 
 
 class Pass(NamedTuple):
-    """One run of the model.
+    """Hold one run of the model.
 
     Attributes:
         outputs: those that are compared, by name, as the model gives them.
@@ -107,7 +107,7 @@ class Pass(NamedTuple):
 
 
 class Passes:
-    """The runs of a model on one mini-batch.
+    """Run a model on one mini-batch.
 
     `again` and `at` have the dropout masks, the buffers and the states of the clean pass, and change none of them.
 
@@ -135,12 +135,12 @@ class Passes:
 
     @property
     def given_tensors(self) -> list[Tensor]:
-        """The tensors among the arguments."""
+        """List the tensors among the arguments."""
         return self._state.kept.given_tensors
 
     @property
     def own_outputs(self) -> Outputs:
-        """The outputs that the model's own pass gave, in its own precision."""
+        """Return the outputs of the model's own pass, in its own precision."""
         return self.clean.outputs if self._float32 is None else self._runner.choose(self.output)
 
     def run_clean(self, call: nn.Module, differentiable: bool) -> None:
@@ -214,7 +214,7 @@ class Passes:
 
     @property
     def starts(self) -> list[Tensor]:
-        """x, on the graph of the clean outputs if a gradient may be taken of it."""
+        """Return x, on the graph of the clean outputs if a gradient may be taken of it."""
         xs = [call.x for call in self.clean.calls]
         # the first backward through it averages gradients over the processes; a margin start's would be that one
         return [x.detach() for x in xs] if self._runner.has_static_graph else xs
@@ -352,7 +352,7 @@ class Passes:
 
 
 class _Float32:
-    """Runs passes of a model in float32, whatever it computes in itself.
+    """Run passes of a model in float32, whatever it computes in itself.
 
     Autocast is off, and half-precision weights and buffers have float32 copies: of the weights, on the graph of theta.
     """
@@ -402,7 +402,7 @@ class _Float32:
 
 
 class _Whole(nn.Module):
-    """A model and the function outputs=, which may use its weights: for `functional_call`."""
+    """Join a model and the function outputs=, which may use its weights, for `functional_call`."""
 
     def __init__(self, runner: Runner) -> None:
         super().__init__()
@@ -466,5 +466,5 @@ def _is_half(tensor: Any) -> bool:
 
 
 def _widened(value: Any) -> Any:
-    """A half-precision tensor as float32; anything else as it is."""
+    """Return a half-precision tensor as float32, and anything else as it is."""
     return value.to(torch.float32) if _is_half(value) else value

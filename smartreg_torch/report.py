@@ -18,7 +18,7 @@ from smartreg_torch.step import Step
 
 
 class Report:
-    """What a step found, on its way to main memory: the host does not wait for a GPU before somebody asks."""
+    """Send what a step found to main memory. The host waits for a GPU only when somebody asks."""
 
     def __init__(
         self, step: int, values: Mapping[str, Tensor], stages: Mapping[str, list[Tensor]], dtype: torch.dtype | None
@@ -38,7 +38,7 @@ class Report:
 
     @property
     def values(self) -> dict[str, float]:
-        """What was found, by name; waits for the device."""
+        """Return what was found, by name; wait for the device."""
         if self._sent is not None:
             self._sent.synchronize()
             self._sent = None
@@ -58,7 +58,7 @@ class Report:
 
 
 class Reports:
-    """What the steps found so far.
+    """Keep what the steps found so far.
 
     Attributes:
         last: of the last step; None if it had no penalty.
@@ -80,7 +80,7 @@ class Reports:
 
     @property
     def found(self) -> dict[str, float]:
-        """R_s, D_Breg, vanished and max_delta of the last step that had them; waits for the device."""
+        """Return R_s, D_Breg, vanished and max_delta of the last step that had them; wait for the device."""
         values: dict[str, float] = {}
         for report in (self.smooth, self.last):
             values |= {} if report is None else report.values
@@ -137,7 +137,7 @@ def observed(calls: list[Call], deltas: list[Tensor]) -> tuple[dict[str, Tensor]
 
 
 def see(step: Step, report: Report, beta: float | None) -> StepSeen:
-    """Show a step to an observer; waits for the device."""
+    """Show a step to an observer; wait for the device."""
     found = report.values
     metrics = {name: found[name] for name in ("R_s", "D_Breg", "vanished", "max_delta", "penalty") if name in found}
     stages = {name: [z.detach() for z in tensors] for name, tensors in step.stages.items()}

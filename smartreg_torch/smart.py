@@ -18,7 +18,6 @@ from smartreg.config import Precision, SMARTConfig, check_options
 from smartreg.recording import Recorder
 from smartreg.report import Choice, Description, Observer
 from smartreg_torch import compat
-from smartreg_torch.divergences import DIVERGENCES
 from smartreg_torch.inputs import Masks
 from smartreg_torch.loop import Loop
 from smartreg_torch.outputs import Outputs, Reader, chosen
@@ -32,19 +31,18 @@ from smartreg_torch.teacher import Teacher, in_model
 
 
 class SMART:
-    """The penalty lambda_s R_s(theta) + mu D_Breg(theta, theta~) of a model, beside its own output.
+    """Compute the penalty lambda_s R_s(theta) + mu D_Breg(theta, theta~) of a model, beside its own output.
 
     F(theta) = L(theta) + lambda_s R_s(theta) + mu D_Breg(theta, theta~)
 
-    The model stays as it is, but for one idle hook. All passes over a batch use the same dropout masks, leave BatchNorm
-    statistics (and other buffers) to the model's own pass, and the global random streams where plain training would
-    leave them. Make it after the model is on its device and before the first optimiser step: theta~ starts as the
-    weights are then.
+    The model stays as it is, but for one idle hook. All passes over a batch use the same dropout masks. BatchNorm
+    statistics, other buffers and the global random streams are after a step as plain training leaves them. Make it
+    after the model is on its device and before the first optimiser step: theta~ starts as the weights are then.
 
     Args:
         model: any module. In DistributedDataParallel only the clean pass runs through the wrapper. After `fully_shard`
             theta~ is sharded as the weights are (docs/distributed.md).
-        config: the settings; `total_steps` is needed where beta is scheduled, which the default does.
+        config: the settings. `total_steps` is needed if beta is scheduled, as it is by default.
         site: where x is, see `smartreg_torch.site.Site`; a list of names perturbs several at once.
         outputs: which of the model's outputs f(x) are: a name or index, several (they add up), or a function from
             the model's output to a tensor or several. By default a plain tensor, "logits", "start_logits" with
@@ -55,19 +53,18 @@ class SMART:
         class_axis: the axis of the outputs that has the classes, labels or values. By default what the model's
             config, the labels, the mask and the shape of x say; if they say nothing, SMART asks.
         mask: which positions are real: the name of an argument, or a function of the model's arguments. By default
-            `attention_mask` where there is one (true at real tokens, or 0 there if it is to be added to scores), or
+            `attention_mask` if there is one (true at real tokens, or 0 there if it is to be added to scores), or
             PyTorch's `key_padding_mask`; else the tokens that are not the embedding's `padding_idx` (which lambda_s = 0
             does not read). The outputs' positions are the same, but for a decoder's: those that
             `decoder_attention_mask` leaves, or whose label is not -100.
         noise: like -> standard normal tensor of that shape; by default drawn from a generator of its own, seeded with
             `torch.initial_seed()` plus the rank of the process.
-        precision: of all passes that the penalty compares: "float32", whatever autocast or half-precision weights say
-            for the model's own pass and the task loss, which stay as they are; or the "model"'s, which loses small
-            radii. "float32" costs one more clean pass where autocast is on or weights are half, and nothing elsewhere;
-            for these passes half-precision weights have float32 copies (docs/precision.md).
-        lean: R_s with one graph at a time, for one more forward pass: the perturbed pass builds no graph until
-            `loss.backward()` has spent the clean one. Same value, same gradient; for the margin start without ascent
-            steps, and where activations are what fills the memory (docs/performance.md).
+        precision: of all passes that the penalty compares: "float32", or the "model"'s, which loses small radii. The
+            model's own pass and the task loss stay as they are. If autocast is on or weights are half, "float32" costs
+            one more clean pass, and these passes have float32 copies of such weights (docs/precision.md).
+        lean: whether R_s has one graph at a time, for one more forward pass. The perturbed pass builds no graph until
+            `loss.backward()` has freed the clean one. Value and gradient are the same. It is for the margin start
+            without ascent steps, if activations are what fills the memory (docs/performance.md).
         record: a file to be written with what SMART saw in the first `record_steps` training steps, for
             `smartreg.recording.compare_run`; it must not exist yet, so that no old run is taken for this one. It is
             written after the last of them, or with fewer at `remove()` or when the run ends. Training stays the same,
@@ -123,7 +120,8 @@ class SMART:
     ) -> None:
         config = SMARTConfig() if config is None else config
         check_options("SMART", config, precision, on_step)
-        _check_arguments(divergence, class_axis, lean)
+        if not isinstance(lean, bool):
+            raise TypeError(f"SMART: lean must be True or False, got {lean!r}")
         _check_model(model)
         self._runner = Runner(model, partial(chosen, outputs=outputs), precision)
         self.model = self._runner.model
@@ -165,7 +163,7 @@ class SMART:
 
     @property
     def config(self) -> SMARTConfig:
-        """The settings. Others may be set between two steps, to warm lambda_s up, say; they are checked then."""
+        """The settings. Others may be set between two steps, to warm lambda_s up, say, and are checked then."""
         return self._config
 
     @config.setter
@@ -184,15 +182,15 @@ class SMART:
     def __call__(
         self, *args: Any, sample_weight: Tensor | None = None, label_mask: Tensor | None = None, **kwargs: Any
     ) -> tuple[Any, Tensor]:
-        """The model's own output, and the penalty to add to the loss.
+        """Return the model's own output, and the penalty to add to the loss.
 
         In eval mode and under `torch.no_grad()` this is the model's own call, and the penalty is 0.
 
         Args:
-            sample_weight: w_i, (n,): weighs R_s and D_Breg, 1/n sum_i w_i l_s. Everything else goes to the model (and
-                this too, where its forward takes it).
-            label_mask: true at the positions that have a label, (n, tokens): where the outputs have that axis, the
-                others take no part in the mean.
+            sample_weight: w_i, (n,): weighs R_s and D_Breg, 1/n sum_i w_i l_s. Everything else goes to the model, and
+                this too if its forward takes it.
+            label_mask: true at the positions that have a label, (n, tokens). If the outputs have that axis, the other
+                positions take no part in the mean.
 
         Raises:
             FloatingPointError: the penalty is NaN or infinite and `config.non_finite` is "raise". On a GPU, so that
@@ -284,7 +282,7 @@ class SMART:
         return {name: float(term.detach()) for name, term in step.terms.items()}
 
     def describe(self) -> Description:
-        """What SMART perturbs and compares, and why; the shapes are those of the last training step.
+        """Say what SMART perturbs and compares, and why; the shapes are those of the last training step.
 
         Example:
             >>> model = nn.Sequential(nn.Embedding(9, 4), nn.Flatten(), nn.Linear(8, 2))
@@ -369,7 +367,7 @@ class SMART:
 
     @contextmanager
     def swap_teacher(self) -> Iterator[None]:
-        """The model has the averaged weights theta~ inside the block, to evaluate or save them.
+        """Let the model have the averaged weights theta~ inside the block, to evaluate or save them.
 
         Example:
             >>> model = nn.Linear(2, 2)
@@ -391,7 +389,7 @@ class SMART:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state_dict` left off; nothing is changed if the state is not of this model.
+        """Load what `state_dict` gave; nothing is changed if the state is not of this model.
 
         With mu = 0 a state's theta~ is not needed, and is left out.
 
@@ -412,7 +410,7 @@ class SMART:
         self.step, self._reports.skipped = state["step"], state["skipped"]
 
     def remove(self) -> None:
-        """Undo everything: the model and the optimiser are as they were without SMART. `swap_teacher` still works."""
+        """Take every hook off the model and the optimiser. `swap_teacher` still works."""
         if self._site is not None:
             self._site.remove()
         for hook in self._optimizer_hooks:
@@ -459,17 +457,6 @@ class SMART:
             record(recorder, self._teacher.distance(self._runner.theta) if self.config.mu > 0 else None, seen)
         if self._on_step is not None:
             self._on_step(seen)
-
-
-def _check_arguments(divergence: Any, class_axis: Any, lean: Any) -> None:
-    """Raise TypeError or ValueError if an option is none of those that `SMART` has."""
-    for name in [divergence] if isinstance(divergence, str) else divergence or []:
-        if name not in DIVERGENCES:
-            raise ValueError(f"SMART: divergence must be one of {', '.join(DIVERGENCES)}, got {name!r}")
-    if class_axis is not None and (isinstance(class_axis, bool) or not isinstance(class_axis, int)):
-        raise TypeError(f"SMART: class_axis must be a whole number, got {class_axis!r}")
-    if not isinstance(lean, bool):
-        raise TypeError(f"SMART: lean must be True or False, got {lean!r}")
 
 
 def _check_model(model: Any) -> None:

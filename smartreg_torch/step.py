@@ -22,7 +22,7 @@ from smartreg_torch.teacher import Teacher
 
 
 class Step(NamedTuple):
-    """What one mini-batch gives.
+    """Hold what one mini-batch gives.
 
     Attributes:
         penalty: lambda_s R_s + mu D_Breg for the loss.
@@ -188,7 +188,7 @@ def _later(passes: Passes) -> Afterwards | None:
 
 
 class Noise:
-    """Standard normal noise from a stream of our own: the global one stays as plain training leaves it.
+    """Draw standard normal noise from a stream of our own: the global one stays as plain training leaves it.
 
     Attributes:
         seed: of the generator, which is made on the device of the first x.

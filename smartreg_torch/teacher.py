@@ -20,7 +20,7 @@ Theta = Mapping[str, nn.Parameter]
 
 
 class Teacher:
-    """theta~ of a model: an average of each trainable parameter, in float32 or wider.
+    """Hold theta~ of a model: an average of each trainable parameter, in float32 or wider.
 
     Attributes:
         averages: by the parameters' names; DTensors if these are.
@@ -131,7 +131,7 @@ class Teacher:
 
     @torch.no_grad()
     def distance(self, theta: Theta) -> float:
-        """max|theta - theta~|, theta~ in the dtype in which its pass has it."""
+        """Return max|theta - theta~|, theta~ in the dtype in which its pass has it."""
         pairs = [(local(theta[name]), local(average)) for name, average in self.averages.items()]
         return max(
             (float((weight - average.to(weight)).abs().max()) for weight, average in pairs if average.numel()),
@@ -143,7 +143,7 @@ class Teacher:
 
 
 class Stamp:
-    """Tells whether a parameter was replaced or written into since."""
+    """Tell whether a parameter was replaced or written into since."""
 
     def __init__(self, parameter: nn.Parameter) -> None:
         self._parameter = weakref.ref(parameter)
@@ -165,7 +165,7 @@ class Stamp:
 def in_model(
     theta: Mapping[str, Tensor], averages: Mapping[str, Tensor], sharded: list[Any], without: Collection[str] = ()
 ) -> Iterator[None]:
-    """The parameters theta hold the values of theta~ inside the block.
+    """Let the parameters theta hold the values of theta~ inside the block.
 
     The tensors themselves stay, only their storage changes: tied weights, references that modules keep of their own
     and a graph recorded outside the block are all as they should be. Sharded ones (DTensors) keep the storage too,

@@ -156,6 +156,29 @@ def test_half_precision_weights_have_float32_copies(config, dtype):
         assert torch.equal(weight, state[name])
 
 
+class Tied(Model):
+    """Gives the hidden states; the logits are made outside, with the weights that two modules share."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(16, 31, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, input_ids, attention_mask=None):
+        return self.dropout(self.norm(self.embedding(input_ids).mean(1)).tanh())
+
+
+def test_tied_weights_and_a_function_that_uses_them_have_float32_copies():
+    model, inputs = Tied().bfloat16(), text()
+    same = copy.deepcopy(model).float()
+    _, expected, expected_gradient = penalised(same, inputs, BOTH, outputs=same.head)
+    _, got, got_gradient = penalised(model, inputs, BOTH, outputs=model.head)
+    assert got == pytest.approx(expected, rel=1e-6)
+    torch.testing.assert_close(got_gradient, expected_gradient.bfloat16().double(), rtol=0.01, atol=1e-7)
+    assert model.head.weight is model.embedding.weight
+    assert model.norm.running_mean.dtype == torch.bfloat16
+
+
 def test_the_float32_copies_have_a_graph_only_where_a_gradient_is_wanted():
     model, seen = Model().bfloat16(), Notes()
     model.head.register_forward_hook(lambda head, args, output: seen.add((head.weight.dtype, output.requires_grad)))
