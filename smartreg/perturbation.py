@@ -318,20 +318,6 @@ def _largest(rows: Array) -> Array:
     return largest
 
 
-def _l2_length(rows: Array) -> Array:
-    length: Array = np.sqrt(np.sum(rows * rows, axis=-1, keepdims=True))
-    return length
-
-
-def _l1_length(rows: Array) -> Array:
-    length: Array = np.sum(np.abs(rows), axis=-1, keepdims=True)
-    return length
-
-
-def _l2_unit(rows: Array) -> Array:
-    return normalize(rows, "2", "token")
-
-
 def _l1_corner(rows: Array) -> Array:
     at = np.argmax(np.abs(rows), axis=-1, keepdims=True)
     corner = np.zeros_like(rows)
@@ -355,8 +341,12 @@ class _Norm(NamedTuple):
 
 NORMS: dict[Norm, _Norm] = {
     "inf": _Norm(_largest, project_linf_ball, np.sign),
-    "2": _Norm(_l2_length, project_l2_ball, _l2_unit),
-    "1": _Norm(_l1_length, project_l1_ball, _l1_corner),
+    "2": _Norm(
+        lambda rows: np.sqrt(np.sum(rows * rows, axis=-1, keepdims=True)),
+        project_l2_ball,
+        lambda rows: normalize(rows, "2", "token"),
+    ),
+    "1": _Norm(lambda rows: np.sum(np.abs(rows), axis=-1, keepdims=True), project_l1_ball, _l1_corner),
 }
 
 

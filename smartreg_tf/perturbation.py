@@ -323,18 +323,6 @@ def _largest(rows: Tensor) -> Tensor:
     return tf.reduce_max(tf.abs(rows), -1, keepdims=True)
 
 
-def _l2_length(rows: Tensor) -> Tensor:
-    return tf.sqrt(tf.reduce_sum(rows * rows, -1, keepdims=True))
-
-
-def _l1_length(rows: Tensor) -> Tensor:
-    return tf.reduce_sum(tf.abs(rows), -1, keepdims=True)
-
-
-def _l2_unit(rows: Tensor) -> Tensor:
-    return normalize(rows, "2", "token")
-
-
 def _l1_corner(rows: Tensor) -> Tensor:
     return tf.one_hot(tf.argmax(tf.abs(rows), -1), tf.shape(rows)[-1], dtype=rows.dtype) * tf.sign(rows)
 
@@ -355,8 +343,12 @@ class _Norm(NamedTuple):
 
 NORMS: dict[Norm, _Norm] = {
     "inf": _Norm(_largest, project_linf_ball, tf.sign),
-    "2": _Norm(_l2_length, project_l2_ball, _l2_unit),
-    "1": _Norm(_l1_length, project_l1_ball, _l1_corner),
+    "2": _Norm(
+        lambda rows: tf.sqrt(tf.reduce_sum(rows * rows, -1, keepdims=True)),
+        project_l2_ball,
+        lambda rows: normalize(rows, "2", "token"),
+    ),
+    "1": _Norm(lambda rows: tf.reduce_sum(tf.abs(rows), -1, keepdims=True), project_l1_ball, _l1_corner),
 }
 
 

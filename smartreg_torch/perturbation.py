@@ -352,21 +352,9 @@ def _largest(rows: Tensor) -> Tensor:
     return rows.abs().amax(-1, keepdim=True)
 
 
-def _l2_length(rows: Tensor) -> Tensor:
-    return rows.square().sum(-1, keepdim=True).sqrt()
-
-
-def _l1_length(rows: Tensor) -> Tensor:
-    return rows.abs().sum(-1, keepdim=True)
-
-
 def _sign(g: Tensor) -> Tensor:
     """Return the sign, and NaN for NaN: torch's own is 0, which would hide a broken gradient."""
     return g.sign().where(~g.isnan(), g)
-
-
-def _l2_unit(rows: Tensor) -> Tensor:
-    return normalize(rows, "2", "token")
 
 
 def _l1_corner(rows: Tensor) -> Tensor:
@@ -390,8 +378,12 @@ class _Norm(NamedTuple):
 
 NORMS: dict[Norm, _Norm] = {
     "inf": _Norm(_largest, project_linf_ball, _sign),
-    "2": _Norm(_l2_length, project_l2_ball, _l2_unit),
-    "1": _Norm(_l1_length, project_l1_ball, _l1_corner),
+    "2": _Norm(
+        lambda rows: rows.square().sum(-1, keepdim=True).sqrt(),
+        project_l2_ball,
+        lambda rows: normalize(rows, "2", "token"),
+    ),
+    "1": _Norm(lambda rows: rows.abs().sum(-1, keepdim=True), project_l1_ball, _l1_corner),
 }
 
 

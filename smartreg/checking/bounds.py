@@ -98,3 +98,12 @@ def ulps_apart(a: Array, b: Array, dtype: str) -> float:
 def by_row(got: Array, want: Array, floor: float) -> float:
     """Return the largest error, each relative to the largest entry of its row."""
     return worst((got - want) / np.maximum(np.abs(want).max(-1, keepdims=True), floor))
+
+
+def norms(values: Array, norm: str, granularity: str) -> Array:
+    """Return the norm of everything that one norm runs over, in float64, without overflow."""
+    rows = np.asarray(values, np.float64)
+    rows = rows.reshape(len(rows), -1) if granularity == "example" else rows
+    scale = np.abs(rows).max(-1, keepdims=True)
+    scaled = rows / np.where(scale > 0, scale, 1)
+    return np.asarray(scale[..., 0] * np.linalg.norm(scaled, float(norm), axis=-1))

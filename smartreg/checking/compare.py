@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from smartreg.checking.bounds import bound, round_to
+from smartreg.checking.bounds import bound, norms, round_to
 from smartreg.checking.recording import FORMAT
 from smartreg.config import SMARTConfig, SMARTWarning
 from smartreg.divergences import DIVERGENCES, position_weights
-from smartreg.perturbation import _rows, _scaled_length, expand_mask, rms
+from smartreg.perturbation import expand_mask, rms
 from smartreg.proximal import momentum
 
 Array = NDArray[Any]
@@ -276,8 +276,7 @@ def _longest(x: Array, delta: Array, mask: Array | None, config: SMARTConfig) ->
     radius = np.ones(len(x))
     if ball:
         radius = config.epsilon * (rms(x, mask) if config.scale == "rms" else radius)
-    rows = _rows(delta, config.granularity)
-    length = _scaled_length(rows, config.norm if ball else "inf")[..., 0]
+    length = norms(delta, config.norm if ball else "inf", config.granularity)
     radius = radius.reshape((-1,) + (1,) * (length.ndim - 1))
     return float(np.max(np.where(length == 0, 0, length / radius)))
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from smartreg import perturbation
-from smartreg.checking.bounds import HALF, bound, by_row, eps, floor_of, relative, round_to, worst
+from smartreg.checking.bounds import HALF, bound, by_row, eps, floor_of, norms, relative, round_to, worst
 from smartreg.checking.face import BALLS, Face
 from smartreg.config import SMARTConfig
 from smartreg.divergences import DIVERGENCES
@@ -21,8 +21,6 @@ from smartreg.reference import Parameters, forward, init_parameters
 
 Array = NDArray[Any]
 Law = tuple[str, float, float]
-
-_ORDERS = {"inf": np.inf, "2": 2, "1": 1}
 
 
 class Pair(NamedTuple):
@@ -178,7 +176,7 @@ def normalize_laws(face: Face, case: BallCase) -> Iterator[Law]:
     """Check that the length is 1 at any size of g, 0 at 0, and that signs stay."""
     g, norm, granularity = case.u, case.norm, case.granularity
     unit = face.call("normalize", g, norm=norm, granularity=granularity)
-    length, before = (_norms(z, norm, granularity) for z in (unit, g))
+    length, before = (norms(z, norm, granularity) for z in (unit, g))
     limit = bound("norm", face.dtype)
     yield "length 1", worst(length - (before > 0)), limit
     yield (
@@ -196,16 +194,16 @@ def projection_laws(face: Face, ball: str, case: BallCase) -> Iterator[Law]:
     norm = next(norm for norm, name in BALLS.items() if name == ball)
     ulp = eps(face.dtype)
     once, other = (face.call(ball, z, epsilon=radius, granularity=granularity) for z in (u, v))
-    before = _norms(u, norm, granularity)
+    before = norms(u, norm, granularity)
     limit = np.broadcast_to(np.reshape(radius, (-1,) + (1,) * (before.ndim - 1)), before.shape).astype(float)
     unit = max(float(np.max(limit)), floor_of(face.dtype))
-    yield "inside the ball", worst(np.maximum(_norms(once, norm, granularity) - limit * (1 + ulp), 0) / unit), 0.0
+    yield "inside the ball", worst(np.maximum(norms(once, norm, granularity) - limit * (1 + ulp), 0) / unit), 0.0
     again = face.call(ball, once, epsilon=radius, granularity=granularity)
     yield "idempotent", worst(again - once), 0.0
     trailing = (1,) * (u.ndim - before.ndim)
     inside = np.broadcast_to((before <= limit * (1 - 20 * ulp)).reshape(before.shape + trailing), u.shape)
     yield "the identity inside", worst((once - u)[inside]), 0.0
-    apart, closer = (_norms(np.float64(p) - q, "2", granularity) for p, q in ((u, v), (once, other)))
+    apart, closer = (norms(np.float64(p) - q, "2", granularity) for p, q in ((u, v), (once, other)))
     excess = np.maximum(closer - apart, 0) / np.maximum(np.maximum(apart, before), floor_of(face.dtype))
     yield "non-expansive", worst(excess), bound("expansion", face.dtype)
     want = getattr(perturbation, ball)(np.float64(u), np.float64(radius), granularity)
@@ -269,7 +267,7 @@ def ascent_laws(face: Face, case: AscentCase) -> Iterator[Law]:
 
     delta = ascend(ascent_steps=2)
     limit = config.epsilon * (perturbation.rms(np.float64(x), mask) if config.scale == "rms" else np.ones(len(x)))
-    length = _norms(delta, config.norm, config.granularity)
+    length = norms(delta, config.norm, config.granularity)
     limit = np.broadcast_to(limit.reshape((-1,) + (1,) * (length.ndim - 1)), length.shape)
     yield "inside the ball", worst(np.maximum(length / limit - 1, 0)), bound("norm", face.dtype)
     yield "masked positions stay", worst(delta[~mask]), 0.0
@@ -280,7 +278,7 @@ def ascent_laws(face: Face, case: AscentCase) -> Iterator[Law]:
     given = config.replace(ascent_steps=2), nu if config.start == "gaussian" else noise, mask, divergence
     found = face.ascend(theta, wide, clean, *given)
     yield "entries that are not finite stay", worst(found[..., -2:]), 0.0
-    excess = np.maximum(_norms(found, config.norm, config.granularity) / limit - 1, 0)
+    excess = np.maximum(norms(found, config.norm, config.granularity) / limit - 1, 0)
     yield "and the others are in their ball", worst(excess), bound("norm", face.dtype)
     if config.start == "gaussian":  # a start has no rounding of the network's
         alone = ascend(ascent_steps=0)
@@ -357,15 +355,6 @@ def bregman_laws(face: Face, pair: Pair) -> Iterator[Law]:
             exact = DIVERGENCES[name].grad(a.astype(np.float64), b.astype(np.float64))[0] / len(a)
             limit = 2 * bound("divergence", face.dtype)
             yield "gradient", by_row(gradient, exact, floor_of(face.dtype)), limit
-
-
-def _norms(values: Array, norm: str, granularity: str) -> Array:
-    """Return the norm of everything that one norm runs over, in float64, without overflow."""
-    rows = np.asarray(values, np.float64)
-    rows = rows.reshape(len(rows), -1) if granularity == "example" else rows
-    scale = np.abs(rows).max(-1, keepdims=True)
-    scaled = rows / np.where(scale > 0, scale, 1)
-    return np.asarray(scale[..., 0] * np.linalg.norm(scaled, _ORDERS[norm], axis=-1))
 
 
 def _equal(a: Array, b: Array) -> bool:
