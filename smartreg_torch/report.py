@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from smartreg.checking.recording import Recorder
 from smartreg.config import SMARTConfig, SMARTWarning
-from smartreg.recording import Recorder
 from smartreg.report import StepSeen, not_finite, warn_of
 from smartreg_torch.site import Call, shift
 from smartreg_torch.step import Step

@@ -14,8 +14,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from smartreg.checking.recording import Recorder
 from smartreg.config import Precision, SMARTConfig, check_options
-from smartreg.recording import Recorder
 from smartreg.report import Choice, Description, Observer
 from smartreg_torch import compat
 from smartreg_torch.inputs import Masks
@@ -66,7 +66,7 @@ class SMART:
             `loss.backward()` has freed the clean one. Value and gradient are the same. It is for the margin start
             without ascent steps, if activations are what fills the memory (docs/performance.md).
         record: a file to be written with what SMART saw in the first `record_steps` training steps, for
-            `smartreg.recording.compare_run`; it must not exist yet, so that no old run is taken for this one. It is
+            `smartreg.checking.compare_run`; it must not exist yet, so that no old run is taken for this one. It is
             written after the last of them, or with fewer at `remove()` or when the run ends. Training stays the same,
             bit for bit; the tensors of those steps are kept in main memory.
         on_step: is called with a `smartreg.report.StepSeen` after each training step that had a penalty: delta, the
