@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import tensorflow as tf
+from pairwise import pairwise
 from paper_settings import papers
 
 from smartreg import SMARTConfig
@@ -213,9 +214,7 @@ def test_no_gradient_reaches_the_teacher_and_weights_are_checked():
         proximal.bregman_divergence(a, b, sample_weight=[1.0, 2.0])
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("start", ["gaussian", "margin"])
-@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize(("norm", "start", "mode"), pairwise(NORMS, ["gaussian", "margin"], MODES))
 def test_entries_that_are_not_finite_keep_the_rest_of_their_row(norm, start, mode):
     """An imputing model's delta is what it is for the finite entries alone, and 0 elsewhere."""
     rng = np.random.default_rng(0)
