@@ -27,8 +27,8 @@ def make_theta(rng, outputs=3):
     return init_parameters(rng, vocabulary=11, d=4, hidden=6, outputs=outputs)
 
 
-def objective(theta, teacher, delta, batch, config, divergence, pooled):
-    """F(theta) at a fixed perturbation and theta~, from the definitions alone."""
+def terms(theta, teacher, delta, batch, divergence, pooled):
+    """L, R_s and D_Breg at a fixed perturbation and theta~, from the definitions alone."""
     ids, y, mask, weight = batch
     x = theta["E"][ids]
     clean, perturbed = forward(theta, x, mask, pooled)[0], forward(theta, x + delta, mask, pooled)[0]
@@ -36,7 +36,12 @@ def objective(theta, teacher, delta, batch, config, divergence, pooled):
     loss, _ = task_loss(clean, y, divergence, mask, weight)
     values = DIVERGENCES[divergence].value(perturbed, clean, output_mask(clean, mask))
     r_s = mean_examples(values, weight)
-    return loss + config.lambda_s * r_s + config.mu * bregman_divergence(clean, taught, divergence, mask, weight)
+    return loss, r_s, bregman_divergence(clean, taught, divergence, mask, weight)
+
+
+def objective(*point, config):
+    loss, r_s, d_breg = terms(*point)
+    return loss + config.lambda_s * r_s + config.mu * d_breg
 
 
 @pytest.mark.parametrize("divergence", NAMES)
@@ -50,23 +55,18 @@ def test_gradients_against_finite_differences(divergence, pooled):
     first, second = fit_reference(
         theta, batches, config, noise, divergence=divergence, optimizer="sgd", learning_rate=0.5, pooled=pooled
     )
-    at = {name: value.copy() for name, value in first.theta.items()}
+    at, rest = first.theta, (first.teacher, second.delta, batches[1], divergence, pooled)
     for name in theta:
         for k in rng.choice(theta[name].size, size=min(6, theta[name].size), replace=False):
             slopes = []
             for h in (1e-6, -1e-6):
                 moved = {key: value.copy() for key, value in at.items()}
                 moved[name].flat[k] += h
-                slopes.append(
-                    objective(moved, first.teacher, second.delta, batches[1], config, divergence, pooled)
-                    / (2e-6)
-                    * np.sign(h)
-                )
+                slopes.append(objective(moved, *rest, config=config) / (2e-6) * np.sign(h))
             assert second.gradients[name].flat[k] == pytest.approx(sum(slopes), rel=2e-6, abs=1e-8), name
-    total = objective(at, first.teacher, second.delta, batches[1], config, divergence, pooled)
-    assert second.objective == pytest.approx(total, rel=1e-14)
-    assert second.D_Breg > 0
-    assert second.R_s > 0
+    assert second.objective == pytest.approx(objective(at, *rest, config=config), rel=1e-14)
+    assert (second.loss, second.R_s, second.D_Breg) == pytest.approx(terms(at, *rest), rel=1e-14)
+    assert min(second.R_s, second.D_Breg) > 1e-3
 
 
 def test_theta_tilde_moves_every_S_steps_with_the_scheduled_beta():
