@@ -328,7 +328,7 @@ def _l1_corner(rows: Tensor) -> Tensor:
 
 
 class _Norm(NamedTuple):
-    """A norm of rows, (..., k). To add one, write these three functions and its line in `NORMS`.
+    """A norm of rows, (..., k). To add one: its name in `smartreg.config.Norm`, these functions, a line of `NORMS`.
 
     Attributes:
         length: ||row||_p, (..., 1), of rows whose largest entry is 1.
