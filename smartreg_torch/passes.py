@@ -113,6 +113,7 @@ class Passes:
 
     Args:
         runner: of the model, after its `look`.
+        call: what the clean pass calls.
         given: the model's arguments, (args, kwargs).
         site: where x is; None if nothing is perturbed.
 
@@ -126,9 +127,9 @@ class Passes:
     clean: Pass
     lost: list[str]
 
-    def __init__(self, runner: Runner, given: Given, site: Site | None) -> None:
+    def __init__(self, runner: Runner, call: nn.Module, given: Given, site: Site | None) -> None:
         self.site, self._runner, self.theta = site, runner, runner.theta
-        self._given = given
+        self._call, self._given = call, given
         self._state = State(runner.model, self.theta, given, runner.known, runner.modules)
         half = runner.precision == "float32" and _in_half(runner.model, self.theta)
         self._float32 = _Float32(runner) if half else None
@@ -143,18 +144,17 @@ class Passes:
         """Return the outputs of the model's own pass, in its own precision."""
         return self.clean.outputs if self._float32 is None else self._runner.choose(self.output)
 
-    def run_clean(self, call: nn.Module, differentiable: bool) -> None:
+    def run_clean(self, differentiable: bool) -> None:
         """Make the model's own pass; in float32, too, if the model is in half precision.
 
         Args:
-            call: what is called.
             differentiable: whether the graph of the outputs has to reach x.
         """
         args, kwargs = self._given
         with ExitStack() as stack:
             site = self.site if self._float32 is None else None
             calls = stack.enter_context(site.recording(differentiable)) if site else []
-            self.output = call(*args, **kwargs)
+            self.output = self._call(*args, **kwargs)
         self.lost = self._state.settle(self._runner.called)
         if self._float32 is None:
             self.clean = Pass(self._runner.choose(self.output), calls)

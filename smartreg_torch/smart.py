@@ -217,12 +217,8 @@ class SMART:
         if lambda_s == config.mu == 0:
             self._reports.add(None)
             return runner.wrapped(*args, **kwargs), _zero(self.model)
-        passes = self._passes((args, kwargs), lambda_s)
-        compared = (self._reader, label_mask, sample_weight)
-        step = take_step(
-            *(passes, runner.wrapped, *compared, self._teacher, config, lambda_s, self._noise, self._reports.warn),
-            lean=self._lean,
-        )
+        passes = self._passes(runner.wrapped, (args, kwargs), lambda_s)
+        step = self._step(passes, self._reader, self._noise, lambda_s, sample_weight, label_mask, self._lean)
         found, dtype = observed(passes.clean.calls, step.stages.get("ascent", []))
         report = Report(self.step + 1, step.terms | found | {"penalty": step.penalty}, step.stages, dtype)
         self._reports.add(report)
@@ -271,14 +267,11 @@ class SMART:
         outside = State(self.model, theta, (args, kwargs), modules=runner.modules)
         outside.kept.settle(everything=True)
         weights = [] if runner.sharded else theta.values()
-        compared = (copy.copy(self._reader), label_mask, sample_weight)
-        noise = Noise(self._noise.seed, self._noise.function)
+        reader, noise = copy.copy(self._reader), Noise(self._noise.seed, self._noise.function)
         with torch.enable_grad(), outside.replayed() as given, untouched_gradients(weights):
             self.model.eval()
-            passes = self._passes(given, config.lambda_s)
-            step = take_step(
-                *(passes, runner.called, *compared, self._teacher, config, config.lambda_s, noise, self._reports.warn)
-            )
+            passes = self._passes(runner.called, given, config.lambda_s)
+            step = self._step(passes, reader, noise, config.lambda_s, sample_weight, label_mask)
         return {name: float(term.detach()) for name, term in step.terms.items()}
 
     def describe(self) -> Description:
@@ -443,10 +436,23 @@ class SMART:
         self._teacher.check(theta)
         return theta
 
-    def _passes(self, given: Given, lambda_s: float) -> Passes:
+    def _passes(self, call: nn.Module, given: Given, lambda_s: float) -> Passes:
         if self._site is not None:
             self._site.follow()
-        return Passes(self._runner, given, self._site if lambda_s > 0 else None)
+        return Passes(self._runner, call, given, self._site if lambda_s > 0 else None)
+
+    def _step(
+        self,
+        passes: Passes,
+        reader: Reader,
+        draw: Noise,
+        lambda_s: float,
+        sample_weight: Tensor | None,
+        label_mask: Tensor | None,
+        lean: bool = False,
+    ) -> Step:
+        teacher, config, say = self._teacher, self.config, self._reports.warn
+        return take_step(passes, reader, teacher, config, lambda_s, draw, sample_weight, label_mask, say, lean)
 
     def _observe(self, step: Step, report: Report) -> None:
         recorder = None if self._recorder is None or self._recorder.done else self._recorder

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from smartreg.config import SMARTConfig
 from smartreg_torch.checks import check_values, watch_loss
@@ -137,27 +137,25 @@ def _deferred(step: Step, lambda_s: float, later: Afterwards) -> Step:
 
 def take_step(
     passes: Passes,
-    call: nn.Module,
     reader: Reader,
-    label_mask: Tensor | None,
-    sample_weight: Tensor | None,
     teacher: Teacher,
     config: SMARTConfig,
     lambda_s: float,
     draw: Noise,
+    sample_weight: Tensor | None,
+    label_mask: Tensor | None,
     say: Callable[[str, str], Any],
     lean: bool = False,
 ) -> Step:
     """Run the clean pass, find out how its outputs are compared, check that in the first step, and do `smart_step`.
 
     Args:
-        call: what the clean pass calls.
-        label_mask: as `SMART.__call__` takes it.
+        sample_weight, label_mask: as `SMART.__call__` takes them.
         say: warns, once of each kind.
         lean: whether R_s is deferred until the clean graph is freed.
     """
     later = _later(passes) if lean and lambda_s > 0 else None  # older than the clean graph
-    passes.run_clean(call, differentiable=lambda_s > 0 and config.start == "margin")  # line 5
+    passes.run_clean(differentiable=lambda_s > 0 and config.start == "margin")  # line 5
     if passes.lost:
         say(
             "written",
