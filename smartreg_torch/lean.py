@@ -1,4 +1,4 @@
-"""R_s with one graph at a time: the backward of the perturbed pass is put off until the clean graph is freed."""
+"""Compute R_s with one graph at a time: the perturbed pass gets its graph after the clean one is freed."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Afterwards:
     def __init__(self, weights: Sequence[Tensor]) -> None:
         if any(has_gradient_hooks(weight) or has_accumulation_hooks(weight) for weight in weights):
             raise RuntimeError(
-                "SMART: with lean=True the gradient of a weight comes in two parts, one after the other, and its hooks "
-                "would see each of them alone. Take the hooks off, or say lean=False"
+                "SMART: with lean=True the gradient of a weight comes in two parts, and its hooks would see each of "
+                "them alone. Take the hooks off, or say lean=False"
             )
         self._terms: list[Callable[[], Tensor]] = []
         smallest = min(weights, key=torch.Tensor.numel)
@@ -43,9 +43,9 @@ class _PutOff(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:
         if not ctx.terms:
-            raise RuntimeError("SMART: backward() a second time over one step with lean=True, whose graph is spent")
+            raise RuntimeError("SMART: backward() a second time over one step with lean=True, whose graph is freed")
         with torch.enable_grad():
-            while ctx.terms:  # and nothing of the step is kept any longer
+            while ctx.terms:  # popped, so that nothing of the step is kept any longer
                 term = ctx.terms.pop()()
                 term.backward(gradient.to(term))
         return None, None
@@ -64,7 +64,7 @@ def check_no_graph(value: Tensor) -> None:
     """Raise ValueError if the tensor comes from a graph."""
     if value.grad_fn is not None:
         raise ValueError(
-            "SMART: with lean=True the model's arguments must not come from a graph, which the perturbed pass would go "
-            f"through once more when it is spent: one of shape {tuple(value.shape)} does. Make SMART of the whole "
-            "model, or say lean=False"
+            f"SMART: with lean=True the model's arguments must not come from a graph: one of shape "
+            f"{tuple(value.shape)} does, and its graph is freed before the perturbed pass needs it. Make SMART of the "
+            "whole model, or say lean=False"
         )

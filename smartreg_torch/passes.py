@@ -14,12 +14,11 @@ from torch.func import functional_call
 
 from smartreg_torch import compat
 from smartreg_torch.replay import Given, Known, State, device_of, differing, first_differing_module
-from smartreg_torch.sharding import fully_sharded, reshard
+from smartreg_torch.sharding import HALF, fully_sharded, reshard
 from smartreg_torch.site import Call, Site
 from smartreg_torch.teacher import Teacher, in_model
 
 Outputs = dict[str, Tensor]  # those that are compared, by name, as the model gives them
-HALF = (torch.bfloat16, torch.float16)
 _ONE_BACKWARD = (
     "SMART: the model's backward frees or overwrites what it needs, as some fused kernels do, and the margin start "
     "runs it once before yours: your gradients would be wrong. Say SMARTConfig(start='gaussian')"

@@ -1,4 +1,4 @@
-"""How a model is run again over the same batch: the same dropout, buffers, arguments and kept values in every pass."""
+"""Run a model again over the same batch: with the same dropout, buffers, arguments and kept values in every pass."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["Given", "Known", "State", "device_of", "differing", "first_differing
 
 
 class State:
-    """What a forward in training mode changes, as it was before the clean pass, to be replayed in the other passes.
+    """Keep what a forward in training mode changes, as it was before the clean pass, and replay it in the others.
 
     - The global random streams (torch's, NumPy's and Python's): the dropout masks are the same in all passes.
     - Buffers: BatchNorm's statistics move once a step. The other passes get copies, which their graphs may keep.
@@ -67,7 +67,7 @@ class State:
         self.kept = Kept(self._modules, given, self._known)
 
     def settle(self, run: Callable[..., Any]) -> list[str]:
-        """Note what the clean pass changed; in the first step, also what a forward sets up once and for all.
+        """Note what the clean pass changed; in the first step, also what a forward sets up for good.
 
         A table that is made when it is first needed, a hook put on once, a layer that initialises itself by its first
         batch: whatever a second forward leaves alone stays as the first one made it, in all passes.
@@ -90,23 +90,21 @@ class State:
                 for name, value in before.items()
                 if not alike(parameters.get(name), value)
             }
-        made = first and self._changed_buffers()
-        if not first or not (made or self.kept.moved()):
-            return lost
+        if first and (self._changed_buffers() or self.kept.moved()):
+            self._keep_set_up(run)
+        return lost
+
+    def _keep_set_up(self, run: Callable[..., Any]) -> None:
+        """Run the forward a second time: what it leaves alone, the first one has set up for good."""
         kept = Kept(self._modules, ((), {}), Known())
         kept.settle(everything=True)
         own = [(buffers, dict(buffers)) for buffers, _ in self._buffers]
         with self._streams_replayed(), warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             try:
-                one_each: dict[int, Tensor] = {}
-                tied: dict[int, Tensor] = {}
-                copies = [
-                    {name: _copy(value, one_each) for name, value in values.items() if value is not None}
-                    for _, values in own
-                ]
-                for (buffers, _), copied in zip(own, copies, strict=True):
-                    buffers.update({name: _copy(value, tied) for name, value in copied.items()})
+                copies: dict[int, Tensor] = {}
+                for buffers, now in own:
+                    buffers.update({name: _copy(value, copies) for name, value in now.items() if value is not None})
                 with kept.as_before(), self.kept.as_before(given_only=True) as (args, kwargs):
                     try:
                         run(*args, **kwargs)
@@ -114,25 +112,23 @@ class State:
                         with torch.enable_grad():
                             run(*args, **kwargs)
                     moved = kept.moved()
-                again = [
-                    {name for name, value in copied.items() if not alike(buffers.get(name), value)}
-                    for (buffers, _), copied in zip(own, copies, strict=True)
+                settled = [
+                    {name: value for name, value in now.items() if value is not None and alike(value, left.get(name))}
+                    for left, now in own
                 ]
             finally:
                 _refill(own)
         self.kept.accept(moved)
-        for (buffers, before), names in zip(self._buffers, again, strict=True):
+        for (_, before), values in zip(self._buffers, settled, strict=True):
             self._before.append((before, dict(before)))
-            kept_on = {name: value for name, value in buffers.items() if name in before and name not in names}
-            before |= {name: value.clone() for name, value in kept_on.items() if value is not None}
-        return lost
+            before |= {name: value.clone() for name, value in values.items() if name in before}
 
     @contextmanager
     def undone(self, run: Callable[[], Any]) -> Iterator[None]:
-        """Take back, after the block, what forwards inside it changed, but for what one sets up once and for all.
+        """Take back, after the block, what forwards inside it changed, but for what one sets up for good.
 
         Args:
-            run: one more forward, as in the block, to tell the two apart.
+            run: one more forward, as in the block, which tells the two apart.
         """
         kept, self.kept = self.kept, Kept([], ((), {}), Known())
         try:
@@ -153,9 +149,9 @@ class State:
     def _frozen_weights(
         self, frozen: list[Tensor], theta: Mapping[str, Tensor]
     ) -> list[tuple[dict[str, Any], dict[str, Tensor]]]:
-        """Copies of frozen weights that a forward writes into, as a momentum encoder's; in the first step, of all.
+        """Copy the frozen weights that a forward writes into, as a momentum encoder's; in the first steps, all.
 
-        Where they are far more than the trained ones, as under adapters, only of those that were seen to change.
+        If they are far more than the trained ones, as under adapters, copy those alone that were seen to change.
         """
         size = sum(weight.nbytes for weight in frozen)
         every = self._known.looks and size <= 2 * (sum(weight.nbytes for weight in theta.values()) - size)
@@ -199,7 +195,7 @@ class State:
 
     @contextmanager
     def kept_streams(self) -> Iterator[None]:
-        """The random streams of torch are after the block what they were: a backward may draw, too."""
+        """Put torch's random streams back after the block: a backward may draw, too."""
         kind = next((device.type for device in self._devices), "cuda")
         with torch.random.fork_rng(list(self._devices), device_type=kind):
             yield
@@ -232,13 +228,13 @@ def _refill(own: list[tuple[dict[str, Any], dict[str, Any]]]) -> None:
 
 
 def _is_plainly_frozen(weight: Tensor) -> bool:
-    """Whether this is a frozen parameter that is neither sharded nor packed."""
+    """Tell whether this is a frozen parameter that is neither sharded nor packed."""
     plain = type(weight) is nn.Parameter and not hasattr(weight, "to_local") and not weight.is_inference()
     return plain and not weight.requires_grad and not weight.is_meta
 
 
 def _copy(value: Tensor, copies: dict[int, Tensor]) -> Tensor:
-    """A copy, the same one for the same tensor."""
+    """Copy a tensor: once, if two modules share it."""
     if id(value) not in copies:
         copies[id(value)] = clone(value)
     return copies[id(value)]
@@ -251,7 +247,7 @@ def _parameter(value: Tensor, copies: dict[int, Tensor]) -> Tensor:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """The device of the first parameter; the CPU where there is none."""
+    """Return the device of the first parameter, or the CPU if there is none."""
     return next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
 
 
@@ -277,7 +273,7 @@ def differing(clean: Sequence[Tensor], again: Sequence[Tensor], masks: Sequence[
             return f"output {i} is finite in one and not in the other"
         apart = float((z.to(wide) - z_again.to(wide)).where(finite, 0).abs().max())
         size = float(z.to(wide).where(finite, 0).abs().max())
-        # seven tenths of the digits; half of them where additions may come in another order
+        # seven tenths of the digits; half of them if additions may come in another order
         digits = 0.7 if z.device.type == "cpu" else 0.5
         if apart > torch.finfo(z.dtype).eps ** digits * size:
             return f"output {i} differs by up to {apart:.3g}, its largest entry being {size:.3g}"

@@ -1,4 +1,4 @@
-"""What fully_shard (FSDP2) needs, and what cannot work with it."""
+"""Do what fully_shard (FSDP2) needs, and refuse what cannot work with it."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from torch import Tensor, nn
 from smartreg.config import SMARTConfig
 from smartreg_torch.compat import mixed_precision_policy
 
-_HALF = (torch.bfloat16, torch.float16)
+HALF = (torch.bfloat16, torch.float16)
 
 
 def reshard(sharded: list[Any]) -> None:
-    """The parameters of the sharded modules are the shards, and the next pass gathers them anew.
+    """Make the parameters of these modules shards again; the next pass gathers them anew.
 
-    fully_shard's root (others too, with reshard_after_forward=False) keeps whole weights from a forward to its
-    backward, which would see nothing of a change in the shards.
+    fully_shard's root keeps whole weights from a forward to its backward, and so do others with
+    reshard_after_forward=False. A change in the shards would not reach them.
     """
     for module in sharded:
         module.reshard()
 
 
 def fully_sharded(model: nn.Module) -> list[Any]:
-    """The modules of the model that `fully_shard` was called on."""
+    """Return the modules that `fully_shard` was called on."""
     fsdp = sys.modules.get("torch.distributed.fsdp")  # not to be imported for this alone
     return [] if fsdp is None else [module for module in model.modules() if isinstance(module, fsdp.FSDPModule)]
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether this is a DTensor."""
+    """Tell whether this is a DTensor."""
     return hasattr(tensor, "to_local")
 
 
@@ -48,16 +48,16 @@ def check_sharding(model: nn.Module, config: SMARTConfig, precision: str) -> Non
         raise ValueError("SMART: of models with DTensor weights only those of fully_shard(model) are supported")
     for module in sharded:
         policy = mixed_precision_policy(module)
-        half = next((dtype for dtype in (policy.param_dtype, policy.output_dtype) if dtype in _HALF), None)
+        half = next((dtype for dtype in (policy.param_dtype, policy.output_dtype) if dtype in HALF), None)
         if half is not None and precision == "float32":
             raise ValueError(
-                f"SMART: fully_shard's mixed precision policy has {half}, in which all passes run, and R_s at a small "
+                f"SMART: fully_shard's mixed precision policy has {half}. All passes run in it, and R_s at a small "
                 "radius is far below its rounding. Leave param_dtype and output_dtype out of it and use "
-                "torch.autocast, beside which the passes of SMART run in float32; or say SMART(..., "
+                "torch.autocast, beside which the passes of SMART run in float32. Or say SMART(..., "
                 "precision='model') with a radius that this precision can hold"
             )
     if sharded and config.non_finite != "raise":
         raise ValueError(
             "SMART: non_finite='skip' cannot work with fully_shard: a process that skips its penalty gathers less in "
-            "the backward pass than the others, which then wait for ever. Use non_finite='raise'"
+            "the backward pass than the others, and they wait for ever. Use non_finite='raise'"
         )

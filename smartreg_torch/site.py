@@ -1,4 +1,4 @@
-"""Where the perturbation enters a model: a hook on its embedding (or on its input), idle unless a pass arms it."""
+"""Read x in a model and put x + delta in: a hook on its embedding (or on its input), idle unless a pass arms it."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class Call:
 
     Attributes:
         own: what the site gave, the x of the paper, on the clean pass's graph.
-        x: the same, and where the ascent starts from that graph, it reaches x in any case.
-        padding: true at tokens that are not the embedding's `padding_idx`, or None where the site does not know.
-        dtype: in which the model goes on with x: autocast's where that is on.
+        x: the same; the clean graph reaches it in any case if the ascent starts from that graph.
+        padding: true at tokens that are not the embedding's `padding_idx`; None if the site does not know.
+        dtype: in which the model goes on with x: autocast's if that is on.
     """
 
     def __init__(self, own: Tensor, x: Tensor, padding: Tensor | None) -> None:
@@ -67,7 +67,7 @@ class Site:
         except BaseException:
             self.remove()
             raise
-        # a SMART that is made anew, as by a notebook's cell, leaves no hook of the old one
+        # a SMART that is made anew, in a notebook's cell, say, leaves no hook of the old one
         self._on_end = weakref.finalize(self, _take_off, self._hooks)
 
     @property
@@ -80,7 +80,7 @@ class Site:
         _take_off(self._hooks)
 
     def follow(self) -> None:
-        """Move the hooks to the modules that have the sites' names now: a vocabulary was resized, say."""
+        """Move the hooks to the modules that have the sites' names now: a resized vocabulary is another module."""
         for hook in self._hooks:
             hook.follow(self._model)
 
@@ -93,7 +93,7 @@ class Site:
 
     @contextmanager
     def recording(self, differentiable: bool) -> Iterator[list[Call]]:
-        """The clean pass: every call is noted; with `differentiable`, so that its graph reaches x in any case."""
+        """Note every call in the clean pass; if `differentiable`, its graph reaches x in any case."""
         calls: list[Call] = []
 
         def record(output: Tensor, padding: Tensor | None) -> Tensor:
@@ -115,13 +115,13 @@ class Site:
 
     @contextmanager
     def replaced(self, points: list[Tensor], graph: bool = True) -> Iterator[None]:
-        """A pass at x~: the k-th call gives points[k]. Without a graph, no gradient has to pass the site."""
+        """Run a pass at x~: the k-th call gives points[k]. Without a graph, no gradient has to pass the site."""
         with self._counted(points, lambda output, point: point.clone(), graph):
             yield
 
     @contextmanager
     def shifted(self, deltas: list[Tensor], graph: bool = True) -> Iterator[None]:
-        """A pass at x~ with a graph of its own below the site: the k-th call gives its own output plus deltas[k]."""
+        """Run a pass at x~ with a graph of its own below the site: the k-th call gives its output plus deltas[k]."""
         with self._counted(deltas, shift, graph):
             yield
 
@@ -164,12 +164,12 @@ class Site:
         except RuntimeError as error:
             if says(error, "compiler disabled") and "_changed_" in str(error):
                 raise RuntimeError(
-                    f"SMART: torch.compile with fullgraph=True cannot work: the graph ends at the site {self.name!r}, "
-                    "where the perturbation enters. Compile without fullgraph=True"
+                    f"SMART: torch.compile with fullgraph=True cannot work: the perturbation enters at the site "
+                    f"{self.name!r}, and the graph ends there. Compile without fullgraph=True"
                 ) from error
             if says(error, "no leaf"):
                 raise RuntimeError(
-                    f"SMART: the model sets requires_grad on what it makes of the site {self.name!r}, which cannot be "
+                    f"SMART: the model sets requires_grad on what it makes of the site {self.name!r}. That cannot be "
                     f"done to a perturbed tensor. {self._behind_the_encoder()}"
                 ) from error
             raise
@@ -178,7 +178,7 @@ class Site:
                 hook.on_call, hook.is_armed = None, False
 
     def _behind_the_encoder(self) -> str:
-        """What to name in wav2vec 2.0 and its kin, by the names that this model has."""
+        """Say what to name as the site in wav2vec 2.0 and its kin, by the names that this model has."""
         names = [name for name, _ in self._model.named_modules() if name.endswith("feature_projection.projection")]
         if not names:
             return "Name a module behind the one that does so with site="
@@ -216,16 +216,16 @@ class Site:
             return
         if not torch.is_grad_enabled() or is_checkpointed():
             raise RuntimeError(
-                f"SMART: the site {self.name!r} runs inside a checkpointed or no_grad region. Checkpointing runs it "
-                "again in the backward pass, without its perturbation, which would be silently wrong. Checkpoint the "
-                "layers above the embedding only, or name a module outside the region with site=."
+                f"SMART: the site {self.name!r} runs inside a checkpointed or no_grad region. Checkpointing would run "
+                "it again in the backward pass without its perturbation, and gradients would be wrong. Checkpoint "
+                "only the layers above the embedding, or name a module outside the region with site=."
             )
 
 
 class _Hook:
     """A forward hook (of the model's own arguments, a pre-hook) that does nothing before a pass arms it.
 
-    All that torch.compile sees is the flag. Where it is up the compiled graph ends at the site: x is then on autograd's
+    All that torch.compile sees is the flag. If it is set, the compiled graph ends at the site. So x is on autograd's
     own graph, and all passes run the same code behind the site, with the same rounding.
     """
 
@@ -246,11 +246,10 @@ class _Hook:
         self._handle, self._module = register(self, with_kwargs=True), weakref.ref(module)
 
     def follow(self, model: nn.Module) -> None:
-        """Move to the module that has the site's name now: a vocabulary that was resized is another module."""
-        if self.at_input or self._module is None or self._module() is model.get_submodule(self.name):
-            return
-        self.take_off()
-        self.put_on(model)
+        """Move to the module that has the site's name now."""
+        if not (self.at_input or self._module is None or self._module() is model.get_submodule(self.name)):
+            self.take_off()
+            self.put_on(model)
 
     def take_off(self) -> None:
         if self._handle is not None:
@@ -304,9 +303,9 @@ def shift(x: Tensor, delta: Tensor) -> Tensor:
 
 
 def argument_names(model: Any) -> list[str]:
-    """What the model's forward calls its positional arguments, and those that it names.
+    """Return the names of the arguments of the model's forward, in their order.
 
-    In a wrapper, whose forward takes `*args`, what the model inside calls them.
+    Of a wrapper, whose forward takes `*args`, return those of the model inside.
 
     Example:
         >>> argument_names(nn.Bilinear(2, 2, 2))
@@ -324,7 +323,7 @@ def argument_names(model: Any) -> list[str]:
 
 
 def _find(model: nn.Module, site: str | Sequence[str] | None) -> tuple[list[str], str]:
-    """The names of the sites, and why these."""
+    """Return the names of the sites, and why these."""
     names = dict(model.named_modules())
     asked = [site] if isinstance(site, str) else list(site or [])
     for name in asked:
@@ -360,7 +359,7 @@ def _find(model: nn.Module, site: str | Sequence[str] | None) -> tuple[list[str]
 
 
 def _hugging_face_embeddings(names: dict[str, nn.Module]) -> list[str]:
-    """What each outermost Hugging Face model in here that has some calls its input embeddings, or its encoder does."""
+    """Return the names of what each outermost Hugging Face model in here, or its encoder, calls its embeddings."""
     found: list[str] = []
     outermost: list[str] = []
     for name, module in names.items():

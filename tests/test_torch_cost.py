@@ -264,12 +264,12 @@ def test_lean_is_exact_in_float64_and_with_half_weights_first():
         assert (found[1] - found[0]).norm() <= tolerance * found[0].norm()
 
 
-def test_lean_is_spent_after_one_backward():
+def test_the_graph_of_lean_is_freed_after_one_backward():
     model, inputs = bert()
     smart = SMART(model, papers(total_steps=10), lean=True)
     _, penalty = smart(**inputs)
     penalty.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match=r"a second time .* lean=True, whose graph is spent"):
+    with pytest.raises(RuntimeError, match=r"a second time .* lean=True, whose graph is freed"):
         penalty.backward()
 
 
