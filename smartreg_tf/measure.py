@@ -11,7 +11,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from smartreg_tf.passes import State
+from smartreg_tf.replay import State
 
 if TYPE_CHECKING:
     from smartreg_tf.training import Engine
@@ -42,8 +42,8 @@ def measure(engine: Engine, x: Any, y: Any, sample_weight: Any, batch_size: int)
     with ExitStack() as undone:
         undone.callback(State(model).restore)
         if not engine.installed:  # after a fit
-            engine.site.install()
-            undone.callback(engine.site.remove)
+            engine.passes.install()
+            undone.callback(engine.passes.remove)
         run = engine.measured if model.run_eagerly else tf.function(engine.measured, reduce_retracing=True)
         for number, batch in enumerate(_batches(model, x, y, sample_weight, batch_size)):
             inputs, labels, weights = keras.utils.unpack_x_y_sample_weight(batch)

@@ -54,7 +54,7 @@ class SMARTModel(keras.Model):  # type: ignore[misc]
         self._settings = {"layers": layers, "outputs": outputs, "seed": seed, "float32": float32}
         engine = Engine(self, config, call="SMARTModel", **self._settings)
         object.__setattr__(self, ENGINE, engine)
-        engine.site.install()
+        engine.passes.install()
         if all(layer.built for layer in model._flatten_layers()):
             self._track()
             self.built = True

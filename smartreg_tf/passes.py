@@ -1,303 +1,287 @@
-"""What a model keeps from one pass to the next: put back for a pass of the same batch, and the check that it was all.
+"""How a Keras model is run on one mini-batch: the clean pass, the pass again, the pass at other points.
 
-A repeated pass gets Keras' variables by a `keras.StatelessScope`. This file is about everything else: attributes of
-layers, lists and arrays in them, raw TensorFlow variables and generators, Python's and NumPy's streams.
+The model's `call` is wrapped on the instance, once, and does nothing outside a training step. What a training step
+needs to remember is kept by thread: the replicas of a MirroredStrategy are threads.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
-import random
-import re
-import sys
-from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from typing import Any
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple
 
 import keras
-import numpy as np
 import tensorflow as tf
-from keras.src.backend.common.global_state import get_global_attribute
-from keras.src.random.seed_generator import GLOBAL_SEED_GENERATOR
+
+from smartreg_tf.replay import (
+    State,
+    arguments_of,
+    copied,
+    differ,
+    kept_variables,
+    random_operations,
+    traced_random_operations,
+    values_of,
+)
+from smartreg_tf.site import Call, Patches, Site, is_symbolic
 
 Tensor = Any
-
-# Packages whose objects a model may hold, but whose attributes are no state of the model.
-_FOREIGN = {*sys.stdlib_module_names, "keras", "keras_hub", "tensorflow", "numpy", "smartreg", "smartreg_tf"}
-_LONG = 1000  # a container of more items is data, which no pass moves
-_ABSENT = object()
-_DRAWS = re.compile(r"(Random|Truncated|Parameterized|Multinomial|EagerPyFunc|PyFunc)")
+_HALF = ("float16", "bfloat16")
 
 
-def kept_variables(model: Any, state: State) -> list[Any]:
-    """The Keras variables that a pass may move: counters, statistics, states, and the seeds of all random layers.
+class Pass(NamedTuple):
+    """One run of the model.
+
+    Attributes:
+        outputs: what it returned.
+        calls: the runs of the site.
+        tape: has recorded the way from the site to the outputs, if that was asked for.
+    """
+
+    outputs: Any
+    calls: list[Call]
+    tape: tf.GradientTape | None = None
+
+
+class Passes:
+    """The runs of a model on one mini-batch.
+
+    `again` and `at` have the dropout masks, the counters and the states of the clean pass, and change no state.
+
+    Attributes:
+        clean: f(x; theta), the pass that the training step itself makes.
+        drawn: the operations of the last run that draw anew in every run of the graph.
 
     Example:
-        >>> model = keras.Sequential([keras.Input([2]), keras.layers.BatchNormalization()])
-        >>> len(kept_variables(model, State(model)))
-        2
-    """
-    seeds = get_global_attribute(GLOBAL_SEED_GENERATOR)  # of keras.random without a seed; None before its first use
-    others = [*state.untracked, *([] if seeds is None else [seeds.state])]
-    known = {id(variable) for variable in model.variables}
-    known |= {id(variable) for variable in model.non_trainable_variables}
-    return [*model.non_trainable_variables, *(variable for variable in others if id(variable) not in known)]
-
-
-def copied(arguments: Any) -> Any:
-    """The same tensors in containers of their own, and arrays copied: a `call` may pop from a dict or write into it.
-
-    Example:
-        >>> given = {"x": np.zeros(2)}
-        >>> kept = copied(given)
-        >>> given.pop("x")[:] = 1
-        >>> kept
-        {'x': array([0., 0.])}
-    """
-    return keras.tree.map_structure(lambda x: x.copy() if isinstance(x, np.ndarray) else x, arguments)
-
-
-def arguments_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What to give a model so that its `call` gets `args` and `kwargs` again.
-
-    A model whose `call` has no `training` hands what it was called with to its layers all the same.
-    """
-    context = get_global_attribute("current_call_ctx")
-    training = None if context is None else context.get_value("training")
-    args, kwargs = copied((args, kwargs))
-    return args, kwargs if training is None else {"training": training, **kwargs}
-
-
-class State:
-    """What the layers of a model hold at one moment, but for Keras' variables, and Python's and NumPy's streams.
-
-    Example:
-        >>> layer = keras.layers.Identity()
-        >>> model = keras.Sequential([keras.Input([2]), layer])
-        >>> layer.calls = 1
-        >>> state = State(model)
-        >>> layer.calls = 2
-        >>> state.restore()
-        >>> layer.calls
-        1
+        >>> model = keras.Sequential([keras.Input([2]), keras.layers.Dropout(0.5)])
+        >>> watch = CleanPasses(Site(model))
+        >>> watch.install()
+        >>> with watch.recording(differentiable=False) as recorded:
+        ...     outputs = model(tf.ones([1, 2]), training=True)
+        >>> passes = recorded[0]
+        >>> bool(tf.reduce_all(passes.again() == outputs))
+        True
+        >>> bool(tf.reduce_all(passes.at([2 * passes.clean.calls[0].x]) == 2 * outputs))
+        True
+        >>> watch.remove()
     """
 
-    def __init__(self, model: Any) -> None:
-        self.untracked: list[Any] = []  # Keras' variables that it may not know of: a recurrent layer's states
-        self._streams = (random.getstate(), np.random.get_state())  # noqa: NPY002
-        self._attributes: list[tuple[Any, dict[str, Any]]] = []
-        self._contents: list[tuple[Any, Any]] = []  # of containers, arrays and generators
-        self._variables: list[tuple[Any, Tensor]] = []  # of TensorFlow
-        seen: set[int] = set()
-        for layer in model._flatten_layers():
-            if layer.built:  # what a first call builds stays
-                self._take_attributes(layer, seen)
+    clean: Pass
 
-    def restore(self) -> None:
-        """Put everything back."""
-        self.keep_moved()
-        self.apply()
+    def __init__(self, site: Site, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.site, self.drawn = site, list[str]()
+        self._given = arguments_of(args, kwargs)
+        self._state = State(site.model)
+        # the seeds of the dropout masks, counters, a recurrent layer's states, as they are before the clean pass
+        self._variables = values_of(kept_variables(site.model, self._state))
 
-    def keep_moved(self) -> None:
-        """Forget the attributes that have not changed since."""
-        moved = []
-        for owner, held in self._attributes:
-            now = _own(owner)
-            names = [
-                name
-                for name in {*held, *now}
-                if held.get(name, _ABSENT) is not now.get(name, _ABSENT)
-                and not _is_keras(held.get(name))
-                and not _is_keras(now.get(name))
-            ]
-            moved.append((owner, {name: held.get(name, _ABSENT) for name in names}))
-        self._attributes = moved
-
-    def apply(self) -> None:
-        """Put back what `keep_moved` has kept; it may be put back again."""
-        random.setstate(self._streams[0])
-        np.random.set_state(self._streams[1])  # noqa: NPY002
-        for owner, held in self._attributes:
-            for name, value in held.items():
-                if value is not _ABSENT:
-                    object.__setattr__(owner, name, value)
-                elif name in vars(owner):
-                    object.__delattr__(owner, name)
-        for owner, content in self._contents:
-            if not _holds(owner, content):
-                _fill(owner, content)
-        for variable, value in self._variables:
-            variable.assign(value)
+    def run_clean(self, call: Callable[..., Any], given: Any, differentiable: bool) -> None:
+        """Make the clean pass, by the model's own `call`, and keep what repeating it takes."""
+        tape = tf.GradientTape(watch_accessed_variables=False) if differentiable else None
+        args, kwargs = given
+        with self.site.recording(given, tape) as calls, tape or nullcontext():
+            outputs = call(*self.site.on_inputs(args), **kwargs)
+        self.clean = Pass(outputs, calls, tape)
+        model = self.site.model
+        self._state.keep_moved()
+        known = {id(variable) for variable in (*model.weights, *(variable for variable, _ in self._variables))}
+        for variable, seed in values_of(kept_variables(model, self._state)):
+            if id(variable) not in known:  # a seed that was made by this very call: its state was [seed, 0]
+                self._variables.append((variable, tf.stack([seed[0], tf.zeros_like(seed[0])])))
 
     @contextmanager
-    def replayed(self, model: Any) -> Iterator[None]:
-        """The model as it was then, inside the block; as it is now after it."""
-        now = State(model)
-        self.apply()
-        try:
-            yield
-        finally:
-            now.restore()
+    def in_float32(self) -> Iterator[Passes]:
+        """Give passes in float32 if the model computes in half precision (its weights are float32), the clean one too.
 
-    def _take_attributes(self, owner: Any, seen: set[int]) -> None:
-        held = _own(owner)
-        self._attributes.append((owner, held))
-        for value in held.values():
-            self._take(value, seen)
-
-    def _take(self, value: Any, seen: set[int]) -> None:
-        if id(value) in seen or isinstance(value, (keras.layers.Layer, type)):
+        The published epsilon is lost in half precision, and the clean outputs' rounding is far above R_s.
+        """
+        layers = half_precision_layers(self.site.model)
+        if not layers:
+            yield self
             return
-        seen.add(id(value))
-        if isinstance(value, (tf.random.Generator, keras.random.SeedGenerator)):
-            value = value.state
-        if isinstance(value, keras.Variable):
-            self.untracked.append(value)
-        if isinstance(value, tf.Variable):
-            if tf.distribute.get_strategy().num_replicas_in_sync == 1:
-                self._variables.append((value, tf.identity(value)))
-        elif isinstance(value, (list, dict, set, deque)):
-            if len(value) <= _LONG:
-                self._contents.append((value, dict(value) if isinstance(value, dict) else list(value)))
-                for item in value.values() if isinstance(value, dict) else value:
-                    self._take(item, seen)
-        elif isinstance(value, tuple):
-            for item in value[:_LONG]:
-                self._take(item, seen)
-        elif isinstance(value, np.ndarray):
-            if value.flags.writeable:
-                self._contents.append((value, value.copy()))
-        elif isinstance(value, np.random.Generator):
-            self._contents.append((value, value.bit_generator.state))
-        elif isinstance(value, np.random.RandomState):
-            self._contents.append((value, value.get_state()))
-        elif isinstance(value, random.Random):
-            self._contents.append((value, value.getstate()))
-        elif hasattr(value, "__dict__") and type(value).__module__.split(".")[0] not in _FOREIGN:
-            self._take_attributes(value, seen)
+        with _in_float32(layers):
+            passes = copy.copy(self)
+            passes.clean = passes._run(differentiable=self.clean.tape is not None)
+            yield passes
+
+    @property
+    def masks(self) -> list[Tensor | None]:
+        """Which positions of each run of the site are real."""
+        return [self.site.padding_mask(self._given, call) for call in self.clean.calls]
+
+    @property
+    def fit(self) -> Tensor:
+        """Whether every run of the site has one x an example."""
+        return self.site.fits(self._given, self.clean.calls)
+
+    def again(self, weights: Iterable[Any] = ()) -> Any:
+        """Return f(x; theta), or with other weights: (variable, value) pairs."""
+        again, self.drawn = random_operations(lambda: self._run(weights))
+        return again.outputs
+
+    def at(self, points: list[Tensor], weights: Iterable[Any] = ()) -> Any:
+        """Return the outputs if the i-th run of the site returns points[i]."""
+        at, self.drawn = random_operations(lambda: self._run(weights, points))
+        return at.outputs
+
+    def differ(
+        self,
+        read: Callable[[Any], list[Tensor]],
+        again: Any,
+        positions: list[Tensor | None],
+        asked: Callable[[], Tensor],
+        first: Tensor,
+    ) -> Tensor:
+        """Tell whether the pass at delta = 0 and theta~ = theta is another one than the clean pass, in the first step.
+
+        Args:
+            read: gives the tensors of a pass's outputs that are compared.
+            again: the outputs of the teacher's pass, or None; then one is made that no other step makes.
+            positions: which ones of each tensor count.
+            asked: whether theta~ is theta.
+            first: whether this is the first step.
+        """
+        if again is None and self.drawn:
+            # a branch of the graph numbers its random operations anew: the first would draw what the clean pass drew
+            again = self._run().outputs
+        if again is None and tf.distribute.get_strategy().num_replicas_in_sync > 1:
+            return tf.constant(False)  # replicas cannot meet in a pass that is not always run
+        # before the branch: a tensor of a tape that is made in it cannot leave it
+        clean = read(self.clean.outputs)
+        other = None if again is None else read(again)
+
+        def compare() -> Tensor:
+            same = asked()
+            second = read(self._run().outputs) if other is None else other
+            half = any(layer.compute_dtype in _HALF for layer in self.site.model._flatten_layers())
+            return same & differ(clean, second, positions, half)
+
+        # no variable is assigned in a branch: StatelessScope keeps Keras' own
+        differs = tf.cond(first, compare, lambda: tf.constant(False))
+        if tf.executing_eagerly() and bool(differs):
+            self.drawn = traced_random_operations(self._run)
+        return differs
+
+    def _run(
+        self, weights: Iterable[Any] = (), points: list[Tensor] | None = None, differentiable: bool = False
+    ) -> Pass:
+        tape = tf.GradientTape(watch_accessed_variables=False) if differentiable else None
+        scope = keras.StatelessScope([*self._variables, *weights])
+        args, kwargs = copied(self._given)
+        site = self.site
+        with self._state.replayed(site.model), scope, site.replaced(points, tape) as calls, tape or nullcontext():
+            outputs = site.model(*args, **kwargs)
+        expected = len(self.clean.calls)
+        if len(calls) != expected:
+            raise RuntimeError(
+                f"SMART: {site} ran {expected} times in the clean pass and {len(calls)} times in a later one "
+                "of the same batch. A model whose control flow is random cannot be compared with itself; give layers= "
+                "a layer that always runs equally often."
+            )
+        return Pass(outputs, calls, tape)
 
 
-def _own(owner: Any) -> dict[str, Any]:
-    """An object's attributes, less those that Keras itself keeps in every layer."""
-    if not isinstance(owner, keras.layers.Layer):
-        return dict(vars(owner))
-    keras_own = _keras_own()
-    return {name: value for name, value in vars(owner).items() if name not in keras_own}
-
-
-@functools.cache
-def _keras_own() -> set[str]:
-    # with names, or layers that the user makes later would be called otherwise
-    return {*vars(keras.layers.Layer(name="layer")), *vars(keras.Model(name="model"))} - {"_losses", "_loss_ids"}
-
-
-def _is_keras(value: Any) -> bool:
-    """Whether it is a layer, a variable, a policy or the like, which no pass changes but by building the model."""
-    containers = (list, dict, set)  # Keras' own kinds of them hold what a layer put there
-    return type(value).__module__.startswith(("keras.", "smartreg_tf.")) and not isinstance(value, containers)
-
-
-def _holds(owner: Any, content: Any) -> bool:
-    """Whether a container has the same objects in it as then; what is none is always filled."""
-    if isinstance(owner, dict):
-        return len(owner) == len(content) and all(
-            a is b and owner[a] is content[b] for a, b in zip(owner, content, strict=True)
-        )
-    if isinstance(owner, (list, set, deque)):
-        return len(owner) == len(content) and all(a is b for a, b in zip(owner, content, strict=True))
-    return False
-
-
-def _fill(owner: Any, content: Any) -> None:
-    if isinstance(owner, np.random.Generator):
-        owner.bit_generator.state = content
-    elif isinstance(owner, np.random.RandomState):
-        owner.set_state(content)
-    elif isinstance(owner, random.Random):
-        owner.setstate(content)
-    elif isinstance(owner, np.ndarray):
-        owner[...] = content
-    else:
-        kind = next(kind for kind in (dict, set, list, deque) if isinstance(owner, kind))
-        # not the methods of Keras' own containers, which would track the items anew; TensorFlow's have no others
-        methods: Any = kind if type(owner).__module__.startswith("keras.") else type(owner)
-        methods.clear(owner)
-        (methods.update if kind in (dict, set) else methods.extend)(owner, content)
-
-
-def differ(clean: list[Tensor], again: list[Tensor], masks: list[Tensor | None], half: bool) -> Tensor:
-    """Whether a pass has other outputs than the clean one, by more than the rounding of its kernels.
+class CleanPasses:
+    """Note the clean passes of a model: every call of it inside a training step.
 
     Args:
-        clean, again: the outputs of both, (n, ..., C). masks: of their positions.
-        half: whether the model computes in half precision.
-
-    Example:
-        >>> bool(differ([tf.constant([[1.0, np.nan]])], [tf.constant([[1.0 + 1e-6, np.nan]])], [None], False))
-        False
-        >>> bool(differ([tf.constant([[1.0, 2.0]])], [tf.constant([[1.0, 2.1]])], [None], False))
-        True
+        site: of the model.
     """
-    found = []
-    for a, b, mask in zip(clean, again, masks, strict=True):
-        counted = tf.ones_like(a, tf.bool)
-        if mask is not None:
-            mask = tf.cast(mask, tf.bool)
-            counted &= tf.reshape(mask, tf.concat([tf.shape(mask), [1] * (a.shape.rank - mask.shape.rank)], 0))
-        same = (a == b) | (tf.math.is_nan(a) & tf.math.is_nan(b))
-        largest = tf.reduce_max(tf.where(counted & tf.math.is_finite(a), tf.abs(a), tf.zeros_like(a)))
-        close = tf.abs(a - b) <= tf.cast(_tolerance(a.dtype, half), a.dtype) * largest
-        found.append(tf.reduce_any(counted & ~same & ~close))
-    return tf.reduce_any(found)
+
+    def __init__(self, site: Site) -> None:
+        self.site = site
+        self._patches = Patches()
+        self._local = threading.local()
+
+    def install(self) -> None:
+        """Wrap the `call` of the model and of the site's layers."""
+        model = self.site.model
+        wrapped = functools.partial(self._on_call, model.call)
+        self._patches.put(model, "call", functools.update_wrapper(wrapped, model.call))
+        self.site.install()
+
+    def remove(self) -> None:
+        """Leave the model and the layers as they were before `install`."""
+        self.site.remove()
+        self._patches.remove()
+
+    @contextmanager
+    def recording(self, differentiable: bool) -> Iterator[list[Passes]]:
+        """Collect every call of the model made inside the block, with a tape if `differentiable`."""
+        recorded: list[Passes] = []
+        self._local.recorded, self._local.differentiable = recorded, differentiable
+        try:
+            yield recorded
+        finally:
+            self._local.recorded = None
+
+    def _on_call(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run the model's own `call`: as a later pass, as one to remember, or as if this were not there."""
+        if self.site.active:
+            return original(*self.site.on_inputs(args), **kwargs)
+        recorded = getattr(self._local, "recorded", None)
+        if recorded is None or is_symbolic(args):
+            return original(*args, **kwargs)
+        passes = Passes(self.site, args, kwargs)
+        passes.run_clean(original, (args, kwargs), self._local.differentiable)
+        recorded.append(passes)
+        return passes.clean.outputs
 
 
-def _tolerance(dtype: Any, half: bool) -> float:
-    """The rounding of one kernel against another, in units of the largest output."""
-    on_a_gpu = bool(tf.config.list_physical_devices("GPU"))  # TensorFloat-32 there
-    ulp = 2.0**-7 if half else 2.0**-10 if on_a_gpu and dtype != tf.float64 else float(np.finfo(dtype.name).eps)
-    return float(ulp**0.7)
+def passes_of(recorded: list[Passes], y_pred: Any) -> Passes:
+    """Return the passes whose clean outputs `y_pred` is from; the last ones if it is from none."""
+    if not recorded:
+        raise RuntimeError(
+            "SMART: the train_step called compute_loss without calling the model, self(x, training=True), before it"
+        )
+    asked = {id(tensor) for tensor in keras.tree.flatten(y_pred)}
+    for passes in reversed(recorded):
+        if asked & {id(tensor) for tensor in keras.tree.flatten(passes.clean.outputs)}:
+            return passes
+    return recorded[-1]
 
 
-def random_operations(run: Callable[[], Any]) -> tuple[Any, list[str]]:
-    """What `run` returns, and the operations it adds to the graph that draw anew whenever they run; none in eager mode.
+def half_precision_layers(model: Any) -> list[Any]:
+    """Return the layers with float32 weights that compute in float16 or bfloat16, as under Keras' mixed policies."""
+    return [
+        layer for layer in model._flatten_layers() if layer.compute_dtype in _HALF and layer.variable_dtype == "float32"
+    ]
 
-    Example:
-        >>> random_operations(lambda: 2)
-        (2, [])
+
+@contextmanager
+def _in_float32(layers: list[Any]) -> Iterator[None]:
+    """Let layers compute in float32 inside the block, in this thread: replicas share the layers.
+
+    The replicas wait for each other where BatchNormalization is synchronised.
     """
-    if tf.executing_eagerly():
-        return run(), []
-    graph = tf.compat.v1.get_default_graph()
-    before = len(graph.get_operations())
-    value = run()
-    return value, [op.name for op in graph.get_operations()[before:] if _DRAWS.match(op.type)]
+    with _ThreadPolicy.lock:
+        for layer in layers:
+            if not isinstance(layer._dtype_policy, _ThreadPolicy):
+                object.__setattr__(layer, "_dtype_policy", _ThreadPolicy(layer._dtype_policy))
+            layer._dtype_policy.threads.add(threading.get_ident())
+    try:
+        yield
+    finally:
+        with _ThreadPolicy.lock:
+            for layer in layers:
+                policy = layer._dtype_policy
+                policy.threads.remove(threading.get_ident())
+                if not policy.threads:
+                    object.__setattr__(layer, "_dtype_policy", policy.own)
 
 
-def traced_random_operations(run: Callable[[], Any]) -> list[str]:
-    """The operations that `random_operations` would find if `run` were compiled; none where it cannot be.
+class _ThreadPolicy:
+    """float32 in some threads, a layer's own policy in all others."""
 
-    Example:
-        >>> traced_random_operations(lambda: tf.random.normal([2]))
-        ['random_normal/RandomStandardNormal']
-    """
-    found: list[str] = []
-    with suppress(Exception):  # an error is being explained: no second one may come in its place
-        tf.function(lambda: found.extend(random_operations(run)[1]), autograph=False).get_concrete_function()
-    return found
+    lock = threading.Lock()
+    float32 = keras.dtype_policies.DTypePolicy("float32")
 
+    def __init__(self, own: Any) -> None:
+        self.own = own
+        self.threads: set[int] = set()
 
-def refusal(drawn: list[str]) -> str:
-    """What to say where the passes of one batch differ."""
-    most_likely = (
-        f"Most likely because of {', '.join(drawn[:3])}, which draws or computes anew in each pass."
-        if drawn
-        else "Most likely a layer draws from tf.random, or keeps something outside of Keras' variables and its own "
-        "attributes (a table, a global, a Python function in the graph)."
-    )
-    return (
-        "SMART: the model does not repeat its own pass: with the same batch, weights and dropout masks, and no "
-        f"perturbation, it gave other outputs than before, and R_s and D_Breg would measure that. {most_likely} Draw "
-        "with keras.random and a keras.random.SeedGenerator that the layer keeps as an attribute, and keep what moves "
-        "in self.add_weight(..., trainable=False)."
-    )
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.float32 if threading.get_ident() in self.threads else self.own, name)

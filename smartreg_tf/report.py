@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 from smartreg.report import Choice, Description
 from smartreg_tf.outputs import Head
-from smartreg_tf.site import Site, half_precision_layers
+from smartreg_tf.passes import half_precision_layers
+from smartreg_tf.site import Site
 
 _LATER = Choice("not known yet", "it is seen in the first training step")
 

@@ -8,7 +8,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -23,11 +23,12 @@ from smartreg_tf.candidates import not_the_batch
 from smartreg_tf.divergences import DIVERGENCES, as_mask
 from smartreg_tf.measure import Measured, measure
 from smartreg_tf.outputs import Head, Outputs, find_heads
-from smartreg_tf.passes import differ, random_operations, refusal, traced_random_operations
+from smartreg_tf.passes import CleanPasses, Pass, Passes, passes_of
 from smartreg_tf.perturbation import Ball, climb, each, floating, margin_gradient
 from smartreg_tf.proximal import ema_update, momentum
+from smartreg_tf.replay import refusal, seed_states
 from smartreg_tf.report import Found, describe
-from smartreg_tf.site import Pass, Patches, Site, half_precision_layers, in_float32, seed_states
+from smartreg_tf.site import Patches, Site
 
 Tensor = Any
 Noise = Callable[[Tensor, Tensor], Tensor]
@@ -82,6 +83,7 @@ class Engine:
         config.check_total_steps(call)
         self.model, self.config = model, config
         self.site = Site(model, layers)
+        self.passes = CleanPasses(self.site)
         self.averages: list[Any] = []
         self.weights: list[Any] = []
         self._outputs, self._noise, self._seed, self._float32 = outputs, noise, seed, float32
@@ -203,7 +205,7 @@ class Engine:
         self._patches.put(self.model, ENGINE, self)
         self._compiled = getattr(self.model, "_compile_config", None)
         try:
-            self.site.install()
+            self.passes.install()
             for name in (*self.METHODS, *self.OTHERS):
                 self._patches.put(self.model, name, partial(self._run, name, getattr(self.model, name)))
             # the step that is compiled already is the plain one; it is back after `remove`
@@ -216,7 +218,7 @@ class Engine:
         """Leave the model as it was before `install`."""
         if not self.installed:
             return
-        self.site.remove()
+        self.passes.remove()
         self._patches.remove()
         # compile() came in between: that step is not to come back
         if getattr(self.model, "_compile_config", None) is not self._compiled:
@@ -299,7 +301,7 @@ class Engine:
         before = self._iterations()
         self._local.penalised = False
         differentiable = lambda_s > 0 and self.config.start == "margin"
-        with self.site.recording(differentiable) as passes:
+        with self.passes.recording(differentiable) as passes:
             self._local.passes = passes
             try:
                 yield
@@ -328,7 +330,7 @@ class Engine:
         self._local.penalised = True
         if self._local.lambda_s == self.config.mu == 0:
             return loss
-        penalty = self._penalty(_matching(passes, given.get("y_pred")), given.get("y"), given.get("sample_weight"))
+        penalty = self._penalty(passes_of(passes, given.get("y_pred")), given.get("y"), given.get("sample_weight"))
         replicas = tf.distribute.get_strategy().num_replicas_in_sync  # Keras sums their losses
         entries = tf.size(loss)  # the gradient of a loss that is not reduced is that of their sum
         return loss + tf.cast(penalty / tf.cast(replicas * entries, penalty.dtype), loss.dtype)
@@ -421,7 +423,7 @@ class Engine:
         local = self._local
         found, local.lambda_s, local.measured = self._found, 1.0, number
         try:
-            with self.site.recording(self.config.start == "margin") as passes, keras.StatelessScope():
+            with self.passes.recording(self.config.start == "margin") as passes, keras.StatelessScope():
                 self._evaluated(x)
             terms = self._terms(passes[-1], y, sample_weight, trained=False)
             heads = [head._replace(reduction="sum_over_batch_size") for head in terms.heads]
@@ -528,18 +530,14 @@ class Engine:
 
     # The step
 
-    def _terms(self, clean: Pass, y: Any, sample_weight: Any, trained: bool = True) -> _Terms:
+    def _terms(self, passes: Passes, y: Any, sample_weight: Any, trained: bool = True) -> _Terms:
         """R_s, D_Breg and the penalty of one pass, and of a training step whether the first of all can be repeated."""
-        config, site, lambda_s = self.config, self.site, self._local.lambda_s
+        config, lambda_s = self.config, self._local.lambda_s
         if lambda_s > 0:
-            site.require(clean)
+            self.site.require(passes.clean.calls)
         self.build()
-        with ExitStack() as precision:
-            if self._float32 and half_precision_layers(self.model):
-                # the published epsilon is lost in half precision, and the clean outputs' rounding is far above R_s
-                precision.enter_context(in_float32(self.model))
-                clean = site.repeat(clean, differentiable=clean.tape is not None)
-            masks = [site.padding_mask(clean, call) for call in clean.calls]
+        with passes.in_float32() if self._float32 else nullcontext(passes) as passes:
+            clean, masks = passes.clean, passes.masks
             heads = find_heads(self.model, clean.outputs, self._outputs, masks, y)
             if y is None and self._found is not None:  # the labels of before have shown the axes
                 axes = {head.place: head.axis for head in self._found.heads}
@@ -559,39 +557,36 @@ class Engine:
             penalty = tf.zeros([], targets[0].dtype)
             terms: dict[str, Tensor] = {}
             deltas: list[Tensor] = []
-            again: Pass | None = None
+            again: Any = None
             seen: dict[str, list[Any]] = {"outputs": targets, "positions": positions}
             finite = {"clean": _finite(targets)}
             shared = tf.constant(False)
             if lambda_s > 0:
-                deltas = self._ascend(clean, heads, targets, masks, positions, y)
+                deltas = self._ascend(passes, heads, targets, masks, positions, y)
                 gated = [(weight, gate(weight.value)) for weight in self.model.trainable_variables]
                 # x itself, not what a second pass of the layer gives: the gradients meet there and go down once
                 points = [_shifted(gate(call.x), delta) for call, delta in zip(clean.calls, deltas, strict=True)]
-                perturbed, self._drawn = random_operations(
-                    lambda: site.repeat(clean, lambda i, x: tf.ensure_shape(points[i], x.shape), gated)
-                )
-                outputs = [head.logits(perturbed.outputs) for head in heads]
+                perturbed = passes.at(points, gated)
+                outputs = [head.logits(perturbed) for head in heads]
                 r_s = compare(outputs)
                 # a model that imputes NaN makes finite outputs of a delta that is not
                 moved = tf.reduce_all([tf.reduce_all(tf.math.is_finite(delta)) for delta in deltas])
-                shared = ~site.fits(clean)
+                shared = ~passes.fit
                 gate.open = moved & ~shared
                 finite["perturbed"] = _finite(outputs) & tf.math.is_finite(r_s) & moved
                 penalty += lambda_s * r_s
                 terms["smoothness"] = r_s
                 seen |= {"x": [call.x for call in clean.calls], "delta": deltas, "mask": masks, "perturbed": outputs}
             if config.mu > 0:
-                again, self._drawn = random_operations(
-                    lambda: site.repeat(clean, weights=list(zip(self.weights, self.averages, strict=True)))
-                )
-                outputs = [tf.stop_gradient(head.logits(again.outputs)) for head in heads]
+                again = passes.again(list(zip(self.weights, self.averages, strict=True)))
+                outputs = [tf.stop_gradient(head.logits(again)) for head in heads]
                 d_breg = compare(outputs)
                 finite["teacher"] = _finite(outputs) & tf.math.is_finite(d_breg)
                 penalty += config.mu * d_breg
                 terms["proximal"] = d_breg
                 seen["teacher"] = outputs
-            differs = self._differs(clean, heads, positions, again) if trained else tf.constant(False)
+            differs = self._differs(passes, heads, positions, again) if trained else tf.constant(False)
+            self._drawn = passes.drawn
             self._found = Found([call.x.shape for call in clean.calls], heads, _shapes(masks), _shapes(positions))
         unnormalised = tf.reduce_any([head.unnormalised(clean.outputs) for head in heads])
         gate.open &= tf.math.is_finite(penalty)
@@ -601,9 +596,9 @@ class Engine:
         kept = tf.where(gate.open, penalty, tf.zeros_like(penalty))
         return _Terms(clean, heads, kept, penalty, terms, deltas, faults, seen)
 
-    def _penalty(self, clean: Pass, y: Any, sample_weight: Any) -> Tensor:
+    def _penalty(self, passes: Passes, y: Any, sample_weight: Any) -> Tensor:
         """lambda_s R_s + mu D_Breg of a training step, 0 where it is not finite; and what is reported of it."""
-        found = self._terms(clean, y, sample_weight)
+        found = self._terms(passes, y, sample_weight)
         target = found.seen["outputs"][0]
         for name, term in found.terms.items():
             self._show(name, term, target)
@@ -621,47 +616,32 @@ class Engine:
             self._record(flat(seen), found.heads, {**found.terms, **observed, "penalty": found.raw})
         return found.penalty
 
-    def _differs(self, clean: Pass, heads: list[Head], positions: list[Tensor | None], again: Pass | None) -> Tensor:
-        """Whether the pass at delta = 0 and theta~ = theta is another one, asked in the first step.
-
-        It is the teacher's pass, or where there is none one that no other step runs.
-        """
-        if again is None and self._drawn:
-            # a branch of the graph numbers its random operations anew: the first would draw what the clean pass drew
-            again = self.site.repeat(clean)
-        if again is None and tf.distribute.get_strategy().num_replicas_in_sync > 1:
-            return tf.constant(False)  # replicas cannot meet in a pass that is not always run
-        half = any(layer.compute_dtype in ("float16", "bfloat16") for layer in self.model._flatten_layers())
-        # before the branch: a tensor of a tape that is made in it cannot leave it
-        first = [tf.stop_gradient(_raw(head, clean.outputs)) for head in heads]
-        other = None if again is None else [tf.stop_gradient(_raw(head, again.outputs)) for head in heads]
-
-        def compare() -> Tensor:
+    def _differs(self, passes: Passes, heads: list[Head], positions: list[Tensor | None], again: Any) -> Tensor:
+        def theta_is_theta_tilde() -> Tensor:
             same = [
                 tf.reduce_all(tf.cast(average.value, weight.dtype) == weight.value)
                 for weight, average in zip(self.weights, self.averages, strict=True)
             ]
-            second = other
-            if second is None:
-                second = [_raw(head, self.site.repeat(clean).outputs) for head in heads]
-            return tf.reduce_all(same) & differ(first, second, positions, half)
+            return tf.reduce_all(same)
 
-        # no variable is assigned in a branch: StatelessScope keeps Keras' own
-        differs = tf.cond(tf.convert_to_tensor(self.repeats.value) == 0, compare, lambda: tf.constant(False))
-        if tf.executing_eagerly() and bool(differs):
-            self._drawn = traced_random_operations(lambda: self.site.repeat(clean))
-        return differs
+        return passes.differ(
+            lambda outputs: [tf.stop_gradient(_raw(head, outputs)) for head in heads],
+            again,
+            positions,
+            theta_is_theta_tilde,
+            tf.convert_to_tensor(self.repeats.value) == 0,
+        )
 
     def _ascend(
         self,
-        clean: Pass,
+        passes: Passes,
         heads: list[Head],
         targets: list[Tensor],
         masks: list[Tensor | None],
         positions: list[Tensor | None],
         y: Any,
     ) -> list[Tensor]:
-        config = self.config
+        config, clean = self.config, passes.clean
         xs = [tf.stop_gradient(floating(call.x)) for call in clean.calls]
         balls = [Ball(x, config, mask) for x, mask in zip(xs, masks, strict=True)]
         fixed = [tf.stop_gradient(target) for target in targets]
@@ -671,7 +651,7 @@ class Engine:
             points = [tf.cast(x + delta, call.x.dtype) for x, delta, call in zip(xs, deltas, clean.calls, strict=True)]
             with tf.GradientTape(watch_accessed_variables=False) as tape:
                 tape.watch(points)
-                at = self.site.repeat(clean, lambda i, x: tf.ensure_shape(points[i], x.shape)).outputs
+                at = passes.at(points)
                 values = [
                     scale * DIVERGENCES[head.divergence].value(target, head.logits(at), mask)
                     for head, scale, target, mask in zip(heads, scales, fixed, positions, strict=True)
@@ -921,19 +901,6 @@ class _Gate:
 
     def _kept(self, gradient: Tensor) -> Tensor:
         return tf.where(self.open, gradient, tf.zeros_like(gradient))
-
-
-def _matching(passes: list[Pass], y_pred: Any) -> Pass:
-    """The call of the model that `y_pred` is from."""
-    if not passes:
-        raise RuntimeError(
-            "SMART: the train_step called compute_loss without calling the model, self(x, training=True), before it"
-        )
-    asked = {id(tensor) for tensor in keras.tree.flatten(y_pred)}
-    for clean in reversed(passes):
-        if asked & {id(tensor) for tensor in keras.tree.flatten(clean.outputs)}:
-            return clean
-    return passes[-1]
 
 
 def _shapes(masks: list[Tensor | None]) -> list[Any]:

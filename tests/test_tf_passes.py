@@ -10,7 +10,7 @@ from keras import layers
 from paper_settings import papers
 
 from smartreg_tf import SMARTCallback, attach
-from smartreg_tf.passes import differ
+from smartreg_tf.replay import differ
 
 CE = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 N, TOKENS = 8, 5

@@ -11,7 +11,7 @@ from smartreg import SMARTWarning
 from smartreg_tf import SMARTCallback, attach
 from smartreg_tf.candidates import candidates
 from smartreg_tf.inputs import padding_mask
-from smartreg_tf.site import Site
+from smartreg_tf.site import Call, Site
 
 CE = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 N, T, V = 8, 6, 20
@@ -456,6 +456,5 @@ def test_a_padding_mask_is_found_by_the_name_of_an_input_or_an_argument():
     assert seen[0] is not None
     site = Site(model)
     given = {"padding_mask": np.tile(real, (N, 1))}
-    clean = type("Clean", (), {"args": (IDS,), "kwargs": given})
-    call = type("Run", (), {"mask": None, "x": tf.random.stateless_normal([N, T, 4], [0, 1])})
-    np.testing.assert_array_equal(site.padding_mask(clean, call), given["padding_mask"])
+    call = Call(tf.random.stateless_normal([N, T, 4], [0, 1]), None)
+    np.testing.assert_array_equal(site.padding_mask(((IDS,), given), call), given["padding_mask"])

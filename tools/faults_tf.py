@@ -19,6 +19,7 @@ import keras
 import numpy as np
 
 from smartreg_tf import SMARTCallback, SMARTConfig, attach
+from smartreg_tf.passes import CleanPasses, Passes
 from smartreg_tf.site import Site
 from smartreg_tf.training import Engine
 
@@ -32,7 +33,9 @@ OWN: dict[type, list[str]] = {
         "__init__", "install", "make_train_function", "train_step", "compute_loss", "_terms", "_ascend", "_differs",
         "_penalty", "_update", "_report", "reset_metrics", "_draw", "_observe", "_count",
     ],
-    Site: ["install", "repeat", "require", "fits", "padding_mask", "_on_root", "_on_layer", "_seen", "_chosen"],
+    CleanPasses: ["install", "_on_call"],
+    Passes: ["run_clean", "at", "again", "differ", "_run"],
+    Site: ["install", "require", "fits", "padding_mask", "on_inputs", "_on_layer", "_seen", "_chosen"],
 }  # fmt: skip
 
 
