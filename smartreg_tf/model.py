@@ -137,5 +137,5 @@ class SMARTModel(keras.Model):  # type: ignore[misc]
 
     def _track(self) -> None:
         engine = self._engine
-        engine.build()
+        engine.teacher.follow()
         self._smart_variables = [engine.step, engine.draws, *engine.averages]  # Keras saves what it finds here

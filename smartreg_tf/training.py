@@ -25,10 +25,11 @@ from smartreg_tf.measure import Measured, measure
 from smartreg_tf.outputs import Head, Outputs, find_heads
 from smartreg_tf.passes import CleanPasses, Pass, Passes, passes_of
 from smartreg_tf.perturbation import Ball, climb, each, floating, margin_gradient
-from smartreg_tf.proximal import ema_update, momentum
+from smartreg_tf.proximal import momentum
 from smartreg_tf.replay import refusal, seed_states
 from smartreg_tf.report import Found, describe
 from smartreg_tf.site import Patches, Site
+from smartreg_tf.teacher import Teacher
 
 Tensor = Any
 Noise = Callable[[Tensor, Tensor], Tensor]
@@ -47,8 +48,7 @@ class Engine:
     Args: as `SMARTCallback`, but for the `recorder` that `record` and `record_steps` make.
 
     Attributes:
-        averages: theta~, in the order of `model.trainable_variables`, float32 or wider; empty before the model is built
-            and where mu is 0.
+        teacher: theta~.
     """
 
     METHODS = (
@@ -84,8 +84,7 @@ class Engine:
         self.model, self.config = model, config
         self.site = Site(model, layers)
         self.passes = CleanPasses(self.site)
-        self.averages: list[Any] = []
-        self.weights: list[Any] = []
+        self.teacher = Teacher(model, config)
         self._outputs, self._noise, self._seed, self._float32 = outputs, noise, seed, float32
         self._options = {"outputs": outputs, "float32": float32}
         self._patches = Patches()
@@ -118,14 +117,19 @@ class Engine:
             self.shown = {name: keras.metrics.Mean(name=name) for name, weight in names.items() if weight > 0}
             self.hidden = {name: keras.metrics.Mean(name=name) for name in ("max_delta", "vanished")}
         if all(layer.built for layer in model._flatten_layers()):
-            self.build()
+            self.teacher.follow()
+
+    @property
+    def averages(self) -> list[Any]:
+        """theta~ in the order of `model.trainable_variables`, float32 or wider; empty while there is none."""
+        return list(self.teacher.averages.values())
 
     def _begin(self, iterator: Any) -> Any:
         """The batches as they come; an unbuilt model is built on their shapes: theta~ must copy theta_0 before the
         step is traced: variables that are made in a trace have no value there.
         """
         unbuilt = not all(layer.built for layer in self.model._flatten_layers())
-        if (unbuilt or (not self.weights and self.config.mu > 0)) and not self.model.run_eagerly:
+        if (unbuilt or (not self.averages and self.config.mu > 0)) and not self.model.run_eagerly:
             if isinstance(iterator, (tf.data.Iterator, tf.distribute.DistributedIterator)):
                 shapes = iterator.element_spec
             else:
@@ -136,10 +140,9 @@ class Engine:
                 self.model._symbolic_build(data_batch=shapes)
             else:
                 self._build_by_step(shapes)
-            self.build()
+            self.teacher.follow()
         if not self._begun and int(_numpy(self.step)) == 0:
-            for average, weight in zip(self.averages, self.weights, strict=True):
-                average.assign(weight.value)  # weights may have been loaded since
+            self.teacher.begin()
         self._begun = True
         return iterator
 
@@ -160,17 +163,6 @@ class Engine:
         metrics = self.shown | self.hidden
         means = {name: float(metric.result()) for name, metric in metrics.items()}
         return means if any(float(_numpy(metric.count)) for metric in metrics.values()) else means | self._last
-
-    def build(self) -> None:
-        """theta~ <- theta_0, once the model has its weights."""
-        if self.weights or self.config.mu == 0:
-            return
-        weights = list(self.model.trainable_variables)
-        if not tf.executing_eagerly() and all(weight._value is not None for weight in weights):
-            raise RuntimeError("SMART: the model has no weights yet: call it on a batch before its training begins")
-        with self.model.distribute_strategy.scope():
-            self.averages = [_average(weight) for weight in weights]
-        self.weights = weights
 
     def _build_by_step(self, shapes: Any) -> None:
         """Make the weights as the model's own training step does, which may unpack the batch in a way of its own: trace
@@ -240,9 +232,8 @@ class Engine:
         if self.model.train_function is not None and not force:
             return self.model.train_function
         self._check_recordable()
-        followed = {id(weight) for weight in self.weights}
-        new = [weight.path for weight in self.model.trainable_variables if id(weight) not in followed]
-        if self.weights and new:
+        new = self.teacher.missing()
+        if new:
             raise ValueError(
                 f"SMART: {', '.join(new[:3])} became trainable after SMART began, and theta~ does not hold it. "
                 "Unfreeze and enable LoRA first, then fit with a SMARTCallback, or begin a new attach() or SMARTModel."
@@ -480,7 +471,7 @@ class Engine:
         """Go on where `save_state` left off; ValueError where the state is not of this model."""
         if not all(layer.built for layer in self.model._flatten_layers()):
             raise ValueError("SMART: the model must be built before its training state is loaded; call it on a batch")
-        self.build()
+        self.teacher.follow()
         own = {"step": self.step, "draws": self.draws}
         own |= {f"average/{i}": average for i, average in enumerate(self.averages)}
         own |= {f"seed/{i}": state for i, state in enumerate(seed_states(self.model))}
@@ -517,16 +508,8 @@ class Engine:
     @contextmanager
     def swap_teacher(self) -> Iterator[None]:
         """The model has the averaged weights theta~ inside the block, to evaluate or save them."""
-        if not self.averages:
-            raise ValueError("SMART: there is no theta~ to swap in: mu is 0, or the model was never trained")
-        kept = [_numpy(weight) for weight in self.weights]
-        try:
-            for weight, average in zip(self.weights, self.averages, strict=True):
-                weight.assign(average.value)
+        with self.teacher.swapped():
             yield
-        finally:
-            for weight, value in zip(self.weights, kept, strict=True):
-                weight.assign(value)
 
     # The step
 
@@ -535,7 +518,7 @@ class Engine:
         config, lambda_s = self.config, self._local.lambda_s
         if lambda_s > 0:
             self.site.require(passes.clean.calls)
-        self.build()
+        self.teacher.follow()
         with passes.in_float32() if self._float32 else nullcontext(passes) as passes:
             clean, masks = passes.clean, passes.masks
             heads = find_heads(self.model, clean.outputs, self._outputs, masks, y)
@@ -578,7 +561,7 @@ class Engine:
                 terms["smoothness"] = r_s
                 seen |= {"x": [call.x for call in clean.calls], "delta": deltas, "mask": masks, "perturbed": outputs}
             if config.mu > 0:
-                again = passes.again(list(zip(self.weights, self.averages, strict=True)))
+                again = passes.again(self.teacher.pairs())
                 outputs = [tf.stop_gradient(head.logits(again)) for head in heads]
                 d_breg = compare(outputs)
                 finite["teacher"] = _finite(outputs) & tf.math.is_finite(d_breg)
@@ -617,18 +600,11 @@ class Engine:
         return found.penalty
 
     def _differs(self, passes: Passes, heads: list[Head], positions: list[Tensor | None], again: Any) -> Tensor:
-        def theta_is_theta_tilde() -> Tensor:
-            same = [
-                tf.reduce_all(tf.cast(average.value, weight.dtype) == weight.value)
-                for weight, average in zip(self.weights, self.averages, strict=True)
-            ]
-            return tf.reduce_all(same)
-
         return passes.differ(
             lambda outputs: [tf.stop_gradient(_raw(head, outputs)) for head in heads],
             again,
             positions,
-            theta_is_theta_tilde,
+            self.teacher.is_theta,
             tf.convert_to_tensor(self.repeats.value) == 0,
         )
 
@@ -704,17 +680,7 @@ class Engine:
         """Count the optimiser step, if there was one, and every S of them move theta~."""
         steps = 1 if before is None else self._iterations() - before
         self.step.assign_add(steps)
-        if self.config.mu == 0:
-            return
-        step = tf.convert_to_tensor(self.step.value)
-        moves = (tf.cast(steps, tf.int64) > 0) & (step % self.config.proximal_steps == 0)
-        names = [str(i) for i in range(len(self.weights))]
-        theta = dict(zip(names, (weight.value for weight in self.weights), strict=True))
-        averages = dict(zip(names, (tf.convert_to_tensor(average.value) for average in self.averages), strict=True))
-        # all weights in one branch: a tf.where of each would read and write them once more
-        moved = tf.cond(moves, lambda: ema_update(averages, theta, momentum(step, self.config)), lambda: averages)
-        for name, average in zip(names, self.averages, strict=True):
-            average.assign(moved[name])  # not inside tf.cond: a MirroredStrategy cannot assign there
+        self.teacher.move(self.step, steps)
 
     def _iterations(self) -> Tensor | None:
         optimizer = getattr(self.model, "optimizer", None)
@@ -775,9 +741,7 @@ class Engine:
             if config.mu > 0:
                 moved = step - step % config.proximal_steps
                 scalars["beta"] = tf.where(moved > 0, momentum(moved, config), np.nan)
-                pairs = zip(self.weights, self.averages, strict=True)
-                distances = [_distance(weight.value, average.value) for weight, average in pairs]
-                scalars["distance"] = tf.reduce_max(distances)
+                scalars["distance"] = self.teacher.distance()
 
             names, numbers = list(arrays), list(scalars)
 
@@ -920,27 +884,9 @@ def _shifted(x: Tensor, delta: Tensor) -> Tensor:
     return tf.cast(tf.cast(x, delta.dtype) + delta, x.dtype)
 
 
-def _distance(weight: Tensor, average: Tensor) -> Tensor:
-    """max|theta - theta~|, theta~ in the dtype in which its pass has it."""
-    weight = tf.convert_to_tensor(weight)
-    return tf.cast(tf.reduce_max(tf.abs(weight - tf.cast(average, weight.dtype))), tf.float64)
-
-
 def _finite(tensors: list[Tensor]) -> Tensor:
     # -inf is a masked class
     return tf.reduce_all([tf.reduce_all((tensor < tensor.dtype.max) | (tensor == -np.inf)) for tensor in tensors])
-
-
-def _average(weight: Any) -> Any:
-    """theta~ of one weight, equal to it now: or, where Keras builds a model without values, as soon as it has one."""
-    return keras.Variable(
-        lambda shape, dtype: tf.cast(tf.convert_to_tensor(weight.value), dtype),
-        shape=weight.shape,
-        dtype="float64" if weight.dtype == "float64" else "float32",
-        trainable=False,
-        name="smart_average",
-        aggregation="only_first_replica",
-    )
 
 
 def _numpy(variable: Any) -> Any:
