@@ -73,6 +73,7 @@ class Passes:
 
     def __init__(self, site: Site, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.site, self.drawn = site, list[str]()
+        self._again: Any = None  # the outputs of `again`
         self._given = arguments_of(args, kwargs)
         self._state = State(site.model)
         # the seeds of the dropout masks, counters, a recurrent layer's states, as they are before the clean pass
@@ -120,6 +121,7 @@ class Passes:
     def again(self, weights: Iterable[Any] = ()) -> Any:
         """Return f(x; theta), or with other weights: (variable, value) pairs."""
         again, self.drawn = random_operations(lambda: self._run(weights))
+        self._again = again.outputs
         return again.outputs
 
     def at(self, points: list[Tensor], weights: Iterable[Any] = ()) -> Any:
@@ -130,20 +132,21 @@ class Passes:
     def differ(
         self,
         read: Callable[[Any], list[Tensor]],
-        again: Any,
         positions: list[Tensor | None],
-        asked: Callable[[], Tensor],
+        is_theta: Callable[[], Tensor],
         first: Tensor,
     ) -> Tensor:
         """Tell whether the pass at delta = 0 and theta~ = theta is another one than the clean pass, in the first step.
 
+        It is the pass with theta~, or if there is none, one that no other step makes.
+
         Args:
             read: gives the tensors of a pass's outputs that are compared.
-            again: the outputs of the teacher's pass, or None; then one is made that no other step makes.
             positions: which ones of each tensor count.
-            asked: whether theta~ is theta.
+            is_theta: tells whether theta~ is theta.
             first: whether this is the first step.
         """
+        again = self._again
         if again is None and self.drawn:
             # a branch of the graph numbers its random operations anew: the first would draw what the clean pass drew
             again = self._run().outputs
@@ -154,7 +157,7 @@ class Passes:
         other = None if again is None else read(again)
 
         def compare() -> Tensor:
-            same = asked()
+            same = is_theta()
             second = read(self._run().outputs) if other is None else other
             half = any(layer.compute_dtype in _HALF for layer in self.site.model._flatten_layers())
             return same & differ(clean, second, positions, half)

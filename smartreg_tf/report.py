@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import tensorflow as tf
+
 from smartreg.report import Choice, Description
 from smartreg_tf.outputs import Head
 from smartreg_tf.passes import half_precision_layers
 from smartreg_tf.site import Site
+from smartreg_tf.step import Step, shifted
 
+Tensor = Any
 _LATER = Choice("not known yet", "it is seen in the first training step")
 
 
@@ -26,6 +30,45 @@ class Found(NamedTuple):
     heads: Sequence[Head]
     masks: Sequence[Any]
     positions: Sequence[Any]
+
+
+def found_in(step: Step) -> Found:
+    """Keep of a step what `describe` needs."""
+    xs = [call.x.shape for call in step.passes.clean.calls]
+    return Found(xs, step.heads, _shapes(step.mask), _shapes(step.positions))
+
+
+def observe(step: Step) -> dict[str, Tensor]:
+    """Give max|delta|, and the fraction of the entries with delta != 0 in which x + delta == x."""
+    moved = lost = tf.zeros([], tf.float32)
+    for x, delta in zip(step.x, step.delta, strict=True):
+        changed = delta != 0
+        moved += tf.reduce_sum(tf.cast(changed, tf.float32))
+        lost += tf.reduce_sum(tf.cast(changed & (shifted(x, delta) == x), tf.float32))
+    return {
+        "vanished": tf.math.divide_no_nan(lost, moved),
+        "max_delta": tf.reduce_max([tf.reduce_max(tf.abs(delta)) for delta in step.delta]),
+    }
+
+
+def wrong_kinds(heads: Sequence[Head], outputs: Any) -> dict[str, Tensor]:
+    """Tell whether probabilities are none ("unnormalised"), or logits are probabilities ("normalised")."""
+    return {
+        "unnormalised": tf.reduce_any([head.unnormalised(outputs) for head in heads]),
+        "normalised": tf.reduce_any([head.normalised(outputs) for head in heads]),
+    }
+
+
+def raw_outputs(heads: Sequence[Head], outputs: Any) -> list[Tensor]:
+    """Give each head's outputs to be compared with themselves: of probabilities near 1 the logits are all rounding."""
+    return [tf.stop_gradient(_raw(head, outputs)) for head in heads]
+
+
+def _raw(head: Head, outputs: Any) -> Tensor:
+    z = head.logits(outputs)
+    if not head.kind.endswith("probabilities") or head.has_logits(outputs):
+        return z
+    return tf.sigmoid(z) if head.kind.startswith("label") else tf.exp(z)
 
 
 def describe(model: Any, site: Site, options: Mapping[str, Any], found: Found | None) -> Description:
@@ -78,6 +121,10 @@ def _axis(head: Head) -> str:
 def _named(model: Any, head: Head) -> str:
     names = getattr(model, "output_names", None) or []
     return f"{names[head.place]}: {head.kind}" if len(names) > 1 else head.kind
+
+
+def _shapes(masks: Sequence[Tensor | None]) -> list[Any]:
+    return [None if mask is None else tf.convert_to_tensor(mask).shape for mask in masks]
 
 
 def _masked(masks: Sequence[Any], why: str, without: str) -> Choice:

@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import keras
 import numpy as np
@@ -20,15 +20,16 @@ from smartreg.config import SMARTConfig, SMARTWarning
 from smartreg.recording import Recorder, flat
 from smartreg.report import Description
 from smartreg_tf.candidates import not_the_batch
-from smartreg_tf.divergences import DIVERGENCES, as_mask
+from smartreg_tf.divergences import as_mask
 from smartreg_tf.measure import Measured, measure
 from smartreg_tf.outputs import Head, Outputs, find_heads
-from smartreg_tf.passes import CleanPasses, Pass, Passes, passes_of
-from smartreg_tf.perturbation import Ball, climb, each, floating, margin_gradient
+from smartreg_tf.passes import CleanPasses, Passes, passes_of
+from smartreg_tf.perturbation import floating
 from smartreg_tf.proximal import momentum
 from smartreg_tf.replay import refusal, seed_states
-from smartreg_tf.report import Found, describe
+from smartreg_tf.report import Found, describe, found_in, observe, raw_outputs, wrong_kinds
 from smartreg_tf.site import Patches, Site
+from smartreg_tf.step import Step, drawn, smart_step
 from smartreg_tf.teacher import Teacher
 
 Tensor = Any
@@ -416,25 +417,25 @@ class Engine:
         try:
             with self.passes.recording(self.config.start == "margin") as passes, keras.StatelessScope():
                 self._evaluated(x)
-            terms = self._terms(passes[-1], y, sample_weight, trained=False)
-            heads = [head._replace(reduction="sum_over_batch_size") for head in terms.heads]
+            step, faults = self._step(passes[-1], y, sample_weight, trained=False)
+            heads = [head._replace(reduction="sum_over_batch_size") for head in step.heads]
             left_out = next((head.ignore_class for head in heads if head.ignore_class is not None), None)
             if y is None and left_out is not None:
                 raise ValueError(
                     f"SMART: measure() needs y: the loss leaves out the label {left_out} by its ignore_class, and so "
                     "do R_s and D_Breg"
                 )
-            targets, positions = terms.seen["outputs"], terms.seen["positions"]
+            targets, positions = step.outputs, step.positions
             examples = [head.examples(target, y) for head, target in zip(heads, targets, strict=True)]
             sums = {
                 name: [
                     head.weight * n * head.mean(a, b, mask, sample_weight, y)
-                    for head, n, a, b, mask in zip(heads, examples, terms.seen[other], targets, positions, strict=True)
+                    for head, n, a, b, mask in zip(heads, examples, other, targets, positions, strict=True)
                 ]
-                for name, other in {"R_s": "perturbed", "D_Breg": "teacher"}.items()
-                if other in terms.seen
+                for name, other in {"R_s": step.perturbed, "D_Breg": step.teacher}.items()
+                if other
             }
-            return Measured(sums, examples, terms.faults)
+            return Measured(sums, examples, faults)
         finally:
             self._found, local.measured = found or self._found, None
 
@@ -513,168 +514,61 @@ class Engine:
 
     # The step
 
-    def _terms(self, passes: Passes, y: Any, sample_weight: Any, trained: bool = True) -> _Terms:
-        """R_s, D_Breg and the penalty of one pass, and of a training step whether the first of all can be repeated."""
-        config, lambda_s = self.config, self._local.lambda_s
-        if lambda_s > 0:
+    def _step(self, passes: Passes, y: Any, sample_weight: Any, trained: bool = True) -> tuple[Step, dict[str, Tensor]]:
+        """What one pass gives, and what is wrong with it; of a training step also whether it can be repeated."""
+        if self._local.lambda_s > 0:
             self.site.require(passes.clean.calls)
         self.teacher.follow()
         with passes.in_float32() if self._float32 else nullcontext(passes) as passes:
-            clean, masks = passes.clean, passes.masks
-            heads = find_heads(self.model, clean.outputs, self._outputs, masks, y)
-            if y is None and self._found is not None:  # the labels of before have shown the axes
-                axes = {head.place: head.axis for head in self._found.heads}
-                heads = [head._replace(axis=axes.get(head.place, head.axis)) for head in heads]
-            gate = _Gate()
-            with clean.tape or nullcontext():
-                targets = [head.logits(clean.outputs) for head in heads]
-            positions = [head.mask(clean.outputs, masks, y, sample_weight) for head in heads]
+            heads = self._heads(passes, y)
+            step = smart_step(
+                passes, heads, y, sample_weight, self.teacher, self.config, self._local.lambda_s, self._draw
+            )
+            faults = step.faults | wrong_kinds(heads, passes.clean.outputs)
+            if trained:
+                first = tf.convert_to_tensor(self.repeats.value) == 0
+                read = partial(raw_outputs, heads)
+                faults["repeat"] = passes.differ(read, step.positions, self.teacher.is_theta, first)
+        self._drawn = passes.drawn
+        self._found = found_in(step)
+        return step, faults
 
-            def compare(outputs: list[Tensor]) -> Tensor:
-                means = [
-                    head.weight * head.mean(a, gate(b), mask, sample_weight, y)
-                    for head, a, b, mask in zip(heads, outputs, targets, positions, strict=True)
-                ]
-                return tf.add_n([tf.cast(mean, means[0].dtype) for mean in means])
-
-            penalty = tf.zeros([], targets[0].dtype)
-            terms: dict[str, Tensor] = {}
-            deltas: list[Tensor] = []
-            again: Any = None
-            seen: dict[str, list[Any]] = {"outputs": targets, "positions": positions}
-            finite = {"clean": _finite(targets)}
-            shared = tf.constant(False)
-            if lambda_s > 0:
-                deltas = self._ascend(passes, heads, targets, masks, positions, y)
-                gated = [(weight, gate(weight.value)) for weight in self.model.trainable_variables]
-                # x itself, not what a second pass of the layer gives: the gradients meet there and go down once
-                points = [_shifted(gate(call.x), delta) for call, delta in zip(clean.calls, deltas, strict=True)]
-                perturbed = passes.at(points, gated)
-                outputs = [head.logits(perturbed) for head in heads]
-                r_s = compare(outputs)
-                # a model that imputes NaN makes finite outputs of a delta that is not
-                moved = tf.reduce_all([tf.reduce_all(tf.math.is_finite(delta)) for delta in deltas])
-                shared = ~passes.fit
-                gate.open = moved & ~shared
-                finite["perturbed"] = _finite(outputs) & tf.math.is_finite(r_s) & moved
-                penalty += lambda_s * r_s
-                terms["smoothness"] = r_s
-                seen |= {"x": [call.x for call in clean.calls], "delta": deltas, "mask": masks, "perturbed": outputs}
-            if config.mu > 0:
-                again = passes.again(self.teacher.pairs())
-                outputs = [tf.stop_gradient(head.logits(again)) for head in heads]
-                d_breg = compare(outputs)
-                finite["teacher"] = _finite(outputs) & tf.math.is_finite(d_breg)
-                penalty += config.mu * d_breg
-                terms["proximal"] = d_breg
-                seen["teacher"] = outputs
-            differs = self._differs(passes, heads, positions, again) if trained else tf.constant(False)
-            self._drawn = passes.drawn
-            self._found = Found([call.x.shape for call in clean.calls], heads, _shapes(masks), _shapes(positions))
-        unnormalised = tf.reduce_any([head.unnormalised(clean.outputs) for head in heads])
-        gate.open &= tf.math.is_finite(penalty)
-        normalised = tf.reduce_any([head.normalised(clean.outputs) for head in heads])
-        broken = {name: ~good & ~gate.open for name, good in finite.items()}  # a masked position may be NaN
-        faults = {**broken, "unnormalised": unnormalised, "normalised": normalised, "shared": shared, "repeat": differs}
-        kept = tf.where(gate.open, penalty, tf.zeros_like(penalty))
-        return _Terms(clean, heads, kept, penalty, terms, deltas, faults, seen)
+    def _heads(self, passes: Passes, y: Any) -> list[Head]:
+        heads = find_heads(self.model, passes.clean.outputs, self._outputs, passes.masks, y)
+        if y is None and self._found is not None:  # the labels of before have shown the axes
+            axes = {head.place: head.axis for head in self._found.heads}
+            heads = [head._replace(axis=axes.get(head.place, head.axis)) for head in heads]
+        return heads
 
     def _penalty(self, passes: Passes, y: Any, sample_weight: Any) -> Tensor:
         """lambda_s R_s + mu D_Breg of a training step, 0 where it is not finite; and what is reported of it."""
-        found = self._terms(passes, y, sample_weight)
-        target = found.seen["outputs"][0]
-        for name, term in found.terms.items():
-            self._show(name, term, target)
+        step, faults = self._step(passes, y, sample_weight)
+        for name, term in step.terms.items():
+            self._show({"R_s": "smoothness", "D_Breg": "proximal"}[name], term, step.outputs[0])
         observed: dict[str, Tensor] = {}
-        if self._local.lambda_s > 0:
-            observed = self._observe(found.clean, found.deltas)
+        if step.delta:
+            observed = self._observe(step)
             self.draws.assign_add(1)
         self.repeats.assign_add(1)
-        self._count(found.faults)
+        self._count(faults)
         if self._recorder is not None and not self._recorder.done:
             # after everything else, since TensorFlow numbers its own random operations as they come
-            of_heads = zip(found.heads, found.seen["outputs"], found.seen["positions"], strict=True)
+            of_heads = zip(step.heads, step.outputs, step.positions, strict=True)
             weights = [head.weights(target, mask, sample_weight, y) for head, target, mask in of_heads]
-            seen = {**found.seen, "sample_weight": weights}
-            self._record(flat(seen), found.heads, {**found.terms, **observed, "penalty": found.raw})
-        return found.penalty
-
-    def _differs(self, passes: Passes, heads: list[Head], positions: list[Tensor | None], again: Any) -> Tensor:
-        return passes.differ(
-            lambda outputs: [tf.stop_gradient(_raw(head, outputs)) for head in heads],
-            again,
-            positions,
-            self.teacher.is_theta,
-            tf.convert_to_tensor(self.repeats.value) == 0,
-        )
-
-    def _ascend(
-        self,
-        passes: Passes,
-        heads: list[Head],
-        targets: list[Tensor],
-        masks: list[Tensor | None],
-        positions: list[Tensor | None],
-        y: Any,
-    ) -> list[Tensor]:
-        config, clean = self.config, passes.clean
-        xs = [tf.stop_gradient(floating(call.x)) for call in clean.calls]
-        balls = [Ball(x, config, mask) for x, mask in zip(xs, masks, strict=True)]
-        fixed = [tf.stop_gradient(target) for target in targets]
-        scales = [head.scale(target, mask, y) for head, target, mask in zip(heads, fixed, positions, strict=True)]
-
-        def gradient(deltas: list[Tensor]) -> list[Tensor]:
-            points = [tf.cast(x + delta, call.x.dtype) for x, delta, call in zip(xs, deltas, clean.calls, strict=True)]
-            with tf.GradientTape(watch_accessed_variables=False) as tape:
-                tape.watch(points)
-                at = passes.at(points)
-                values = [
-                    scale * DIVERGENCES[head.divergence].value(target, head.logits(at), mask)
-                    for head, scale, target, mask in zip(heads, scales, fixed, positions, strict=True)
-                ]
-            return self._reached(tape.gradient(values, points), points)
-
-        if config.start == "gaussian":
-            starts = [ball.gaussian_start(self._draw(x, i)) for i, (ball, x) in enumerate(zip(balls, xs, strict=True))]
-        else:
-            upwards = []
-            for i, (head, scale, target, mask) in enumerate(zip(heads, scales, fixed, positions, strict=True)):
-                noise = self._draw(target, i) if head.divergence == "squared_error" else None
-                upwards.append(each(scale, target) * margin_gradient(target, noise, mask, head.divergence))
-            assert clean.tape is not None
-            directions = clean.tape.gradient(targets, [call.x for call in clean.calls], output_gradients=upwards)
-            starts = [
-                ball.margin_start(direction)
-                for ball, direction in zip(balls, self._reached(directions, xs), strict=True)
-            ]
-        return [tf.stop_gradient(delta) for delta in climb(balls, starts, gradient)]
-
-    def _reached(self, gradients: list[Tensor | None], xs: list[Tensor]) -> list[Tensor]:
-        """The gradients; 0 for an input that no output depends on, as a label that is there for add_loss alone."""
-        if any(g is None for g in gradients) and (self.site.layers or all(g is None for g in gradients)):
-            raise RuntimeError(
-                f"SMART: no gradient leads from the outputs to {self.site} (run {gradients.index(None) + 1} of "
-                f"{len(gradients)}): perturbing it changes nothing. Name a layer that the outputs"
-                " depend on with layers=."
-            )
-        found = [tf.zeros_like(x) if g is None else g for g, x in zip(gradients, xs, strict=True)]
-        return [tf.stop_gradient(floating(tf.convert_to_tensor(g))) for g in found]
+            lists = (*(("x", "delta", "mask") if step.delta else ()), "outputs", "perturbed", "teacher", "positions")
+            seen = {name: getattr(step, name) for name in lists} | {"sample_weight": weights}
+            self._record(flat(seen), step.heads, {**step.terms, **observed, "penalty": step.raw})
+        return step.penalty
 
     def _draw(self, like: Tensor, run: int) -> Tensor:
-        """Standard normal, from a stream of our own: Keras' and TensorFlow's stay as plain training leaves them."""
         measured = getattr(self._local, "measured", None)  # the number of the batch
         step = tf.convert_to_tensor(self.draws.value) if measured is None else measured
-        if self._noise is not None:
-            drawn = tf.convert_to_tensor(self._noise(step, like))
-            if not drawn.shape.is_compatible_with(like.shape):
-                raise ValueError(f"SMART: noise must give a tensor of shape {like.shape}, got {drawn.shape}")
-            return tf.cast(drawn, like.dtype)
-        context = tf.distribute.get_replica_context()
-        replica = 0 if context is None else context.replica_id_in_sync_group
-        seed = tf.stack([tf.constant(self._seed, tf.int64), step])
-        for number in (run, replica):
-            seed = tf.random.experimental.stateless_fold_in(seed, tf.cast(number, tf.int64), alg="philox")
-        return tf.random.stateless_normal(tf.shape(like), seed, dtype=like.dtype, alg="philox")
+        if self._noise is None:
+            return drawn(like, run, step, self._seed)
+        noise = tf.convert_to_tensor(self._noise(step, like))
+        if not noise.shape.is_compatible_with(like.shape):
+            raise ValueError(f"SMART: noise must give a tensor of shape {like.shape}, got {noise.shape}")
+        return tf.cast(noise, like.dtype)
 
     def _update(self, before: Tensor | None) -> None:
         """Count the optimiser step, if there was one, and every S of them move theta~."""
@@ -690,20 +584,11 @@ class Engine:
         value = tf.stop_gradient(value)
         self.shown[name].update_state(value, sample_weight=tf.shape(like)[0])
 
-    def _observe(self, clean: Pass, deltas: list[Tensor]) -> dict[str, Tensor]:
-        moved = lost = tf.zeros([], tf.float32)
-        for call, delta in zip(clean.calls, deltas, strict=True):
-            changed = delta != 0
-            moved += tf.reduce_sum(tf.cast(changed, tf.float32))
-            lost += tf.reduce_sum(tf.cast(changed & (_shifted(call.x, delta) == call.x), tf.float32))
-        vanished = tf.math.divide_no_nan(lost, moved)
-        observed = {
-            "vanished": vanished,
-            "max_delta": tf.reduce_max([tf.reduce_max(tf.abs(delta)) for delta in deltas]),
-        }
+    def _observe(self, step: Step) -> dict[str, Tensor]:
+        observed = observe(step)
         for name, value in observed.items():
             self.hidden[name].update_state(value)
-        self._count({"vanished": vanished > 0.5})
+        self._count({"vanished": observed["vanished"] > 0.5})
         return observed
 
     def _check_recordable(self) -> None:
@@ -730,14 +615,13 @@ class Engine:
         dtypes = {name: tensor.dtype.name for name, tensor in seen.items()}
         # the recorded weights have the loss's reduction in them already
         outputs = [{"divergence": head.divergence, "weight": head.weight, "by_weights": False} for head in heads]
-        paper = {"smoothness": "R_s", "proximal": "D_Breg"}
         step = tf.convert_to_tensor(self.step.value)
 
         def out() -> Tensor:
             arrays = {
                 name: floating(tensor) if tensor.dtype.is_floating else as_mask(tensor) for name, tensor in seen.items()
             }
-            scalars = {paper.get(name, name): value for name, value in reported.items()} | {"step": step}
+            scalars = reported | {"step": step}
             if config.mu > 0:
                 moved = step - step % config.proximal_steps
                 scalars["beta"] = tf.where(moved > 0, momentum(moved, config), np.nan)
@@ -818,75 +702,8 @@ class Engine:
             )
 
 
-class _Terms(NamedTuple):
-    """What `Engine._terms` computes of one pass.
-
-    Attributes:
-        clean: the pass, in the precision of the others.
-        penalty, raw: as it may be added to a loss, and with what is not finite.
-        terms: R_s and D_Breg, those that the configuration has.
-        faults: which of `_FAULTS` are there.
-        seen: what a recording holds, by its names.
-    """
-
-    clean: Pass
-    heads: list[Head]
-    penalty: Tensor
-    raw: Tensor
-    terms: dict[str, Tensor]
-    deltas: list[Tensor]
-    faults: dict[str, Tensor]
-    seen: dict[str, list[Any]]
-
-
 class _BuiltError(Exception):
     """The model's own training step has made the weights; the rest of it is not needed."""
-
-
-class _Gate:
-    """Identity whose gradient is 0 unless `open`, even where what comes back is NaN: a penalty that is not finite must
-    not reach the weights. `open` is set after the forward and read by the backward.
-    """
-
-    def __init__(self) -> None:
-        self.open: Tensor = tf.constant(True)
-
-    def __call__(self, tensor: Tensor) -> Tensor:
-        @tf.custom_gradient  # type: ignore[untyped-decorator]
-        def identity(tensor: Tensor) -> Any:
-            def vjp(upstream: Tensor) -> Tensor:
-                if isinstance(upstream, tf.IndexedSlices):
-                    return tf.IndexedSlices(self._kept(upstream.values), upstream.indices, upstream.dense_shape)
-                return self._kept(upstream)
-
-            return tf.identity(tensor), vjp
-
-        return identity(tensor)
-
-    def _kept(self, gradient: Tensor) -> Tensor:
-        return tf.where(self.open, gradient, tf.zeros_like(gradient))
-
-
-def _shapes(masks: list[Tensor | None]) -> list[Any]:
-    return [None if mask is None else tf.convert_to_tensor(mask).shape for mask in masks]
-
-
-def _raw(head: Head, outputs: Any) -> Tensor:
-    """A head's outputs to be compared with themselves: of probabilities near 1 the logits are all rounding."""
-    z = head.logits(outputs)
-    if not head.kind.endswith("probabilities") or head.has_logits(outputs):
-        return z
-    return tf.sigmoid(z) if head.kind.startswith("label") else tf.exp(z)
-
-
-def _shifted(x: Tensor, delta: Tensor) -> Tensor:
-    """x + delta, rounded once to x's dtype."""
-    return tf.cast(tf.cast(x, delta.dtype) + delta, x.dtype)
-
-
-def _finite(tensors: list[Tensor]) -> Tensor:
-    # -inf is a masked class
-    return tf.reduce_all([tf.reduce_all((tensor < tensor.dtype.max) | (tensor == -np.inf)) for tensor in tensors])
 
 
 def _numpy(variable: Any) -> Any:

@@ -1,0 +1,246 @@
+"""Algorithm 1 for one mini-batch, lines 6 to 11: delta, R_s, D_Breg and the penalty (paper, section 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorflow as tf
+
+from smartreg.config import SMARTConfig
+from smartreg_tf.divergences import DIVERGENCES
+from smartreg_tf.outputs import Head
+from smartreg_tf.passes import Passes
+from smartreg_tf.perturbation import Ball, climb, each, floating, margin_gradient
+from smartreg_tf.teacher import Teacher
+
+Tensor = Any
+Draw = Callable[[Tensor, int], Tensor]  # (like, run of the site or head) -> standard normal of the shape of `like`
+
+
+class Step(NamedTuple):
+    """What one mini-batch gives.
+
+    Attributes:
+        penalty: lambda_s R_s + mu D_Breg for the loss: 0 with gradient 0 if it is not finite.
+        raw: the same as it is.
+        terms: R_s and D_Breg, those that the configuration has.
+        faults: whether a pass ("clean", "perturbed", "teacher") is not finite and the penalty neither; whether the site
+            is "shared" by the examples.
+        passes, heads: what was run, and which outputs were compared.
+        x, delta, mask: of each run of the site; x and delta are empty without R_s.
+        outputs, perturbed, teacher, positions: of each head; perturbed and teacher are empty without their term.
+    """
+
+    penalty: Tensor
+    raw: Tensor
+    terms: dict[str, Tensor]
+    faults: dict[str, Tensor]
+    passes: Passes
+    heads: list[Head]
+    x: list[Tensor]
+    delta: list[Tensor]
+    mask: list[Tensor | None]
+    outputs: list[Tensor]
+    perturbed: list[Tensor]
+    teacher: list[Tensor]
+    positions: list[Tensor | None]
+
+
+def smart_step(
+    passes: Passes,
+    heads: list[Head],
+    y: Any,
+    sample_weight: Any,
+    teacher: Teacher,
+    config: SMARTConfig,
+    lambda_s: float,
+    draw: Draw,
+) -> Step:
+    """Compute lambda_s R_s + mu D_Breg of one mini-batch.
+
+    Args:
+        y, sample_weight: what the loss gets.
+        lambda_s: of this step: `config.smoothness_weight`.
+
+    Raises:
+        RuntimeError: the outputs do not depend on the site.
+
+    Source: paper, equations 1 to 3 and Algorithm 1.
+    """
+    clean, masks = passes.clean, passes.masks
+    gate = Gate()
+    with clean.tape or nullcontext():
+        targets = [head.logits(clean.outputs) for head in heads]  # f(x; theta)
+    positions = [head.mask(clean.outputs, masks, y, sample_weight) for head in heads]
+
+    def mean(outputs: list[Tensor]) -> Tensor:  # 1/n sum_i w_i l_s(outputs_i, f(x_i; theta)), of all heads
+        compared = zip(heads, outputs, targets, positions, strict=True)
+        means = [head.weight * head.mean(a, gate(b), mask, sample_weight, y) for head, a, b, mask in compared]
+        return tf.add_n([tf.cast(value, means[0].dtype) for value in means])
+
+    x, deltas, perturbed, averaged = list[Tensor](), list[Tensor](), list[Tensor](), list[Tensor]()
+    terms, finite, shared = dict[str, Tensor](), {"clean": all_finite(targets)}, tf.constant(False)
+    penalty = tf.zeros([], targets[0].dtype)
+    if lambda_s > 0:
+        x = [call.x for call in clean.calls]
+        deltas = _ascend(passes, heads, targets, masks, positions, y, config, draw)  # lines 6 to 10
+        # x itself, not what a second pass of the layer gives: both gradients reach it, and the layer runs back once
+        points = [shifted(gate(own), delta) for own, delta in zip(x, deltas, strict=True)]
+        gated = [(weight, gate(weight.value)) for weight in passes.site.model.trainable_variables]
+        at = passes.at(points, gated)
+        perturbed = [head.logits(at) for head in heads]  # f(x + delta; theta)
+        terms["R_s"] = mean(perturbed)
+        penalty += lambda_s * terms["R_s"]
+        # a model that imputes NaN makes finite outputs of a delta that is not
+        moved = tf.reduce_all([tf.reduce_all(tf.math.is_finite(delta)) for delta in deltas])
+        shared = ~passes.fit
+        gate.open = moved & ~shared
+        finite["perturbed"] = all_finite(perturbed) & tf.math.is_finite(terms["R_s"]) & moved
+    if config.mu > 0:
+        again = passes.again(teacher.pairs())
+        averaged = [tf.stop_gradient(head.logits(again)) for head in heads]  # f(x; theta~), theta~ of line 14
+        terms["D_Breg"] = mean(averaged)
+        penalty += config.mu * terms["D_Breg"]
+        finite["teacher"] = all_finite(averaged) & tf.math.is_finite(terms["D_Breg"])
+    gate.open &= tf.math.is_finite(penalty)
+    faults = {name: ~good & ~gate.open for name, good in finite.items()}  # a masked position may be NaN
+    kept = tf.where(gate.open, penalty, tf.zeros_like(penalty))  # line 11 is the optimiser's, on L + the penalty
+    seen = (x, deltas, masks, targets, perturbed, averaged, positions)
+    return Step(kept, penalty, terms, faults | {"shared": shared}, passes, heads, *seen)
+
+
+def _ascend(
+    passes: Passes,
+    heads: list[Head],
+    targets: list[Tensor],
+    masks: list[Tensor | None],
+    positions: list[Tensor | None],
+    y: Any,
+    config: SMARTConfig,
+    draw: Draw,
+) -> list[Tensor]:
+    """Perturb each run of the site: lines 6 to 10."""
+    clean = passes.clean
+    xs = [tf.stop_gradient(floating(call.x)) for call in clean.calls]
+    balls = [Ball(x, config, mask) for x, mask in zip(xs, masks, strict=True)]
+    fixed = [tf.stop_gradient(target) for target in targets]
+    scales = [head.scale(target, mask, y) for head, target, mask in zip(heads, fixed, positions, strict=True)]
+    compared = list(zip(heads, scales, fixed, positions, strict=True))
+
+    def gradient(deltas: list[Tensor]) -> list[Tensor]:  # of sum_i l_s(f(x_i), f(x_i + delta_i)), line 8
+        points = [tf.cast(x + delta, call.x.dtype) for x, delta, call in zip(xs, deltas, clean.calls, strict=True)]
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch(points)
+            at = passes.at(points)
+            values = [
+                scale * DIVERGENCES[head.divergence].value(target, head.logits(at), mask)
+                for head, scale, target, mask in compared
+            ]
+        return _reached(passes, tape.gradient(values, points), points)
+
+    if config.start == "gaussian":
+        starts = [ball.gaussian_start(draw(x, i)) for i, (ball, x) in enumerate(zip(balls, xs, strict=True))]
+    else:
+        upwards = []
+        for i, (head, scale, target, mask) in enumerate(compared):
+            noise = draw(target, i) if head.divergence == "squared_error" else None
+            upwards.append(each(scale, target) * margin_gradient(target, noise, mask, head.divergence))
+        assert clean.tape is not None
+        directions = clean.tape.gradient(targets, [call.x for call in clean.calls], output_gradients=upwards)
+        directions = _reached(passes, directions, xs)
+        starts = [ball.margin_start(direction) for ball, direction in zip(balls, directions, strict=True)]
+    return [tf.stop_gradient(delta) for delta in climb(balls, starts, gradient)]
+
+
+def _reached(passes: Passes, gradients: list[Tensor | None], xs: list[Tensor]) -> list[Tensor]:
+    """Check the gradients; 0 for an input that no output depends on, as a label that is there for add_loss alone."""
+    site = passes.site
+    if any(g is None for g in gradients) and (site.layers or all(g is None for g in gradients)):
+        raise RuntimeError(
+            f"SMART: no gradient leads from the outputs to {site} (run {gradients.index(None) + 1} of "
+            f"{len(gradients)}): perturbing it changes nothing. Name a layer that the outputs"
+            " depend on with layers=."
+        )
+    found = [tf.zeros_like(x) if g is None else g for g, x in zip(gradients, xs, strict=True)]
+    return [tf.stop_gradient(floating(tf.convert_to_tensor(g))) for g in found]
+
+
+class Gate:
+    """Identity whose gradient is 0 unless `open`, even if what comes back is NaN.
+
+    A penalty that is not finite must not reach the weights. `open` is set after the forward and read by the backward.
+
+    Example:
+        >>> gate, x = Gate(), tf.constant(1.0)
+        >>> with tf.GradientTape() as tape:
+        ...     tape.watch(x)
+        ...     y = gate(x) * np.nan
+        >>> gate.open = tf.math.is_finite(y)
+        >>> float(tape.gradient(y, x))
+        0.0
+    """
+
+    def __init__(self) -> None:
+        self.open: Tensor = tf.constant(True)
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        """Return the same tensor."""
+
+        @tf.custom_gradient  # type: ignore[untyped-decorator]
+        def identity(tensor: Tensor) -> Any:
+            def vjp(upstream: Tensor) -> Tensor:
+                if isinstance(upstream, tf.IndexedSlices):
+                    return tf.IndexedSlices(self._kept(upstream.values), upstream.indices, upstream.dense_shape)
+                return self._kept(upstream)
+
+            return tf.identity(tensor), vjp
+
+        return identity(tensor)
+
+    def _kept(self, gradient: Tensor) -> Tensor:
+        return tf.where(self.open, gradient, tf.zeros_like(gradient))
+
+
+def drawn(like: Tensor, run: int, step: Tensor, seed: int) -> Tensor:
+    """Draw standard normal noise of the shape of `like`, from a stream of our own.
+
+    Keras' and TensorFlow's streams stay as plain training leaves them.
+
+    Args:
+        run: of the site, or which head.
+        step: the number of the steps with noise before this one, int64.
+
+    Example:
+        >>> first, again, later = (drawn(tf.zeros([2]), 0, tf.constant(t, tf.int64), 0) for t in (0, 0, 1))
+        >>> bool(tf.reduce_all(first == again)), bool(tf.reduce_any(first == later))
+        (True, False)
+    """
+    context = tf.distribute.get_replica_context()
+    replica = 0 if context is None else context.replica_id_in_sync_group
+    key = tf.stack([tf.constant(seed, tf.int64), step])
+    for number in (run, replica):
+        key = tf.random.experimental.stateless_fold_in(key, tf.cast(number, tf.int64), alg="philox")
+    return tf.random.stateless_normal(tf.shape(like), key, dtype=like.dtype, alg="philox")
+
+
+def shifted(x: Tensor, delta: Tensor) -> Tensor:
+    """Return x + delta, rounded once to x's dtype.
+
+    Example:
+        >>> float(shifted(tf.constant(1.0, tf.bfloat16), tf.constant(1e-4)))
+        1.0
+    """
+    return tf.cast(tf.cast(x, delta.dtype) + delta, x.dtype)
+
+
+def all_finite(tensors: Sequence[Tensor]) -> Tensor:
+    """Tell whether there is no NaN and no infinity; -inf is a masked class.
+
+    Example:
+        >>> [bool(all_finite([tf.constant([1.0, value])])) for value in (np.nan, np.inf, -np.inf)]
+        [False, False, True]
+    """
+    return tf.reduce_all([tf.reduce_all((tensor < tensor.dtype.max) | (tensor == -np.inf)) for tensor in tensors])
