@@ -123,17 +123,27 @@ def warn_of(found: Mapping[str, float], start: str, precision: str = "the embedd
     said = {}
     vanished = found.get("vanished", 0.0)
     if vanished > 0.5:
-        said["vanished"] = (
-            f"SMART: adding the perturbation leaves {vanished:.0%} of the entries as they were: it is below the "
-            f"precision of {precision}, and R_s measures nothing there. Use a larger epsilon, or, if that is half "
-            "precision, precision='float32'."
-        )
+        said["vanished"] = too_small(f"{vanished:.0%}", precision)
     if start == "margin" and found.get("max_delta") == 0:
         said["still"] = (
             "SMART: nothing is perturbed, max|delta| is 0: no gradient reaches a position that the mask leaves. Is "
             "the mask true at padding? print(smart.describe()) says which one it is."
         )
     return said
+
+
+def too_small(how_many: str, precision: str = "the embeddings' dtype") -> str:
+    """Word the warning about a perturbation that is lost in x.
+
+    Example:
+        >>> too_small("60%")[:80]
+        'SMART: adding the perturbation leaves 60% of the entries as they were: it is bel'
+    """
+    return (
+        f"SMART: adding the perturbation leaves {how_many} of the entries as they were: it is below the precision of "
+        f"{precision}, and R_s measures nothing there. Use a larger epsilon, or, if that is half precision, "
+        "precision='float32'."
+    )
 
 
 def not_finite(step: int, first: str, found: Mapping[str, float]) -> str:

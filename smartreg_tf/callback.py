@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import threading
 import warnings
 import weakref
@@ -13,12 +12,16 @@ from typing import Any
 
 import keras
 
-from smartreg.config import SMARTConfig, SMARTWarning
+from smartreg.config import Precision, SMARTConfig, SMARTWarning, check_options
 from smartreg.recording import Recorder
-from smartreg.report import Description
+from smartreg.report import Description, Observer
+from smartreg_tf import compat
+from smartreg_tf.engine import ENGINE, Engine
+from smartreg_tf.options import Options
 from smartreg_tf.outputs import Outputs
+from smartreg_tf.resume import SUFFIX
 from smartreg_tf.site import Patches
-from smartreg_tf.training import ENGINE, SUFFIX, Engine, Noise
+from smartreg_tf.step import Noise
 
 _LOADS = "_smartreg_loads"
 
@@ -34,19 +37,24 @@ class SMARTCallback(keras.callbacks.Callback):  # type: ignore[misc]
 
     Args:
         config: the settings; `total_steps` comes from fit's own epochs and steps where it is None.
-        layers: names or objects of the layers whose outputs are perturbed; by default see `smartreg_tf.site.Site`.
+        site: names or objects of the layers whose outputs are perturbed; by default see `smartreg_tf.site.Site`.
         outputs: what the outputs are: "logits", "probabilities", "label_logits", "label_probabilities" or
             "regression", one for all, a list with one each, or a dict by name. None, and a name that the dict lacks,
             leaves an output out of R_s and D_Breg. By default what the compiled losses say.
         noise: (step, like) -> standard normal tensor of the shape of `like`, `step` the number of training steps before
             this one that had an R_s; by default drawn from a stream of its own, which `seed` starts.
-        float32: compute the SMART passes in float32 under mixed precision, where half precision would lose them.
+        precision: "float32" (the default) computes the passes of SMART in float32 under mixed precision, which would
+            lose R_s; "model" as the model computes.
+        on_step: is called with a `smartreg.report.StepSeen` of NumPy arrays after each training step that had a
+            penalty. It copies the step's tensors into main memory. Not with `jit_compile=True`, nor on several
+            replicas. In a loop inside a `tf.function` of your own, it is called when `attach` ends.
         resume: the checkpoint of a broken run, with what this callback left beside it; BackupAndRestore needs none.
         record: a file to be written with what SMART saw in the first `record_steps` training steps, for
             `smartreg.recording.compare_run`; it must not exist yet, so that no old run is taken for this one. It is
             written after the last of them, or with fewer when `fit` ends. Training stays the same, bit for bit; the
             tensors of those steps are kept in main memory. Not with `jit_compile=True`, nor on several replicas.
         verbose: 1 prints once, after the first step, what `describe()` says; 0 is silent.
+        layers, float32: older names: `layers` of `site`; `float32=True` is precision="float32", False is "model".
 
     Raises:
         ValueError, RuntimeError, TypeError: when `fit` begins or the first step is traced; the message says what to do.
@@ -70,31 +78,35 @@ class SMARTCallback(keras.callbacks.Callback):  # type: ignore[misc]
     def __init__(
         self,
         config: SMARTConfig | None = None,
-        layers: Any = None,
+        site: Any = None,
         outputs: Outputs | None = None,
         *,
         noise: Noise | None = None,
         seed: int = 0,
-        float32: bool = True,
+        precision: Precision | None = None,
+        on_step: Observer | None = None,
         resume: Any = None,
         record: str | os.PathLike[str] | None = None,
         record_steps: int = 10,
         verbose: int = 0,
+        layers: Any = None,
+        float32: bool | None = None,
     ) -> None:
         super().__init__()
         self.config = SMARTConfig() if config is None else config
         self.engine: Engine | None = None
-        self._options = {"layers": layers, "outputs": outputs, "noise": noise, "seed": seed, "float32": float32}
+        given = {"site": site, "outputs": outputs, "noise": noise, "seed": seed, "precision": precision}
+        self._options = Options.of("SMARTCallback", **given, on_step=on_step, layers=layers, float32=float32)
         self._resume, self._verbose = resume, verbose
         self._recorder = None if record is None else Recorder(record, record_steps, "SMARTCallback")
 
     @property
     def metrics(self) -> dict[str, float]:
-        """R_s, D_Breg, max|delta| and the vanished fraction, averaged over the epoch so far, and the optimiser step."""
+        """R_s, D_Breg, max_delta and vanished, averaged over the epoch so far; beta, step and skipped."""
         return {} if self.engine is None else self.engine.metrics
 
     def swap_teacher(self) -> Any:
-        """A context in which the model has the averaged weights theta~, to evaluate or save them.
+        """Let the model have the averaged weights theta~ in the block, to evaluate or save them.
 
         Example:
             >>> SMARTCallback().swap_teacher()
@@ -105,7 +117,7 @@ class SMARTCallback(keras.callbacks.Callback):  # type: ignore[misc]
         return self._begun("swap_teacher").swap_teacher()
 
     def describe(self) -> Description:
-        """What is perturbed and compared, and why it was chosen: `print()` shows a table.
+        """Say what is perturbed and compared, and why it was chosen: `print()` shows a table.
 
         Raises:
             ValueError: before `fit`, which knows the model.
@@ -116,7 +128,7 @@ class SMARTCallback(keras.callbacks.Callback):  # type: ignore[misc]
         return f"SMARTCallback({self.config})" if self.engine is None else repr(self.engine)
 
     def measure(self, x: Any, y: Any = None, sample_weight: Any = None, batch_size: int = 32) -> dict[str, float]:
-        """R_s and D_Breg of x in eval mode, during `fit` or after it, as `smartreg_tf.training.Engine.measure`.
+        """R_s and D_Breg of x in eval mode, during `fit` or after it, as `smartreg_tf.engine.Engine.measure`.
 
         Raises:
             ValueError: before `fit`, which knows the model.
@@ -160,7 +172,7 @@ class SMARTCallback(keras.callbacks.Callback):  # type: ignore[misc]
     def on_train_begin(self, logs: Any = None) -> None:
         """Called by fit."""
         _stop_listening(self.model)
-        engine = Engine(self.model, self._complete(), recorder=self._recorder, call="SMARTCallback", **self._options)
+        engine = Engine(self.model, self._complete(), self._options, self._recorder, "SMARTCallback")
         engine.fit, engine.verbose = _Fit(engine.remove), bool(self._verbose)
         try:
             if engine.active:
@@ -189,8 +201,7 @@ class SMARTCallback(keras.callbacks.Callback):  # type: ignore[misc]
     def _complete(self) -> SMARTConfig:
         """The configuration with `total_steps` = optimiser steps of the whole fit."""
         config = self.config
-        if not isinstance(config, SMARTConfig):
-            raise TypeError(f"SMARTCallback: config must be a SMARTConfig, got {type(config).__name__}")
+        check_options("SMARTCallback", config)
         steps = (self.params or {}).get("steps")
         if config.total_steps is not None or not config.needs_total_steps:
             return config
@@ -208,14 +219,17 @@ class SMARTCallback(keras.callbacks.Callback):  # type: ignore[misc]
 def attach(
     model: Any,
     config: SMARTConfig | None = None,
-    layers: Any = None,
+    site: Any = None,
     outputs: Outputs | None = None,
     *,
     noise: Noise | None = None,
     seed: int = 0,
-    float32: bool = True,
+    precision: Precision | None = None,
+    on_step: Observer | None = None,
     record: str | os.PathLike[str] | None = None,
     record_steps: int = 10,
+    layers: Any = None,
+    float32: bool | None = None,
 ) -> Iterator[Engine]:
     """SMART in `train_on_batch`, in several `fit`s or in a loop of your own, inside the block.
 
@@ -238,8 +252,9 @@ def attach(
         3.0
     """
     recorder = None if record is None else Recorder(record, record_steps, "attach")
-    options = {"layers": layers, "outputs": outputs, "noise": noise, "seed": seed, "float32": float32}
-    engine = Engine(model, config, recorder=recorder, call="attach", **options)
+    given = {"site": site, "outputs": outputs, "noise": noise, "seed": seed, "precision": precision}
+    options = Options.of("attach", **given, on_step=on_step, layers=layers, float32=float32)
+    engine = Engine(model, config, options, recorder, "attach")
     if not engine.active:
         yield engine
         return
@@ -247,7 +262,7 @@ def attach(
     engine.install()
     try:
         yield engine
-        engine._report()  # of a loop inside a tf.function, which cannot raise by itself
+        engine.judge()  # of a loop inside a tf.function, which cannot raise by itself
     finally:
         engine.remove()
 
@@ -278,7 +293,7 @@ class _Fit:
         self._thread = threading.get_ident()
         self._callbacks: weakref.ref[Any] | None = None  # Keras' own list, which lives as long as the fit
         callbacks = None
-        for frame in _keras_frames(self._thread):
+        for frame in compat.frames_of_keras(self._thread):
             owner = frame.f_locals.get("self")
             if isinstance(owner, keras.callbacks.CallbackList):
                 callbacks = owner
@@ -293,7 +308,7 @@ class _Fit:
         callbacks = self._callbacks()
         return callbacks is None or not any(
             frame.f_locals.get(name) is callbacks
-            for frame in _keras_frames(self._thread)
+            for frame in compat.frames_of_keras(self._thread)
             for name in ("callbacks", "self")
         )
 
@@ -301,12 +316,3 @@ class _Fit:
     def known(self) -> bool:
         """Whether it is Keras' own fit, and not a loop of the user's own that has callbacks."""
         return self._callbacks is not None
-
-
-def _keras_frames(thread: int) -> Iterator[Any]:
-    """Keras' own frames on the stack of a thread, the innermost first."""
-    frame = sys._current_frames().get(thread)
-    while frame is not None:
-        if frame.f_globals.get("__name__", "").startswith("keras.src."):
-            yield frame
-        frame = frame.f_back

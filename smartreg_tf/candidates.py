@@ -60,7 +60,7 @@ def candidates(model: Any) -> list[Candidate]:
 
 
 def named(model: Any, layers: str | Any | Sequence[Any]) -> Candidate:
-    """Return the site that `layers=` names: layers, or `keras.Input`s.
+    """Return the site that `site=` names: layers, or `keras.Input`s.
 
     Raises:
         ValueError: the model has no layer of that name, or several.
@@ -68,11 +68,11 @@ def named(model: Any, layers: str | Any | Sequence[Any]) -> Candidate:
     inside = compat.every_layer(model)
     asked = list(layers) if isinstance(layers, (list, tuple)) else [layers]
     if not asked:
-        raise ValueError("SMART: layers=[] names no layer; leave it out for the default, or name one")
+        raise ValueError("SMART: site=[] names no layer; leave it out for the default, or name one")
     found = [_named(inside, layer) for layer in asked]
     inputs = [layer for layer in found if isinstance(layer, keras.layers.InputLayer)]
     others = [layer for layer in found if not isinstance(layer, keras.layers.InputLayer)]
-    return Candidate(others, frozenset(layer.name for layer in inputs) or None, "named by layers=")
+    return Candidate(others, frozenset(layer.name for layer in inputs) or None, "named by site=")
 
 
 class Batch(NamedTuple):
@@ -94,13 +94,13 @@ class Batch(NamedTuple):
             got = f"{output.dtype.name} of shape {output.shape}" if tf.is_tensor(output) else type(output).__name__
             return TypeError(
                 f"SMART: the layer {layer.name!r} must return a float tensor (n, ..., d) to be perturbed, got {got}. "
-                "Name another with layers=."
+                "Name another with site=."
             )
         if traced_graph(output) is not self.graph:
             return ValueError(
                 f"SMART: the layer {layer.name!r} runs inside a loop, a branch or a function of its own (an RNN cell, "
                 "tf.map_fn, tf.cond, tf.function), and the rest of the graph cannot read its tensors. Name a layer "
-                "outside of it with layers=, say unroll=True to the RNN, or leave R_s out: SMARTConfig(lambda_s=0)."
+                "outside of it with site=, say unroll=True to the RNN, or leave R_s out: SMARTConfig(lambda_s=0)."
             )
         first, n = output.shape[0], self.n
         # several rows an example, as (n, choices, T) flattened to (n choices, T); a table has no axis before its own
@@ -136,7 +136,7 @@ def not_the_batch(what: Any, got: str) -> str:
     """Return the message about a site that does not have one x an example."""
     return (
         f"SMART: {what} must have one x an example, shape (n, ..., d), to be perturbed, got {got}. It is shared by the "
-        "batch, as a table of positions is, or has lost its axis. Name another layer, or an Input, with layers=."
+        "batch, as a table of positions is, or has lost its axis. Name another layer, or an Input, with site=."
     )
 
 
@@ -159,12 +159,12 @@ def _named(inside: list[Any], asked: Any) -> Any:
         return found[0]
     if found:
         raise ValueError(
-            f"SMART: layers= names {asked!r}, which {len(found)} of the layers are called: give the layer itself. "
+            f"SMART: site= names {asked!r}, which {len(found)} of the layers are called: give the layer itself. "
             "SMARTModel saves names, so give the layer a name of its own."
         )
     names = ", ".join(layer.name for layer in inside[1:])
     raise ValueError(
-        f"SMART: layers= names {getattr(asked, 'name', asked)!r}, which the model does not have; it has {names}"
+        f"SMART: site= names {getattr(asked, 'name', asked)!r}, which the model does not have; it has {names}"
     )
 
 

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
 import tensorflow as tf
 
+from smartreg_tf import compat
+from smartreg_tf.passes import evaluated
 from smartreg_tf.replay import State
-
-if TYPE_CHECKING:
-    from smartreg_tf.training import Engine
+from smartreg_tf.step import Step
 
 Tensor = Any
 
@@ -24,7 +23,8 @@ class Measured(NamedTuple):
 
     Attributes:
         sums: by R_s and D_Breg, of each output the sum over its examples.
-        examples: how many each output has. faults: what may make them wrong.
+        examples: how many each output has.
+        faults: what may make them wrong.
     """
 
     sums: dict[str, list[Tensor]]
@@ -32,28 +32,75 @@ class Measured(NamedTuple):
     faults: dict[str, Tensor]
 
 
-def measure(engine: Engine, x: Any, y: Any, sample_weight: Any, batch_size: int) -> dict[str, float]:
-    """As `Engine.measure`."""
-    model = engine.model
-    if not all(layer.built for layer in model._flatten_layers()):
+def measure(
+    model: Any,
+    run: Callable[..., tuple[Step, dict[str, Tensor]]],
+    refuse: Callable[[dict[str, bool]], None],
+    kinds_known: bool,
+    data: tuple[Any, Any, Any],
+    batch_size: int,
+) -> dict[str, float]:
+    """Average R_s and D_Breg over data that is not trained on, in eval mode.
+
+    Args:
+        run: gives what one batch gives, from x, y, the sample weights and the batch's number.
+        refuse: raises an error because of faults.
+        kinds_known: whether the kinds of the outputs are known without the compiled loss.
+        data: x, y and the sample weights.
+    """
+    if not compat.is_built(model):
         raise ValueError("SMART: measure() needs a model that has weights; call it on a batch, or fit it, before")
     sums: dict[str, Any] = {}
     examples: Any = 0.0
-    with ExitStack() as undone:
-        undone.callback(State(model).restore)
-        if not engine.installed:  # after a fit
-            engine.passes.install()
-            undone.callback(engine.passes.remove)
-        run = engine.measured if model.run_eagerly else tf.function(engine.measured, reduce_retracing=True)
-        for number, batch in enumerate(_batches(model, x, y, sample_weight, batch_size)):
+    before = State(model)
+    try:
+        one: Any = partial(_measured, run)
+        one = one if model.run_eagerly else tf.function(one, reduce_retracing=True)
+        for number, batch in enumerate(_batches(model, *data, batch_size)):
             inputs, labels, weights = keras.utils.unpack_x_y_sample_weight(batch)
-            engine.know_the_loss(inputs, labels)
-            found = run(inputs, labels, weights, tf.constant(number, tf.int64))
-            engine.refuse({name: bool(fault) for name, fault in found.faults.items()})
+            if not kinds_known:
+                _know_the_loss(model, inputs, labels)
+            found = one(inputs, labels, weights, tf.constant(number, tf.int64))
+            refuse({name: bool(fault) for name, fault in found.faults.items()})
             examples = examples + np.array(found.examples, np.float64)
             for name, terms in found.sums.items():
                 sums[name] = sums.get(name, 0.0) + np.array(terms, np.float64)
+    finally:
+        before.restore()
     return {name: float((total / np.maximum(examples, 1)).sum()) for name, total in sums.items()}
+
+
+def _measured(run: Callable[..., Any], x: Any, y: Any, sample_weight: Any, number: Tensor) -> Measured:
+    step, faults = run(x, y, sample_weight, number)
+    heads = [head._replace(reduction="sum_over_batch_size") for head in step.heads]
+    left_out = next((head.ignore_class for head in heads if head.ignore_class is not None), None)
+    if y is None and left_out is not None:
+        raise ValueError(
+            f"SMART: measure() needs y: the loss leaves out the label {left_out} by its ignore_class, and so do R_s "
+            "and D_Breg"
+        )
+    examples = [head.examples(target, y) for head, target in zip(heads, step.outputs, strict=True)]
+    sums = {
+        name: [
+            head.weight * n * head.mean(a, b, mask, sample_weight, y)
+            for head, n, a, b, mask in zip(heads, examples, other, step.outputs, step.positions, strict=True)
+        ]
+        for name, other in {"R_s": step.perturbed, "D_Breg": step.teacher}.items()
+        if other
+    }
+    return Measured(sums, examples, faults)
+
+
+def _know_the_loss(model: Any, x: Any, y: Any) -> None:
+    """Let Keras see which output each compiled loss is of, as its first step would."""
+    losses = compat.loss_container(model)
+    if losses is None or losses.built:
+        return
+    if y is None:
+        raise ValueError("SMART: measure() needs y before the first step, or outputs=, to know what the outputs are")
+    with keras.StatelessScope():
+        y_pred = evaluated(model, x)
+    losses.build(y, y_pred)
 
 
 def _batches(model: Any, x: Any, y: Any, sample_weight: Any, batch_size: int) -> Iterator[Any]:
@@ -64,10 +111,8 @@ def _batches(model: Any, x: Any, y: Any, sample_weight: Any, batch_size: int) ->
         batches = (x[i] for i in range(len(x)))
     else:
         batches = _sliced((x, y, sample_weight), batch_size)
-    preprocess = getattr(model, "preprocess_samples", None)
     for batch in batches:
-        if preprocess is not None:
-            batch = preprocess(*keras.utils.unpack_x_y_sample_weight(batch))
+        batch = compat.preprocessed(model, batch)
         yield keras.tree.map_structure(
             lambda part: part if part is None or tf.is_tensor(part) else tf.convert_to_tensor(part), batch
         )

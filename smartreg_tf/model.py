@@ -6,10 +6,12 @@ from typing import Any
 
 import keras
 
-from smartreg.config import SMARTConfig
-from smartreg.report import Description
+from smartreg.config import Precision, SMARTConfig
+from smartreg.report import Description, Observer
+from smartreg_tf import compat
+from smartreg_tf.engine import ENGINE, Engine
+from smartreg_tf.options import Options
 from smartreg_tf.outputs import Outputs
-from smartreg_tf.training import ENGINE, Engine
 
 
 @keras.saving.register_keras_serializable("smartreg")
@@ -18,8 +20,9 @@ class SMARTModel(keras.Model):  # type: ignore[misc]
 
     Args:
         model: the model to train, a functional or Sequential one, or one that is built.
-        config, layers, outputs, seed, float32: as `SMARTCallback`; `total_steps` is needed where beta is scheduled,
-            and `layers` are names.
+        config, site, outputs, seed, precision, on_step: as `SMARTCallback`; `total_steps` is needed if beta is
+            scheduled, and `site` is saved as names. `on_step` is not saved.
+        layers, float32: older names, as in `SMARTCallback`.
 
     Source: Jiang et al. 2020 (arXiv 1911.03437), section 3 and Algorithm 1.
 
@@ -37,25 +40,29 @@ class SMARTModel(keras.Model):  # type: ignore[misc]
         self,
         model: Any,
         config: SMARTConfig | None = None,
-        layers: Any = None,
+        site: Any = None,
         outputs: Outputs | None = None,
         *,
         seed: int = 0,
-        float32: bool = True,
+        precision: Precision | None = None,
+        on_step: Observer | None = None,
+        layers: Any = None,
+        float32: bool | None = None,
         **kwargs: Any,
     ) -> None:
         if hasattr(model, ENGINE):
             raise ValueError("SMARTModel: this model already has a SMARTCallback, attach() or SMARTModel; give it one")
         super().__init__(**kwargs)
         self.model = model
-        if layers is not None:  # by name, which can be saved
-            given = layers if isinstance(layers, (list, tuple)) else [layers]
-            layers = [layer if isinstance(layer, str) else layer.name for layer in given]
-        self._settings = {"layers": layers, "outputs": outputs, "seed": seed, "float32": float32}
-        engine = Engine(self, config, call="SMARTModel", **self._settings)
-        object.__setattr__(self, ENGINE, engine)
+        given = {"site": site, "outputs": outputs, "seed": seed, "precision": precision, "on_step": on_step}
+        options = Options.of("SMARTModel", **given, layers=layers, float32=float32)
+        if options.site is not None:  # by name, which can be saved
+            asked = options.site if isinstance(options.site, (list, tuple)) else [options.site]
+            options = options._replace(site=[layer if isinstance(layer, str) else layer.name for layer in asked])
+        engine = Engine(self, config, options, call="SMARTModel")
+        compat.put(self, ENGINE, engine)
         engine.passes.install()
-        if all(layer.built for layer in model._flatten_layers()):
+        if compat.is_built(model):
             self._track()
             self.built = True
 
@@ -63,7 +70,7 @@ class SMARTModel(keras.Model):  # type: ignore[misc]
         """Build the inner model, and theta~ with it."""
         if not self.model.built:
             self.model.build(input_shape)
-        unbuilt = [layer.name for layer in self.model._flatten_layers() if not layer.built]
+        unbuilt = [layer.name for layer in compat.every_layer(self.model) if not layer.built]
         if unbuilt:
             raise ValueError(
                 f"SMARTModel: the layers {', '.join(unbuilt[:5])} are not built by the model's build(input_shape); "
@@ -73,59 +80,59 @@ class SMARTModel(keras.Model):  # type: ignore[misc]
         self.built = True
 
     def call(self, inputs: Any, training: bool | None = None) -> Any:
-        """The inner model's own call."""
+        """Call the inner model."""
         return self.model(inputs, training=training) if self.model._call_has_training_arg else self.model(inputs)
 
     def train_step(self, data: Any) -> Any:
-        """Keras' training step, with the penalty in its loss."""
+        """Take Keras' training step, with the penalty in its loss."""
         return self._engine.train_step(super().train_step, data)
 
     def compute_loss(
         self, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None, training: bool = True
     ) -> Any:
-        """The compiled loss, plus the penalty inside a training step."""
+        """Compute the compiled loss, plus the penalty inside a training step."""
         return self._engine.compute_loss(super().compute_loss, x, y, y_pred, sample_weight, training=training)
 
     def make_train_function(self, force: bool = False) -> Any:
-        """Keras' own, followed by a look at what went wrong in the step."""
+        """Make Keras' own, followed by a look at what went wrong in the step."""
         return self._engine.make_train_function(super().make_train_function, force)
 
     def reset_metrics(self) -> None:
-        """Keras' own, and `smoothness` and `proximal`."""
+        """Reset Keras' own, and `smoothness` and `proximal`."""
         self._engine.reset_metrics(super().reset_metrics)
 
     def _get_metrics_result_or_logs(self, logs: Any) -> Any:
         return self._engine._get_metrics_result_or_logs(super()._get_metrics_result_or_logs, logs)
 
     def swap_teacher(self) -> Any:
-        """A context in which the model has the averaged weights theta~, to evaluate or save them."""
+        """Let the model have the averaged weights theta~ in the block, to evaluate or save them."""
         return self._engine.swap_teacher()
 
     def describe(self) -> Description:
-        """What is perturbed and compared, and why it was chosen: `print()` shows a table."""
+        """Say what is perturbed and compared, and why it was chosen: `print()` shows a table."""
         return self._engine.describe()
 
     def __repr__(self) -> str:
         return self.describe().line("SMARTModel")
 
     def measure(self, x: Any, y: Any = None, sample_weight: Any = None, batch_size: int = 32) -> dict[str, float]:
-        """R_s and D_Breg of x in eval mode, as `smartreg_tf.training.Engine.measure`."""
+        """R_s and D_Breg of x in eval mode, as `smartreg_tf.engine.Engine.measure`."""
         return self._engine.measure(x, y, sample_weight, batch_size)
 
     def get_config(self) -> dict[str, Any]:
-        """The settings and the inner model."""
+        """Return the settings and the inner model."""
         inner = keras.saving.serialize_keras_object(self.model)
         inner.pop("compile_config", None)  # it is this model that is trained
         return {
             **super().get_config(),
             "model": inner,
             "config": self._engine.config.to_dict(),
-            **self._settings,
+            **{name: getattr(self._engine.options, name) for name in ("site", "outputs", "seed", "precision")},
         }
 
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> SMARTModel:
-        """The model of `get_config`."""
+        """Make the model of `get_config`."""
         config = dict(config)
         inner = keras.saving.deserialize_keras_object(config.pop("model"), custom_objects)
         return cls(inner, SMARTConfig.from_dict(config.pop("config")), **config)
@@ -138,4 +145,4 @@ class SMARTModel(keras.Model):  # type: ignore[misc]
     def _track(self) -> None:
         engine = self._engine
         engine.teacher.follow()
-        self._smart_variables = [engine.step, engine.draws, *engine.averages]  # Keras saves what it finds here
+        self._smart_variables = [engine.step, engine.penalty.draws, *engine.averages]  # Keras saves what it finds here

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
+from smartreg_tf import compat
 from smartreg_tf.replay import (
     State,
     arguments_of,
@@ -159,7 +160,7 @@ class Passes:
         def compare() -> Tensor:
             same = is_theta()
             second = read(self._run().outputs) if other is None else other
-            half = any(layer.compute_dtype in _HALF for layer in self.site.model._flatten_layers())
+            half = any(layer.compute_dtype in _HALF for layer in compat.every_layer(self.site.model))
             return same & differ(clean, second, positions, half)
 
         # no variable is assigned in a branch: StatelessScope keeps Keras' own
@@ -181,7 +182,7 @@ class Passes:
         if len(calls) != expected:
             raise RuntimeError(
                 f"SMART: {site} ran {expected} times in the clean pass and {len(calls)} times in a later one "
-                "of the same batch. A model whose control flow is random cannot be compared with itself; give layers= "
+                "of the same batch. A model whose control flow is random cannot be compared with itself; give site= "
                 "a layer that always runs equally often."
             )
         return Pass(outputs, calls, tape)
@@ -210,6 +211,15 @@ class CleanPasses:
         """Leave the model and the layers as they were before `install`."""
         self.site.remove()
         self._patches.remove()
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Watch the model inside the block."""
+        self.install()
+        try:
+            yield
+        finally:
+            self.remove()
 
     @contextmanager
     def recording(self, differentiable: bool) -> Iterator[list[Passes]]:
@@ -247,10 +257,17 @@ def passes_of(recorded: list[Passes], y_pred: Any) -> Passes:
     return recorded[-1]
 
 
+def evaluated(model: Any, x: Any) -> Any:
+    """Call a model in eval mode."""
+    return model(x, training=False) if model._call_has_training_arg else model(x)
+
+
 def half_precision_layers(model: Any) -> list[Any]:
     """Return the layers with float32 weights that compute in float16 or bfloat16, as under Keras' mixed policies."""
     return [
-        layer for layer in model._flatten_layers() if layer.compute_dtype in _HALF and layer.variable_dtype == "float32"
+        layer
+        for layer in compat.every_layer(model)
+        if layer.compute_dtype in _HALF and layer.variable_dtype == "float32"
     ]
 
 
@@ -262,18 +279,18 @@ def _in_float32(layers: list[Any]) -> Iterator[None]:
     """
     with _ThreadPolicy.lock:
         for layer in layers:
-            if not isinstance(layer._dtype_policy, _ThreadPolicy):
-                object.__setattr__(layer, "_dtype_policy", _ThreadPolicy(layer._dtype_policy))
-            layer._dtype_policy.threads.add(threading.get_ident())
+            if not isinstance(compat.dtype_policy(layer), _ThreadPolicy):
+                compat.set_dtype_policy(layer, _ThreadPolicy(compat.dtype_policy(layer)))
+            compat.dtype_policy(layer).threads.add(threading.get_ident())
     try:
         yield
     finally:
         with _ThreadPolicy.lock:
             for layer in layers:
-                policy = layer._dtype_policy
+                policy = compat.dtype_policy(layer)
                 policy.threads.remove(threading.get_ident())
                 if not policy.threads:
-                    object.__setattr__(layer, "_dtype_policy", policy.own)
+                    compat.set_dtype_policy(layer, policy.own)
 
 
 class _ThreadPolicy:

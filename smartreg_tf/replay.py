@@ -6,7 +6,6 @@ layers, lists and arrays in them, raw TensorFlow variables and generators, Pytho
 
 from __future__ import annotations
 
-import functools
 import random
 import re
 import sys
@@ -18,8 +17,8 @@ from typing import Any
 import keras
 import numpy as np
 import tensorflow as tf
-from keras.src.backend.common.global_state import get_global_attribute
-from keras.src.random.seed_generator import GLOBAL_SEED_GENERATOR
+
+from smartreg_tf import compat
 
 Tensor = Any
 
@@ -38,8 +37,8 @@ def kept_variables(model: Any, state: State) -> list[Any]:
         >>> len(kept_variables(model, State(model)))
         2
     """
-    seeds = get_global_attribute(GLOBAL_SEED_GENERATOR)  # of keras.random without a seed; None before its first use
-    others = [*state.untracked, *([] if seeds is None else [seeds.state])]
+    seed = compat.default_seed()
+    others = [*state.untracked, *([] if seed is None else [seed])]
     known = {id(variable) for variable in model.variables}
     known |= {id(variable) for variable in model.non_trainable_variables}
     return [*model.non_trainable_variables, *(variable for variable in others if id(variable) not in known)]
@@ -74,8 +73,7 @@ def arguments_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[A
 
     A model whose `call` has no `training` hands what it was called with to its layers all the same.
     """
-    context = get_global_attribute("current_call_ctx")
-    training = None if context is None else context.get_value("training")
+    training = compat.training_now()
     args, kwargs = copied((args, kwargs))
     return args, kwargs if training is None else {"training": training, **kwargs}
 
@@ -101,7 +99,7 @@ class State:
         self._contents: list[tuple[Any, Any]] = []  # of containers, arrays and generators
         self._variables: list[tuple[Any, Tensor]] = []  # of TensorFlow
         seen: set[int] = set()
-        for layer in model._flatten_layers():
+        for layer in compat.every_layer(model):
             if layer.built:  # what a first call builds stays
                 self._take_attributes(layer, seen)
 
@@ -132,9 +130,9 @@ class State:
         for owner, held in self._attributes:
             for name, value in held.items():
                 if value is not _ABSENT:
-                    object.__setattr__(owner, name, value)
+                    compat.put(owner, name, value)
                 elif name in vars(owner):
-                    object.__delattr__(owner, name)
+                    compat.take_away(owner, name)
         for owner, content in self._contents:
             if not _holds(owner, content):
                 _fill(owner, content)
@@ -193,14 +191,8 @@ def _own(owner: Any) -> dict[str, Any]:
     """An object's attributes, less those that Keras itself keeps in every layer."""
     if not isinstance(owner, keras.layers.Layer):
         return dict(vars(owner))
-    keras_own = _keras_own()
+    keras_own = compat.names_of_keras()
     return {name: value for name, value in vars(owner).items() if name not in keras_own}
-
-
-@functools.cache
-def _keras_own() -> set[str]:
-    # with names, or layers that the user makes later would be called otherwise
-    return {*vars(keras.layers.Layer(name="layer")), *vars(keras.Model(name="model"))} - {"_losses", "_loss_ids"}
 
 
 def _is_keras(value: Any) -> bool:
@@ -279,7 +271,7 @@ def random_operations(run: Callable[[], Any]) -> tuple[Any, list[str]]:
     """
     if tf.executing_eagerly():
         return run(), []
-    graph = tf.compat.v1.get_default_graph()
+    graph = compat.default_graph()
     before = len(graph.get_operations())
     value = run()
     return value, [op.name for op in graph.get_operations()[before:] if _DRAWS.match(op.type)]

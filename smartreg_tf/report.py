@@ -1,20 +1,151 @@
-"""What a Keras model's SMART perturbs and compares, and why: what `describe()` says."""
+"""What a training step found: averages for the logs, faults that a compiled step can only count, `describe()`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import keras
+import numpy as np
 import tensorflow as tf
 
-from smartreg.report import Choice, Description
+from smartreg.config import SMARTConfig, SMARTWarning
+from smartreg.report import Choice, Description, not_finite, too_small
+from smartreg_tf.candidates import not_the_batch
 from smartreg_tf.outputs import Head
 from smartreg_tf.passes import half_precision_layers
+from smartreg_tf.replay import refusal
 from smartreg_tf.site import Site
 from smartreg_tf.step import Step, shifted
 
 Tensor = Any
 _LATER = Choice("not known yet", "it is seen in the first training step")
+
+
+# What may go wrong in a compiled step. The first three are passes in which something is not finite.
+_FAULTS = ("clean", "perturbed", "teacher", "unnormalised", "normalised", "shared", "vanished", "repeat")
+_LOGS = {"R_s": "smoothness", "D_Breg": "proximal"}
+
+
+class Report:
+    """What the training steps of a model found.
+
+    Attributes:
+        faults: how often each of them was counted since the last `judge`.
+        found: what the last traced step chose; None before the first.
+        drawn: the operations of the step that draw anew in every pass.
+        skipped: the steps without a finite penalty.
+
+    Example:
+        >>> report = Report(SMARTConfig(mu=0))
+        >>> report.count({"normalised": tf.constant(True)})
+        >>> try:
+        ...     report.judge(lambda: 1, site="embed")
+        ... except ValueError as error:
+        ...     print(str(error)[:39])
+        SMART: the outputs should be logits, by
+    """
+
+    def __init__(self, config: SMARTConfig) -> None:
+        self._config = config
+        self.found: Found | None = None
+        self.drawn: list[str] = []
+        self.skipped = 0
+        self._warned = False
+        self._last: dict[str, float] = {}
+        # the sum over the replicas
+        self.faults = keras.Variable(
+            np.zeros(len(_FAULTS), np.int64),
+            dtype="int64",
+            trainable=False,
+            name="smart_faults",
+            aggregation="sum",
+            synchronization="on_read",
+        )
+        weights = {"R_s": config.lambda_s, "D_Breg": config.mu}
+        self._terms = {name: keras.metrics.Mean(name=_LOGS[name]) for name, weight in weights.items() if weight > 0}
+        self._observed = {name: keras.metrics.Mean(name=name) for name in ("max_delta", "vanished")}
+
+    def add(self, step: Step, faults: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Take a training step in; give what was observed of its perturbation."""
+        examples = tf.shape(step.outputs[0])[0]
+        for name, term in step.terms.items():
+            self._terms[name].update_state(tf.stop_gradient(term), sample_weight=examples)
+        observed = observe(step) if step.delta else {}
+        for name, value in observed.items():
+            self._observed[name].update_state(value)
+        if observed:
+            faults = faults | {"vanished": observed["vanished"] > 0.5}
+        self.count(faults)
+        return observed
+
+    def count(self, faults: Mapping[str, Tensor]) -> None:
+        """Count faults for `judge`."""
+        self.faults.assign_add(tf.stack([tf.cast(faults.get(name, False), tf.int64) for name in _FAULTS]))
+
+    @property
+    def logs(self) -> dict[str, Tensor]:
+        """R_s as `smoothness` and D_Breg as `proximal`, as Keras' logs have them."""
+        return {metric.name: metric.result() for metric in self._terms.values()}
+
+    @property
+    def means(self) -> dict[str, float]:
+        """R_s, D_Breg, max_delta and vanished, averaged since `reset`; before a new step, what they were then."""
+        metrics = self._terms | self._observed
+        means = {name: float(metric.result()) for name, metric in metrics.items()}
+        begun = any(float(tf.convert_to_tensor(metric.count.value).numpy()) for metric in metrics.values())
+        return means if begun else means | self._last
+
+    def reset(self) -> None:
+        """Begin new averages, as Keras does with each epoch and each evaluation."""
+        self._last = self.means
+        for metric in (*self._terms.values(), *self._observed.values()):
+            metric.reset_state()
+
+    def judge(self, step: Callable[[], int], site: Any) -> None:
+        """Raise or warn about what compiled steps could only count.
+
+        Args:
+            step: counts the optimiser steps taken.
+
+        Raises:
+            FloatingPointError: a penalty was not finite, and `non_finite` is "raise".
+            RuntimeError, ValueError: as `refuse`.
+        """
+        # Reading waits for the device, every step: a fault has to be raised before on_train_batch_end, where a
+        # checkpoint may be written, and a step that XLA compiles cannot raise by itself.
+        counts = dict(zip(_FAULTS, tf.convert_to_tensor(self.faults.value).numpy().tolist(), strict=True))
+        if not any(counts.values()):
+            return
+        self.faults.assign(np.zeros(len(_FAULTS), np.int64))
+        self.refuse(counts, site)
+        if counts["vanished"] and not self._warned:
+            self._warned = True
+            warnings.warn(too_small("over half"), SMARTWarning, stacklevel=2)
+        broken = [name for name in _FAULTS[:3] if counts[name]]
+        if broken:
+            self.skipped += max(counts[name] for name in broken)
+            if self._config.non_finite == "raise":
+                raise FloatingPointError(not_finite(step(), broken[0], {}))
+
+    def refuse(self, counts: Mapping[str, Any], site: Any) -> None:
+        """Raise if R_s and D_Breg are not what they should be, by the faults that were counted."""
+        if counts.get("repeat"):
+            raise RuntimeError(refusal(self.drawn))
+        if counts["unnormalised"]:
+            raise ValueError(
+                "SMART: the outputs should be probabilities, by the compiled loss or outputs=, but they are negative, "
+                "above 1 or do not sum to 1. Give the loss from_logits=True (and outputs='logits' or 'label_logits'), "
+                "or a softmax or sigmoid layer."
+            )
+        if counts["shared"]:
+            raise ValueError(not_the_batch(site, "another number of them than the batch has examples"))
+        if counts["normalised"]:
+            raise ValueError(
+                "SMART: the outputs should be logits, by the compiled loss or outputs=, but every row of them is "
+                "positive and sums to 1. Give the loss from_logits=False (and outputs='probabilities'), or no softmax."
+            )
 
 
 class Found(NamedTuple):
@@ -71,17 +202,15 @@ def _raw(head: Head, outputs: Any) -> Tensor:
     return tf.sigmoid(z) if head.kind.startswith("label") else tf.exp(z)
 
 
-def describe(model: Any, site: Site, options: Mapping[str, Any], found: Found | None) -> Description:
-    """What was chosen and why, by the names that every backend has.
+def describe(model: Any, site: Site, outputs: Any, precision: str, found: Found | None) -> Description:
+    """Say what was chosen and why, by the names that every backend has.
 
     Args:
-        options: the arguments `outputs` and `float32`.
+        outputs, precision: the arguments.
 
     Example:
-        >>> import keras
         >>> model = keras.Sequential([keras.Input([3]), keras.layers.Dense(2)])
-        >>> given = {"outputs": None, "float32": True}
-        >>> describe(model, Site(model), given, None)["site"]
+        >>> describe(model, Site(model), None, "float32", None)["site"]
         Choice(value="the model's float inputs", why='no token Embedding or Masking layer makes one x an example')
     """
     description = Description(site=Choice(str(site), site.why))
@@ -90,7 +219,7 @@ def describe(model: Any, site: Site, options: Mapping[str, Any], found: Found | 
     else:
         description["x"] = Choice(_each(_shape(x) for x in found.xs), "the runs of the site in a training step")
         description["outputs"] = Choice(
-            _each(_named(model, head) for head in found.heads), _why_outputs(options, found.heads)
+            _each(_named(model, head) for head in found.heads), _why_outputs(outputs, found.heads)
         )
         description["l_s"] = Choice(
             _each(head.divergence for head in found.heads), "it follows from the kind of output"
@@ -102,13 +231,13 @@ def describe(model: Any, site: Site, options: Mapping[str, Any], found: Found | 
         description["positions"] = _masked(
             found.positions, "the mask of the outputs, or that of x", "no mask fits the outputs"
         )
-    description["precision"] = _precision(model, options["float32"])
+    description["precision"] = _precision(model, precision)
     return Description(description)
 
 
-def _why_outputs(options: Mapping[str, Any], heads: Sequence[Head]) -> str:
+def _why_outputs(outputs: Any, heads: Sequence[Head]) -> str:
     """Who said it, and what R_s and D_Breg take over from the losses besides."""
-    said = ["the compiled loss" if options["outputs"] is None else "outputs="]
+    said = ["the compiled loss" if outputs is None else "outputs="]
     said += [f"reduction={head.reduction!r}" for head in heads if head.reduction != "sum_over_batch_size"]
     said += [f"ignore_class={head.ignore_class}" for head in heads if head.ignore_class is not None]
     return ", ".join(dict.fromkeys(said))
@@ -132,11 +261,11 @@ def _masked(masks: Sequence[Any], why: str, without: str) -> Choice:
     return Choice("all", without) if set(shapes) == {"all"} else Choice(_each(shapes), why)
 
 
-def _precision(model: Any, float32: bool) -> Choice:
+def _precision(model: Any, precision: str) -> Choice:
     half = half_precision_layers(model)
-    if half and float32:
+    if half and precision == "float32":
         return Choice("float32", f"the model computes in {half[0].compute_dtype}, which would lose R_s")
-    return Choice(model.compute_dtype, "float32=False" if half else "the model's own")
+    return Choice(model.compute_dtype, "precision='model'" if half else "the model's own")
 
 
 def _shape(shape: Any) -> str:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-from smartreg_tf import inputs
+from smartreg_tf import compat, inputs
 from smartreg_tf.candidates import Batch, Candidate, candidates, is_embeddings, named, traced_graph
 
 Tensor = Any
@@ -40,16 +40,16 @@ class Patches:
     def put(self, owner: Any, name: str, value: Any) -> None:
         """owner.name = value, until `remove`."""
         self._undo.append((owner, name, vars(owner).get(name, self)))
-        object.__setattr__(owner, name, value)
+        compat.put(owner, name, value)
 
     def remove(self) -> None:
         """Undo every `put`, the last first."""
         while self._undo:
             owner, name, before = self._undo.pop()
             if before is self:
-                object.__delattr__(owner, name)
+                compat.take_away(owner, name)
             else:
-                object.__setattr__(owner, name, before)
+                compat.put(owner, name, before)
 
 
 class Site:
@@ -67,7 +67,7 @@ class Site:
         why: what they were chosen for.
 
     Raises:
-        ValueError: `layers` names one that the model does not have, or has several of.
+        ValueError: `site` names one that the model does not have, or has several of.
 
     Example:
         >>> model = keras.Sequential([keras.layers.Embedding(9, 4), keras.layers.Dense(2)])
@@ -153,13 +153,13 @@ class Site:
         if not calls and self.layers:
             raise RuntimeError(
                 f"SMART: {self} did not run in the model's training pass, so there is nothing to perturb. Name a layer "
-                "that runs with layers=. Inside a tf.function of the model's own none does: take the decorator away."
+                "that runs with site=. Inside a tf.function of the model's own none does: take the decorator away."
             )
         if not calls:
             raise RuntimeError(
                 f"SMART: {self} did not run in the model's training pass, so there is nothing to perturb. The model "
                 "has no Embedding layer and no float input of shape (n, ..., d). Name the layer to perturb with "
-                "layers=, or cast images and features to float before the model."
+                "site=, or cast images and features to float before the model."
             )
 
     def fits(self, given: Given, calls: list[Call]) -> Tensor:
@@ -188,10 +188,10 @@ class Site:
         if names and not unlabelled:
             self._unfit[None] = ValueError(
                 f"SMART: the only float input that may be perturbed, {names[0]!r}, is a label by its name. Name the "
-                f"layer or the input to perturb with layers=: layers={names[0]!r} if it is this one."
+                f"layer or the input to perturb with site=: site={names[0]!r} if it is this one."
             )
         moved = [
-            self._moved(x, getattr(x, "_keras_mask", None), None) if is_embeddings(x) and name in unlabelled else old
+            self._moved(x, compat.mask_of(x), None) if is_embeddings(x) and name in unlabelled else old
             for (name, x), old in zip(flat, keras.tree.flatten(args[0]), strict=True)
         ]
         return (keras.tree.pack_sequence_as(args[0], moved), *args[1:])
@@ -252,9 +252,9 @@ class Site:
             self._unfit[id(layer)] = unfit
         if id(layer) in self._unfit:
             return output
-        mask = getattr(output, "_keras_mask", None)
+        mask = compat.mask_of(output)
         if mask is None and layer.supports_masking:
-            mask = layer.compute_mask(x, getattr(x, "_keras_mask", None))
+            mask = layer.compute_mask(x, compat.mask_of(x))
         return self._moved(output, mask, id(layer))
 
     def _moved(self, x: Tensor, mask: Tensor | None, source: int | None) -> Tensor:
@@ -264,8 +264,9 @@ class Site:
         if moved is values:
             return x
         moved = back(moved)
-        if getattr(x, "_keras_mask", None) is not None:
-            moved._keras_mask = x._keras_mask
+        kept = compat.mask_of(x)
+        if kept is not None:
+            compat.set_mask(moved, kept)
         return moved
 
 

@@ -17,6 +17,7 @@ from smartreg_tf.perturbation import Ball, climb, each, floating, margin_gradien
 from smartreg_tf.teacher import Teacher
 
 Tensor = Any
+Noise = Callable[[Tensor, Tensor], Tensor]  # (step, like) -> standard normal of the shape of `like`
 Draw = Callable[[Tensor, int], Tensor]  # (like, run of the site or head) -> standard normal of the shape of `like`
 
 
@@ -162,7 +163,7 @@ def _reached(passes: Passes, gradients: list[Tensor | None], xs: list[Tensor]) -
         raise RuntimeError(
             f"SMART: no gradient leads from the outputs to {site} (run {gradients.index(None) + 1} of "
             f"{len(gradients)}): perturbing it changes nothing. Name a layer that the outputs"
-            " depend on with layers=."
+            " depend on with site=."
         )
     found = [tf.zeros_like(x) if g is None else g for g, x in zip(gradients, xs, strict=True)]
     return [tf.stop_gradient(floating(tf.convert_to_tensor(g))) for g in found]
@@ -204,8 +205,8 @@ class Gate:
         return tf.where(self.open, gradient, tf.zeros_like(gradient))
 
 
-def drawn(like: Tensor, run: int, step: Tensor, seed: int) -> Tensor:
-    """Draw standard normal noise of the shape of `like`, from a stream of our own.
+def drawn(like: Tensor, run: int, step: Tensor, seed: int, noise: Noise | None = None) -> Tensor:
+    """Draw standard normal noise of the shape of `like`, by `noise` or else from a stream of our own.
 
     Keras' and TensorFlow's streams stay as plain training leaves them.
 
@@ -213,11 +214,19 @@ def drawn(like: Tensor, run: int, step: Tensor, seed: int) -> Tensor:
         run: of the site, or which head.
         step: the number of the steps with noise before this one, int64.
 
+    Raises:
+        ValueError: `noise` gives another shape.
+
     Example:
         >>> first, again, later = (drawn(tf.zeros([2]), 0, tf.constant(t, tf.int64), 0) for t in (0, 0, 1))
         >>> bool(tf.reduce_all(first == again)), bool(tf.reduce_any(first == later))
         (True, False)
     """
+    if noise is not None:
+        given = tf.convert_to_tensor(noise(step, like))
+        if not given.shape.is_compatible_with(like.shape):
+            raise ValueError(f"SMART: noise must give a tensor of shape {like.shape}, got {given.shape}")
+        return tf.cast(given, like.dtype)
     context = tf.distribute.get_replica_context()
     replica = 0 if context is None else context.replica_id_in_sync_group
     key = tf.stack([tf.constant(seed, tf.int64), step])

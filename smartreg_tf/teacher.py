@@ -10,6 +10,8 @@ import keras
 import tensorflow as tf
 
 from smartreg.config import SMARTConfig
+from smartreg.proximal import moves
+from smartreg_tf import compat
 from smartreg_tf.proximal import ema_update, momentum
 
 Tensor = Any
@@ -40,7 +42,7 @@ class Teacher:
         if self._weights or self._config.mu == 0:
             return
         weights = list(self._model.trainable_variables)
-        if not tf.executing_eagerly() and all(weight._value is not None for weight in weights):
+        if not tf.executing_eagerly() and all(compat.has_value(weight) for weight in weights):
             raise RuntimeError("SMART: the model has no weights yet: call it on a batch before its training begins")
         for weight in weights:
             name, count = weight.path, 2
@@ -77,9 +79,9 @@ class Teacher:
         step = tf.convert_to_tensor(step.value)
         theta = {name: weight.value for name, weight in self._weights.items()}
         averages = {name: tf.convert_to_tensor(average.value) for name, average in self.averages.items()}
-        moves = (tf.cast(new, tf.int64) > 0) & (step % self._config.proximal_steps == 0)
+        now = (tf.cast(new, tf.int64) > 0) & moves(step, self._config)
         # all weights in one branch: a tf.where of each would read and write them once more
-        moved = tf.cond(moves, lambda: ema_update(averages, theta, momentum(step, self._config)), lambda: averages)
+        moved = tf.cond(now, lambda: ema_update(averages, theta, momentum(step, self._config)), lambda: averages)
         for name, average in self.averages.items():
             average.assign(moved[name])  # not inside tf.cond: a MirroredStrategy cannot assign there
 

@@ -37,7 +37,7 @@ def by_hand(model, averages, x):
 
 def everything(model, smart):
     values = [*model.variables, *model.optimizer.variables, *model.non_trainable_variables, *smart.averages, smart.step]
-    values += [smart.draws, smart.faults, smart.repeats]
+    values += [smart.penalty.draws, smart.penalty.seen, smart.report.faults]
     metrics = [*(variable for metric in model.metrics for variable in metric.variables)]
     return [np.array(value) for value in [*values, *metrics]] + [str(smart.metrics)]
 
@@ -122,8 +122,8 @@ def test_describe(capsys):
 
 
 def test_describe_before_and_without_a_step():
-    with attach(tagger(), papers(total_steps=9), layers="words", outputs="logits") as smart:
-        assert smart.describe()["site"].why == "named by layers="
+    with attach(tagger(), papers(total_steps=9), site="words", outputs="logits") as smart:
+        assert smart.describe()["site"].why == "named by site="
         assert smart.describe()["x"] == ("not known yet", "it is seen in the first training step")
         smart.measure(IDS)
         assert smart.describe()["outputs"] == ("logits", "outputs=")
@@ -141,8 +141,8 @@ def test_precision_says_why():
         keras.config.set_dtype_policy("float32")
     with attach(model, LINEAR) as smart:
         assert smart.describe()["precision"] == ("float32", "the model computes in bfloat16, which would lose R_s")
-    with attach(model, LINEAR, float32=False) as smart:
-        assert smart.describe()["precision"] == ("bfloat16", "float32=False")
+    with attach(model, LINEAR, precision="model") as smart:
+        assert smart.describe()["precision"] == ("bfloat16", "precision='model'")
 
 
 def of_every_token(loss, eager=True):

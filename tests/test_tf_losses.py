@@ -41,8 +41,8 @@ def D_Breg(model, y, outputs=None, **fit):
         plain = model.evaluate(X, y, verbose=0, batch_size=N, **fit)
         model.reset_metrics()
         added = float(model.train_on_batch(X, y, return_dict=True, **fit)["loss"]) - plain
-        assert added == pytest.approx(smart.metrics["proximal"], rel=2e-3, abs=2e-6)  # it is what the loss got
-        return smart.metrics["proximal"], *logits
+        assert added == pytest.approx(smart.metrics["D_Breg"], rel=2e-3, abs=2e-6)  # it is what the loss got
+        return smart.metrics["D_Breg"], *logits
 
 
 def each(a, b, name="symmetric_kl"):
@@ -176,7 +176,7 @@ def test_what_the_loss_ignores_does_not_turn_the_ascent(start):
     model = tagger(Spoilt(), loss=Sparse(from_logits=True, ignore_class=-1))
     with attach(model, papers(total_steps=9, start=start, epsilon=0.1, ascent_steps=1, scale="absolute")) as smart:
         model.train_on_batch(X, y)
-        assert 0 < smart.metrics["smoothness"] < 1
+        assert 0 < smart.metrics["R_s"] < 1
         assert 0 < smart.metrics["max_delta"] <= 0.1 + 1e-6
 
 

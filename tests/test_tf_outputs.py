@@ -12,6 +12,7 @@ from smartreg_tf import SMARTCallback, SMARTModel, attach
 from smartreg_tf.outputs import Head, find_heads
 from smartreg_tf.passes import CleanPasses, passes_of
 from smartreg_tf.site import Site
+from smartreg_tf.step import drawn
 
 X = np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32)
 CONFIG = papers(epsilon=0.3, sigma=0.3, beta_early=0.9, total_steps=9)
@@ -164,7 +165,7 @@ def test_nothing_to_perturb():
         np.ones((4,), int),
         np.ones((4, 2)),
         verbose=0,
-        callbacks=[SMARTCallback(layers=model.dense, outputs="regression")],
+        callbacks=[SMARTCallback(site=model.dense, outputs="regression")],
     )
 
 
@@ -181,14 +182,14 @@ def test_an_embedding_that_does_not_reach_the_output():
 
 def test_layers_that_are_none_or_return_no_floats():
     model = model_with(layers.Dense(2, name="only"), loss="mse")
-    with pytest.raises(ValueError, match=r"layers= names 'other', which the model does not have; it has .*only"):
-        model.fit(X, X[:, :2], verbose=0, callbacks=[SMARTCallback(layers="other")])
+    with pytest.raises(ValueError, match=r"site= names 'other', which the model does not have; it has .*only"):
+        model.fit(X, X[:, :2], verbose=0, callbacks=[SMARTCallback(site="other")])
     inputs = keras.Input([3])
     cast = layers.Lambda(lambda x: keras.ops.cast(x, "int32"), name="whole", output_shape=(3,))(inputs)
     model = keras.Model(inputs, layers.Dense(2)(keras.ops.cast(cast, "float32")))
     model.compile("sgd", "mse")
     with pytest.raises(TypeError, match=r"the layer 'whole' must return a float tensor .* got int32"):
-        model.fit(X, X[:, :2], verbose=0, callbacks=[SMARTCallback(layers="whole")])
+        model.fit(X, X[:, :2], verbose=0, callbacks=[SMARTCallback(site="whole")])
 
 
 class Draws(layers.Layer):
@@ -333,20 +334,9 @@ def test_noise_of_the_wrong_shape():
 
 def test_the_noise_is_its_own_stream():
     """Fresh each step, the same for the same seed, and Keras' and TensorFlow's streams are where they were."""
-    model = model_with(layers.Dense(2), loss="mse")
-    with (
-        attach(model, CONFIG, seed=3) as smart,
-        attach(model_with(layers.Dense(2), loss="mse"), CONFIG, seed=4) as other,
-    ):
-        like = tf.zeros([1000])
-        first, again, run, seeded = (
-            smart._draw(like, 0),
-            smart._draw(like, 0),
-            smart._draw(like, 1),
-            other._draw(like, 0),
-        )
-        smart.draws.assign_add(1)
-        second = smart._draw(like, 0)
+    like, now = tf.zeros([1000]), tf.constant(0, tf.int64)
+    first, again, run = drawn(like, 0, now, 3), drawn(like, 0, now, 3), drawn(like, 1, now, 3)
+    seeded, second = drawn(like, 0, now, 4), drawn(like, 0, now + 1, 3)
     np.testing.assert_array_equal(first, again)
     for different in (run, seeded, second):
         assert abs(np.corrcoef(first, different)[0, 1]) < 0.15

@@ -172,7 +172,7 @@ def test_the_check_is_paid_once(mode, mu):
             before = int(counted)
             model.train_on_batch(np.ones((4, 3)), np.ones((4, 2)))
             runs.append(int(counted) - before)
-        assert smart.repeats.numpy() == 3
+        assert smart.penalty.seen.numpy() == 3
     passes = 3 + int(mu > 0)
     assert runs == [4, passes, passes]
 
@@ -185,7 +185,7 @@ def test_theta_tilde_that_is_not_theta_is_no_fault():
         model.set_weights([np.ones((3, 2)), np.ones(2)])
         with smart.training_step():
             model.compute_loss(np.ones((4, 3)), np.ones((4, 2)), model(np.ones((4, 3)), training=True))
-        assert smart.metrics["proximal"] > 0
+        assert smart.metrics["D_Breg"] > 0
 
 
 class Mixture(keras.Model):

@@ -27,10 +27,12 @@ from test_tf_fit import (
     state,
 )
 
+import smartreg_tf.observe
 import smartreg_tf.perturbation
-import smartreg_tf.training
+import smartreg_tf.step
 from smartreg.checking import compare_run
 from smartreg_tf import SMARTCallback, SMARTConfig, SMARTWarning, attach
+from smartreg_tf.outputs import Head
 
 ROOT = Path(__file__).parent.parent
 CONFIG = papers(**SETTINGS, eta=0.3)
@@ -308,10 +310,10 @@ model.fit(np.ones((4, 3)), np.ones((4, 2)), verbose=0, callbacks=[callback])
 
 
 def test_a_broken_formula_shows(tmp_path, monkeypatch):
-    monkeypatch.setattr(smartreg_tf.training, "climb", lambda balls, starts, _: [1.001 * delta for delta in starts])
-    monkeypatch.setattr(smartreg_tf.training, "momentum", lambda step, config: tf.constant(0.8, tf.float64))
-    mean = smartreg_tf.training.Head.mean
-    monkeypatch.setattr(smartreg_tf.training.Head, "mean", lambda *given: 1.001 * mean(*given))
+    monkeypatch.setattr(smartreg_tf.step, "climb", lambda balls, starts, _: [1.001 * delta for delta in starts])
+    monkeypatch.setattr(smartreg_tf.observe, "momentum", lambda step, config: tf.constant(0.8, tf.float64))
+    mean = Head.mean
+    monkeypatch.setattr(Head, "mean", lambda *given: 1.001 * mean(*given))
     fitted(tmp_path / "run.npz", config=CONFIG.replace(start="margin"), run_eagerly=True)
     assert failed(tmp_path / "run.npz") == {"delta in the ball", "beta", "R_s", "D_Breg", "penalty"}
 

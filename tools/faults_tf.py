@@ -19,9 +19,12 @@ import keras
 import numpy as np
 
 from smartreg_tf import SMARTCallback, SMARTConfig, attach
+from smartreg_tf.engine import Engine
 from smartreg_tf.passes import CleanPasses, Passes
+from smartreg_tf.penalty import Penalty
+from smartreg_tf.report import Report
 from smartreg_tf.site import Site
-from smartreg_tf.training import Engine
+from smartreg_tf.teacher import Teacher
 
 IDS, Y = np.random.default_rng(0).integers(1, 20, size=(8, 5)), np.arange(8) % 2
 OPTIONS: dict[str, Any] = {"batch_size": 4, "validation_data": (IDS, Y), "validation_batch_size": 8}
@@ -29,10 +32,10 @@ OPTIONS |= {"verbose": 0, "shuffle": False}
 HOOKS = [f"on_{what}_{when}" for what in ("train", "epoch", "train_batch", "test") for when in ("begin", "end")]
 OWN: dict[type, list[str]] = {
     SMARTCallback: ["set_model", "on_train_begin", "on_train_end"],
-    Engine: [
-        "__init__", "install", "make_train_function", "train_step", "compute_loss", "_terms", "_ascend", "_differs",
-        "_penalty", "_update", "_report", "reset_metrics", "_draw", "_observe", "_count",
-    ],
+    Engine: ["__init__", "install", "make_train_function", "train_step", "compute_loss", "reset_metrics", "judge"],
+    Penalty: ["of_training", "_step", "_heads", "_draw"],
+    Report: ["add", "count", "judge"],
+    Teacher: ["follow", "begin", "move", "pairs"],
     CleanPasses: ["install", "_on_call"],
     Passes: ["run_clean", "at", "again", "differ", "_run"],
     Site: ["install", "require", "fits", "padding_mask", "on_inputs", "_on_layer", "_seen", "_chosen"],

@@ -1,0 +1,397 @@
+"""What is put on a Keras model, so that its training step is SMART's (paper: equation 1 and Algorithm 1)."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from smartreg.config import SMARTConfig, check_options
+from smartreg.proximal import momentum
+from smartreg.recording import Recorder
+from smartreg.report import Description
+from smartreg_tf import compat, resume
+from smartreg_tf.build import Builder
+from smartreg_tf.measure import measure
+from smartreg_tf.options import Options
+from smartreg_tf.passes import passes_of
+from smartreg_tf.penalty import Penalty
+from smartreg_tf.report import describe
+from smartreg_tf.site import Patches
+
+Tensor = Any
+ENGINE = "_smartreg_engine"
+
+
+class Engine:
+    """One model's SMART: what its training step does more than Keras'.
+
+    The methods named in `METHODS` take Keras' own method first; `install` puts them on the model's instance.
+
+    Args:
+        model, config: as `attach`.
+        options: its other arguments.
+        recorder: what `record` and `record_steps` make.
+        call: the name of what the user called, for messages.
+
+    Attributes:
+        step: the variable that counts the optimiser steps.
+    """
+
+    METHODS = (
+        "train_step",
+        "compute_loss",
+        "make_train_function",
+        "reset_metrics",
+        compat.EPOCH_LOGS,
+        "save_weights",
+        "load_weights",
+        "save",
+    )
+    # Nothing is added to these: they end what a broken fit left.
+    OTHERS = ("make_test_function", "make_predict_function")
+
+    def __init__(
+        self,
+        model: Any,
+        config: SMARTConfig | None = None,
+        options: Options = Options(),  # noqa: B008
+        recorder: Recorder | None = None,
+        call: str = "SMART",
+    ) -> None:
+        config = SMARTConfig() if config is None else config
+        check_options(call, config)
+        config.check_total_steps(call)
+        self.model, self.config, self.options = model, config, options
+        self.penalty = Penalty(model, config, options, recorder)
+        self.site, self.passes, self.teacher = self.penalty.site, self.penalty.passes, self.penalty.teacher
+        self.report, self.observers, self.step = self.penalty.report, self.penalty.observers, self.penalty.step
+        self.fit: Any = None  # the fit that a `SMARTCallback` is part of
+        self.verbose = False  # whether to print `describe()` after the first step
+        self._call = call
+        self._patches = Patches()
+        self._local = threading.local()
+        self._builder = Builder(model)
+        self._begun = False
+        self._compiled = compat.compilation(model)
+        self._lambda_s: float | None = None  # of this step
+        if compat.is_built(model):
+            self.teacher.follow()
+
+    @property
+    def active(self) -> bool:
+        """Whether there is anything to add to plain training."""
+        return self.config.lambda_s > 0 or self.config.mu > 0
+
+    @property
+    def averages(self) -> list[Any]:
+        """theta~ in the order of `model.trainable_variables`, float32 or wider; empty while there is none."""
+        return list(self.teacher.averages.values())
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """R_s, D_Breg, max_delta and vanished, averaged since the metrics were reset; beta of theta~'s last move, once
+        there was one; the optimiser step, and how many steps had no finite penalty.
+        """
+        step = self._steps
+        moved = step - step % self.config.proximal_steps
+        beta = {"beta": float(momentum(moved, self.config))} if self.config.mu > 0 and moved > 0 else {}
+        return self.report.means | beta | {"step": float(step), "skipped": float(self.report.skipped)}
+
+    # Putting it on the model
+
+    @property
+    def installed(self) -> bool:
+        """Whether it is this that trains the model."""
+        return getattr(self.model, ENGINE, None) is self
+
+    def install(self) -> None:
+        """Put SMART on the model's instance."""
+        if hasattr(self.model, ENGINE):
+            raise ValueError(
+                "SMART: this model already has a SMARTCallback or attach(). Use one of the two: together they would "
+                "train two penalties."
+            )
+        self._patches.put(self.model, ENGINE, self)
+        self._compiled = compat.compilation(self.model)
+        try:
+            self.passes.install()
+            for name in (*self.METHODS, *self.OTHERS):
+                self._patches.put(self.model, name, partial(self._run, name, getattr(self.model, name)))
+            # the step that is compiled already is the plain one; it is back after `remove`
+            self._patches.put(self.model, "train_function", None)
+        except BaseException:
+            self.remove()
+            raise
+
+    def remove(self) -> None:
+        """Leave the model as it was before `install`."""
+        if not self.installed:
+            return
+        self.passes.remove()
+        self._patches.remove()
+        # compile() came in between: that step is not to come back
+        if compat.compilation(self.model) is not self._compiled:
+            compat.put(self.model, "train_function", None)
+        self.observers.close()
+
+    def _run(self, name: str, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run one of the model's methods while SMART is on it."""
+        if self.fit is not None and self.fit.ended():  # another callback or the data broke the fit off
+            self.remove()
+            return getattr(self.model, name)(*args, **kwargs)
+        return original(*args, **kwargs) if name in self.OTHERS else getattr(self, name)(original, *args, **kwargs)
+
+    # What Keras calls
+
+    def make_train_function(self, original: Callable[..., Any], force: bool = False) -> Any:
+        """Make Keras' compiled training step, followed by a look at what went wrong in it."""
+        if self.model.train_function is not None and not force:
+            return self.model.train_function
+        self._check()
+        weights = {self.config.smoothness_weight(steps) for steps in range(self.config.smoothness_steps)}
+        compiled = {}
+        for weight in weights:
+            original(force=True)
+            compiled[weight] = self.model.train_function
+
+        def train_function(iterator: Any) -> Any:
+            try:
+                iterator = self._begin(iterator)
+                self._lambda_s = self.config.smoothness_weight(self._steps if len(weights) > 1 else 0)
+                logs = compiled[self._lambda_s](iterator)
+                self.judge()
+                if self.verbose:
+                    self.verbose = False
+                    print(f"\n{self.describe()}")
+            except (StopIteration, tf.errors.OutOfRangeError):  # the end of an epoch
+                raise
+            except BaseException:
+                if self.fit is not None:  # Keras calls no on_train_end now
+                    self.remove()
+                raise
+            finally:
+                self._lambda_s = None
+            return logs
+
+        compat.put(self.model, "train_function", train_function)
+        return train_function
+
+    def train_step(self, original: Callable[..., Any], *data: Any) -> Any:
+        """Take the model's own step, with the penalty in its loss; then move theta~."""
+        with self.training_step():
+            logs = original(*data)
+        return {**logs, **self.report.logs}
+
+    @contextmanager
+    def training_step(self) -> Iterator[None]:
+        """Do what `train_step` does in a loop of your own: the forward, `compute_loss` and the update go inside."""
+        if not self.active:
+            yield
+            return
+        if not self.installed:
+            raise RuntimeError(
+                "SMART: training_step() came after the attach() block had ended; put the loop inside the block, or "
+                "begin a new attach()"
+            )
+        lambda_s = self._local.lambda_s = self._weight()
+        before = self._iterations()
+        self._local.penalised = False
+        with self.passes.recording(differentiable=lambda_s > 0 and self.config.start == "margin") as recorded:
+            self._local.recorded = recorded
+            try:
+                yield
+            finally:
+                self._local.recorded = None
+        if not self._local.penalised:
+            raise RuntimeError(
+                "SMART: the training step never called model.compute_loss, which is where the penalty is added. Take "
+                "the loss from compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight)."
+            )
+        new = 1 if before is None else self._iterations() - before
+        self.step.assign_add(new)
+        self.teacher.move(self.step, new)
+        if tf.executing_eagerly():
+            self.judge()
+
+    def compute_loss(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Compute the model's own loss, plus lambda_s R_s + mu D_Breg inside a training step."""
+        self._builder.stop()
+        # first, since every other pass clears model.losses
+        loss = original(*args, **kwargs)
+        names = ("x", "y", "y_pred", "sample_weight", "training")
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        recorded = getattr(self._local, "recorded", None)
+        if recorded is None or given.get("training") is False:
+            return loss
+        self._local.penalised = True
+        if self._local.lambda_s == self.config.mu == 0:
+            return loss
+        passes = passes_of(recorded, given.get("y_pred"))
+        penalty = self.penalty.of_training(passes, given.get("y"), given.get("sample_weight"), self._local.lambda_s)
+        replicas = tf.distribute.get_strategy().num_replicas_in_sync  # Keras sums their losses
+        entries = tf.size(loss)  # the gradient of a loss that is not reduced is that of their sum
+        return loss + tf.cast(penalty / tf.cast(replicas * entries, penalty.dtype), loss.dtype)
+
+    def reset_metrics(self, original: Callable[..., Any]) -> None:
+        """Reset Keras' own, and ours."""
+        original()
+        self.report.reset()
+
+    def _get_metrics_result_or_logs(self, original: Callable[..., Any], logs: Any) -> Any:
+        """Make Keras' epoch logs: it compares names with the model's metrics, and ours are not among them."""
+        ours = {name: value for name, value in self.report.logs.items() if name in logs}
+        return {**original({name: value for name, value in logs.items() if name not in ours}), **ours}
+
+    def save_weights(self, original: Callable[..., Any], filepath: Any, *args: Any, **kwargs: Any) -> Any:
+        """Save the weights, and theta~, the step and the seeds beside them."""
+        saved = original(filepath, *args, **kwargs)
+        self.save_state(filepath)
+        return saved
+
+    def load_weights(self, original: Callable[..., Any], filepath: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load the weights, and theta~, the step and the seeds if they lie beside them."""
+        loaded = original(filepath, *args, **kwargs)
+        if os.path.exists(f"{filepath}{resume.SUFFIX}"):
+            self.load_state(filepath)
+        return loaded
+
+    def save(self, original: Callable[..., Any], filepath: Any, *args: Any, **kwargs: Any) -> Any:
+        """Save the whole model, as `save_weights`."""
+        return self.save_weights(original, filepath, *args, **kwargs)
+
+    # What can be asked
+
+    def describe(self) -> Description:
+        """Say what is perturbed and compared, and why it was chosen: `print()` shows a table.
+
+        x, the outputs and what follows from them are known after the first training step.
+        """
+        return describe(self.model, self.site, self.options.outputs, self.options.precision, self.report.found)
+
+    def __repr__(self) -> str:
+        return self.describe().line(self._call)
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "SMART: what attach() gives cannot be copied or pickled, since it is of one model. save_state(path) writes "
+            "theta~ and the step, and load_state(path) of another attach() reads them."
+        )
+
+    def measure(self, x: Any, y: Any = None, sample_weight: Any = None, batch_size: int = 32) -> dict[str, float]:
+        """R_s and D_Breg as means over the examples of x, in eval mode; nothing of the model or of SMART changes.
+
+        Args:
+            x: arrays as `evaluate` takes them, or a `tf.data.Dataset` or `PyDataset` of batches, which has y and the
+                sample weights in it.
+            y: is needed for what the loss leaves out by `ignore_class`, and for the kind of the outputs and their axis
+                of classes if nothing was trained yet.
+            sample_weight: w_i, as in the loss.
+
+        Raises:
+            ValueError: the model has no weights yet, y is needed, or the outputs are not what the loss says.
+
+        Example:
+            >>> import numpy as np
+            >>> model = keras.Sequential([keras.Input([3]), keras.layers.Dense(1, use_bias=False)])
+            >>> model.compile("sgd", "mse")
+            >>> engine = Engine(model, SMARTConfig(mu=0, scale="absolute", epsilon=0.5))
+            >>> model.set_weights([np.array([[1.0], [2.0], [-3.0]])])
+            >>> engine.measure(np.ones((4, 3)), np.ones((4, 1)))  # (0.5 (1 + 2 + 3))**2
+            {'R_s': 9.0}
+        """
+        # after a fit, nothing is on the model
+        watch = nullcontext() if self.installed else self.passes.installed()
+        refuse = partial(self.report.refuse, site=self.site)
+        with watch:
+            known = self.options.outputs is not None
+            return measure(self.model, self.penalty.of_evaluation, refuse, known, (x, y, sample_weight), batch_size)
+
+    @contextmanager
+    def swap_teacher(self) -> Iterator[None]:
+        """Let the model have the averaged weights theta~ inside the block, to evaluate or save them."""
+        with self.teacher.swapped():
+            yield
+
+    def save_state(self, filepath: Any) -> None:
+        """Write theta~, the step and the states of all seeds to `filepath` + '.smart.npz'."""
+        resume.write(filepath, self._state(), self._taken())
+
+    def load_state(self, filepath: Any) -> None:
+        """Go on from what `save_state` wrote; ValueError if it is not of this model."""
+        if not compat.is_built(self.model):
+            raise ValueError("SMART: the model must be built before its training state is loaded; call it on a batch")
+        self.teacher.follow()
+        resume.read(filepath, self._state(), self._taken())
+
+    def judge(self) -> None:
+        """Show the steps to the observers; raise or warn about what a compiled step could only count, once."""
+        self.observers.tell()
+        self.report.judge(lambda: self._steps, self.site)
+
+    # The step
+
+    def _begin(self, iterator: Any) -> Any:
+        """Give the batches as they come; build an unbuilt model on their shapes.
+
+        theta~ must copy theta_0 before the step is traced: variables that are made in a trace have no value there.
+        """
+        unbuilt = not compat.is_built(self.model)
+        if (unbuilt or (not self.averages and self.config.mu > 0)) and not self.model.run_eagerly:
+            iterator = self._builder.build(iterator)
+            self.teacher.follow()
+        if not self._begun and self._steps == 0:
+            self.teacher.begin()
+        self._begun = True
+        return iterator
+
+    def _weight(self) -> float:
+        """Give lambda_s of this step, a constant of the trace: a step with R_s and one without are compiled apart."""
+        if self._lambda_s is not None:
+            return self._lambda_s
+        if self.config.smoothness_steps == 1:
+            return self.config.lambda_s
+        if not tf.executing_eagerly():
+            raise ValueError(
+                f"SMART: smoothness_steps={self.config.smoothness_steps} needs Keras' own fit or train_on_batch, or a "
+                "loop that runs eagerly: a tf.function of your own would have R_s in every step, or in none"
+            )
+        return self.config.smoothness_weight(self._steps)
+
+    def _check(self) -> None:
+        """Raise ValueError if this training step cannot be compiled as it should be."""
+        self.observers.check()
+        new = self.teacher.missing()
+        if new:
+            raise ValueError(
+                f"SMART: {', '.join(new[:3])} became trainable after SMART began, and theta~ does not hold it. "
+                "Unfreeze and enable LoRA first, then fit with a SMARTCallback, or begin a new attach() or SMARTModel."
+            )
+        steps = self.config.smoothness_steps
+        if self.config.lambda_s > 0 and steps > 1 and self.model.steps_per_execution > 1:
+            raise ValueError(
+                f"SMART: smoothness_steps={steps} chooses between two compiled steps, so it "
+                f"needs compile(..., steps_per_execution=1), got {self.model.steps_per_execution}"
+            )
+
+    @property
+    def _steps(self) -> int:
+        return int(tf.convert_to_tensor(self.step.value).numpy())
+
+    def _state(self) -> dict[str, Any]:
+        return resume.state_of(self.model, self.step, self.penalty.draws, self.averages)
+
+    def _iterations(self) -> Tensor | None:
+        optimizer = getattr(self.model, "optimizer", None)
+        return None if optimizer is None else tf.cast(keras.ops.convert_to_tensor(optimizer.iterations), tf.int64) + 0
+
+    def _taken(self) -> int:
+        """Count the steps that the model's own optimiser has taken."""
+        iterations = self._iterations()
+        return 0 if iterations is None else int(iterations)

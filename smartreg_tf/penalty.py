@@ -1,0 +1,110 @@
+"""lambda_s R_s + mu D_Breg of a Keras model's mini-batches: where the passes, theta~ and the report are kept."""
+
+from __future__ import annotations
+
+import threading
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from smartreg.config import SMARTConfig
+from smartreg.recording import Recorder
+from smartreg_tf.observe import Observers
+from smartreg_tf.options import Options
+from smartreg_tf.outputs import Head, find_heads
+from smartreg_tf.passes import CleanPasses, Passes, evaluated
+from smartreg_tf.report import Report, found_in, raw_outputs, wrong_kinds
+from smartreg_tf.site import Site
+from smartreg_tf.step import Step, drawn, smart_step
+from smartreg_tf.teacher import Teacher
+
+Tensor = Any
+
+
+class Penalty:
+    """The penalty of one model.
+
+    Args: as `Engine`.
+
+    Attributes:
+        step, draws, seen: variables that count the optimiser steps, those with noise, and those with a penalty.
+    """
+
+    def __init__(self, model: Any, config: SMARTConfig, options: Options, recorder: Recorder | None) -> None:
+        self.model, self.config, self.options = model, config, options
+        self.site = Site(model, options.site)
+        self.passes = CleanPasses(self.site)
+        self.teacher = Teacher(model, config)
+        self._local = threading.local()
+        with model.distribute_strategy.scope():
+            self.step, self.draws, self.seen = map(_counter, ("smart_step", "smart_draws", "smart_repeats"))
+            self.report = Report(config)
+            self.observers = Observers(model, config, options.on_step, recorder)
+        self.observers.check()
+        self.observers.begin(str(self.site))
+
+    def of_training(self, passes: Passes, y: Any, sample_weight: Any, lambda_s: float) -> Tensor:
+        """Give the penalty of a training step, and report it."""
+        step, faults = self._step(passes, y, sample_weight, lambda_s)
+        observed = self.report.add(step, faults)
+        if step.delta:
+            self.draws.assign_add(1)
+        self.seen.assign_add(1)
+        self.report.drawn = step.passes.drawn
+        if self.observers.active:
+            self.observers.begin(str(self.site))  # the default site may have been another before the first pass
+            # after everything else, since TensorFlow numbers its own random operations as they come
+            of_heads = zip(step.heads, step.outputs, step.positions, strict=True)
+            weights = [head.weights(target, mask, sample_weight, y) for head, target, mask in of_heads]
+            self.observers.see(step, weights, observed, self.step, self.teacher)
+        return step.penalty
+
+    def _step(
+        self, passes: Passes, y: Any, sample_weight: Any, lambda_s: float, trained: bool = True
+    ) -> tuple[Step, dict[str, Tensor]]:
+        """Give what one mini-batch gives, and what is wrong with it; the first of all must repeat if `trained`."""
+        if lambda_s > 0:
+            self.site.require(passes.clean.calls)
+        self.teacher.follow()
+        with passes.in_float32() if self.options.precision == "float32" else nullcontext(passes) as passes:
+            heads = self._heads(passes, y)
+            step = smart_step(passes, heads, y, sample_weight, self.teacher, self.config, lambda_s, self._draw)
+            faults = step.faults | wrong_kinds(heads, passes.clean.outputs)
+            if trained:
+                first = tf.convert_to_tensor(self.seen.value) == 0
+                read = partial(raw_outputs, heads)
+                faults["repeat"] = passes.differ(read, step.positions, self.teacher.is_theta, first)
+        self.report.found = found_in(step)
+        return step, faults
+
+    def of_evaluation(self, x: Any, y: Any, sample_weight: Any, number: Tensor) -> tuple[Step, dict[str, Tensor]]:
+        """Give what one batch gives in eval mode, with the noise of its number."""
+        found, self._local.measured = self.report.found, number
+        try:
+            with self.passes.recording(self.config.start == "margin") as recorded, keras.StatelessScope():
+                evaluated(self.model, x)
+            return self._step(recorded[-1], y, sample_weight, 1.0, trained=False)
+        finally:
+            self.report.found, self._local.measured = found or self.report.found, None
+
+    def _heads(self, passes: Passes, y: Any) -> list[Head]:
+        heads = find_heads(self.model, passes.clean.outputs, self.options.outputs, passes.masks, y)
+        if y is None and self.report.found is not None:  # the labels of before have shown the axes
+            axes = {head.place: head.axis for head in self.report.found.heads}
+            heads = [head._replace(axis=axes.get(head.place, head.axis)) for head in heads]
+        return heads
+
+    def _draw(self, like: Tensor, run: int) -> Tensor:
+        measured = getattr(self._local, "measured", None)  # the number of the batch
+        step = tf.convert_to_tensor(self.draws.value) if measured is None else measured
+        return drawn(like, run, step, self.options.seed, self.options.noise)
+
+
+def _counter(name: str) -> Any:
+    return keras.Variable(
+        np.int64(0), dtype="int64", trainable=False, name=name, aggregation="only_first_replica", synchronization="auto"
+    )

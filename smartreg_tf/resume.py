@@ -1,0 +1,70 @@
+"""The file beside a checkpoint from which a run goes on: theta~, the step and the states of all seeds."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from smartreg_tf.replay import seed_states
+
+SUFFIX = ".smart.npz"
+
+
+def state_of(model: Any, step: Any, draws: Any, averages: list[Any]) -> dict[str, Any]:
+    """Name the variables of a run, as its file does.
+
+    theta~ and the seeds are numbered: Keras counts layers of one kind, so that a model which is made a second time in
+    one process has other paths.
+    """
+    numbered = {f"average/{i}": average for i, average in enumerate(averages)}
+    seeds = {f"seed/{i}": state for i, state in enumerate(seed_states(model))}
+    return {"step": step, "draws": draws, **numbered, **seeds}
+
+
+def write(filepath: Any, state: Mapping[str, Any], iterations: int) -> None:
+    """Write the state to `filepath` + '.smart.npz', complete or not at all.
+
+    Args:
+        iterations: the steps that the model's own optimiser has taken.
+    """
+    values = {name: tf.convert_to_tensor(variable.value).numpy() for name, variable in state.items()}
+    partial_file = f"{filepath}{SUFFIX}.part"
+    with open(partial_file, "wb") as file:
+        np.savez(file, iterations=iterations, **values)
+    os.replace(partial_file, f"{filepath}{SUFFIX}")
+
+
+def read(filepath: Any, state: Mapping[str, Any], iterations: int) -> None:
+    """Assign what `write` wrote.
+
+    Raises:
+        ValueError: there is no such file, or it is not of this model, configuration or checkpoint.
+    """
+    if not os.path.exists(f"{filepath}{SUFFIX}"):
+        raise ValueError(
+            f"SMART: there is no {filepath}{SUFFIX}. It is written by whatever saves the model while SMART trains it, "
+            "and by save_state(path) of what attach() gives."
+        )
+    with np.load(f"{filepath}{SUFFIX}") as saved:
+        then = int(saved["iterations"])
+        if iterations > 0 and then > 0 and iterations != then:
+            raise ValueError(
+                f"SMART: {filepath}{SUFFIX} was written after {then} optimiser steps, and the model was loaded "
+                f"from after {iterations}: the two are not of one checkpoint"
+            )
+        differing = sorted(
+            name
+            for name in {*saved.files, *state} - {"iterations"}
+            if name not in saved.files or name not in state or saved[name].shape != tuple(state[name].shape)
+        )
+        if differing:
+            raise ValueError(
+                f"SMART: {filepath}{SUFFIX} is not of this model and configuration: {', '.join(differing[:5])} "
+                "differ. Freeze layers and enable LoRA before fit, as in the run that wrote it."
+            )
+        for name, variable in state.items():
+            variable.assign(saved[name])
