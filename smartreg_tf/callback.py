@@ -1,4 +1,4 @@
-"""SMART in `fit` and around other loops: a callback and a context manager (paper: equation 1 and Algorithm 1)."""
+"""SMART in `fit` and around other loops, as a callback and a context manager (paper: equation 1, Algorithm 1)."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ _LOADS = "_smartreg_loads"
 
 
 class SMARTCallback(keras.callbacks.Callback):  # type: ignore[misc]
-    """SMART for plain `compile` and `fit`: add it to `callbacks`, and everything else stays as it is.
+    """Adds SMART to plain `compile` and `fit`; everything else stays as it is.
 
     F(theta) = L(theta) + lambda_s R_s(theta) + mu D_Breg(theta, theta~)
 
     `loss` in the progress bar includes the penalties; `smoothness` (R_s) and `proximal` (D_Breg) stand beside it;
-    `val_loss` is the plain one. After `fit` the model is as it was, but for its weights; where another callback broke
-    the fit off, at the next `fit` or `attach`.
+    `val_loss` is the plain one. After `fit` the model is as it was, except for its weights. If another callback broke
+    the fit off, that happens at the next `fit` or `attach`.
 
     Args:
-        config: the settings; `total_steps` comes from fit's own epochs and steps where it is None.
+        config: the settings; `total_steps` comes from fit's own epochs and steps if it is None.
         site: names or objects of the layers whose outputs are perturbed; by default see `smartreg_tf.site.Site`.
         outputs: what the outputs are: "logits", "probabilities", "label_logits", "label_probabilities" or
             "regression", one for all, a list with one each, or a dict by name. None, and a name that the dict lacks,
@@ -128,7 +128,7 @@ class SMARTCallback(keras.callbacks.Callback):  # type: ignore[misc]
         return f"SMARTCallback({self.config})" if self.engine is None else repr(self.engine)
 
     def measure(self, x: Any, y: Any = None, sample_weight: Any = None, batch_size: int = 32) -> dict[str, float]:
-        """R_s and D_Breg of x in eval mode, during `fit` or after it, as `smartreg_tf.engine.Engine.measure`.
+        """Average R_s and D_Breg over x in eval mode, during `fit` or after it, as `smartreg_tf.engine.Engine.measure`.
 
         Raises:
             ValueError: before `fit`, which knows the model.
@@ -136,7 +136,7 @@ class SMARTCallback(keras.callbacks.Callback):  # type: ignore[misc]
         return self._begun("measure").measure(x, y, sample_weight, batch_size)
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy has the settings, and begins anew."""
+        """Copy the settings alone: a copy begins anew."""
         return {**self.__dict__, "engine": None, "_model": None}
 
     def _begun(self, method: str) -> Engine:
@@ -145,7 +145,7 @@ class SMARTCallback(keras.callbacks.Callback):  # type: ignore[misc]
         return self.engine
 
     def set_model(self, model: Any) -> None:
-        """Called by fit. A BackupAndRestore that comes first in the list loads before our `on_train_begin`."""
+        """Listen to loads from the start: a BackupAndRestore that comes first loads before our `on_train_begin`."""
         super().set_model(model)
         _remove_stale(model)
         loads = Patches()
@@ -199,7 +199,7 @@ class SMARTCallback(keras.callbacks.Callback):  # type: ignore[misc]
         _stop_listening(self.model)
 
     def _complete(self) -> SMARTConfig:
-        """The configuration with `total_steps` = optimiser steps of the whole fit."""
+        """Return the configuration with `total_steps`, the optimiser steps of the whole fit."""
         config = self.config
         check_options("SMARTCallback", config)
         steps = (self.params or {}).get("steps")
@@ -231,9 +231,9 @@ def attach(
     layers: Any = None,
     float32: bool | None = None,
 ) -> Iterator[Engine]:
-    """SMART in `train_on_batch`, in several `fit`s or in a loop of your own, inside the block.
+    """Add SMART to `train_on_batch`, to several `fit`s or to a loop of your own, inside the block.
 
-    Args, Raises: as `SMARTCallback`; `total_steps` is needed where beta is scheduled.
+    Args, Raises: as `SMARTCallback`; `total_steps` is needed if beta is scheduled.
 
     Returns:
         the context's value has `metrics`, `swap_teacher()`, `save_state(path)`, `load_state(path)`,
@@ -283,10 +283,10 @@ def _remove_stale(model: Any) -> None:
 
 
 class _Fit:
-    """The `fit` that a callback is part of: Keras tells nobody when an exception breaks it off.
+    """The `fit` that a callback is part of. Keras does not say when an exception breaks it off.
 
     Args:
-        on_end: is called when nothing holds that fit any more, its traceback included.
+        on_end: is called when nothing refers to that fit any more, its traceback included.
     """
 
     def __init__(self, on_end: Callable[[], None]) -> None:
@@ -302,7 +302,7 @@ class _Fit:
                 return
 
     def ended(self) -> bool:
-        """Whether it runs no more; never so of a loop of the user's own, which calls on_train_end itself."""
+        """Tell whether it has ended; False for a loop of the user's own, which calls on_train_end itself."""
         if self._callbacks is None:
             return False
         callbacks = self._callbacks()
@@ -314,5 +314,5 @@ class _Fit:
 
     @property
     def known(self) -> bool:
-        """Whether it is Keras' own fit, and not a loop of the user's own that has callbacks."""
+        """Whether it is Keras' own fit, not a loop of the user's own that has callbacks."""
         return self._callbacks is not None

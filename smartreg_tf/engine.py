@@ -108,7 +108,7 @@ class Engine:
 
     @property
     def installed(self) -> bool:
-        """Whether it is this that trains the model."""
+        """Whether this is on the model."""
         return getattr(self.model, ENGINE, None) is self
 
     def install(self) -> None:
@@ -245,7 +245,7 @@ class Engine:
         self.report.reset()
 
     def _get_metrics_result_or_logs(self, original: Callable[..., Any], logs: Any) -> Any:
-        """Make Keras' epoch logs: it compares names with the model's metrics, and ours are not among them."""
+        """Make Keras' epoch logs without ours, which are not among the model's metrics; then add ours."""
         ours = {name: value for name, value in self.report.logs.items() if name in logs}
         return {**original({name: value for name, value in logs.items() if name not in ours}), **ours}
 
@@ -285,7 +285,7 @@ class Engine:
         )
 
     def measure(self, x: Any, y: Any = None, sample_weight: Any = None, batch_size: int = 32) -> dict[str, float]:
-        """R_s and D_Breg as means over the examples of x, in eval mode; nothing of the model or of SMART changes.
+        """Average R_s and D_Breg over the examples of x, in eval mode; nothing of the model or of SMART changes.
 
         Args:
             x: arrays as `evaluate` takes them, or a `tf.data.Dataset` or `PyDataset` of batches, which has y and the

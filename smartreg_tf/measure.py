@@ -1,4 +1,4 @@
-"""R_s and D_Breg of data that is not trained on: `measure()` of everything that has SMART in it."""
+"""R_s and D_Breg of data that is not trained on: what every `measure()` runs."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def _know_the_loss(model: Any, x: Any, y: Any) -> None:
 
 
 def _batches(model: Any, x: Any, y: Any, sample_weight: Any, batch_size: int) -> Iterator[Any]:
-    """Batches of (x, y, sample_weight) as tensors; raw ones through a keras_hub task's preprocessor."""
+    """Yield batches of (x, y, sample_weight) as tensors; raw ones go through a keras_hub task's preprocessor."""
     if isinstance(x, tf.data.Dataset):
         batches: Any = x
     elif isinstance(x, keras.utils.PyDataset):

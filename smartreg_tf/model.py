@@ -16,7 +16,7 @@ from smartreg_tf.outputs import Outputs
 
 @keras.saving.register_keras_serializable("smartreg")
 class SMARTModel(keras.Model):  # type: ignore[misc]
-    """A model with SMART in its training step, saved and loaded with its settings and with theta~.
+    """A model that has SMART in its training step, and is saved and loaded with its settings and theta~.
 
     Args:
         model: the model to train, a functional or Sequential one, or one that is built.
@@ -94,7 +94,7 @@ class SMARTModel(keras.Model):  # type: ignore[misc]
         return self._engine.compute_loss(super().compute_loss, x, y, y_pred, sample_weight, training=training)
 
     def make_train_function(self, force: bool = False) -> Any:
-        """Make Keras' own, followed by a look at what went wrong in the step."""
+        """Make Keras' training step, followed by a look at what went wrong in it."""
         return self._engine.make_train_function(super().make_train_function, force)
 
     def reset_metrics(self) -> None:
@@ -116,7 +116,7 @@ class SMARTModel(keras.Model):  # type: ignore[misc]
         return self.describe().line("SMARTModel")
 
     def measure(self, x: Any, y: Any = None, sample_weight: Any = None, batch_size: int = 32) -> dict[str, float]:
-        """R_s and D_Breg of x in eval mode, as `smartreg_tf.engine.Engine.measure`."""
+        """Average R_s and D_Breg over x in eval mode, as `smartreg_tf.engine.Engine.measure`."""
         return self._engine.measure(x, y, sample_weight, batch_size)
 
     def get_config(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""How a Keras model is run on one mini-batch: the clean pass, the pass again, the pass at other points.
+"""How a Keras model is run on one mini-batch: the clean pass, the pass again, and the pass at other points.
 
 The model's `call` is wrapped on the instance, once, and does nothing outside a training step. What a training step
 needs to remember is kept by thread: the replicas of a MirroredStrategy are threads.
@@ -181,9 +181,9 @@ class Passes:
         expected = len(self.clean.calls)
         if len(calls) != expected:
             raise RuntimeError(
-                f"SMART: {site} ran {expected} times in the clean pass and {len(calls)} times in a later one "
-                "of the same batch. A model whose control flow is random cannot be compared with itself; give site= "
-                "a layer that always runs equally often."
+                f"SMART: {site} ran {expected} times in the clean pass and {len(calls)} times in a later one of the "
+                "same batch. A model whose control flow is random cannot be compared with itself; give site= a layer "
+                "that always runs equally often."
             )
         return Pass(outputs, calls, tape)
 

@@ -1,4 +1,4 @@
-"""What a model keeps from one pass to the next: put back for a pass of the same batch, and the check that it was all.
+"""What a model keeps from one pass to the next, put back for a pass of the same batch; and whether that was all.
 
 A repeated pass gets Keras' variables by a `keras.StatelessScope`. This file is about everything else: attributes of
 layers, lists and arrays in them, raw TensorFlow variables and generators, Python's and NumPy's streams.
@@ -30,7 +30,7 @@ _DRAWS = re.compile(r"(Random|Truncated|Parameterized|Multinomial|EagerPyFunc|Py
 
 
 def kept_variables(model: Any, state: State) -> list[Any]:
-    """The Keras variables that a pass may move: counters, statistics, states, and the seeds of all random layers.
+    """List the Keras variables that a pass may change: counters, statistics, states, and the seeds of random layers.
 
     Example:
         >>> model = keras.Sequential([keras.Input([2]), keras.layers.BatchNormalization()])
@@ -56,7 +56,7 @@ def seed_states(model: Any) -> list[Any]:
 
 
 def copied(arguments: Any) -> Any:
-    """The same tensors in containers of their own, and arrays copied: a `call` may pop from a dict or write into it.
+    """Copy containers and arrays, and keep the tensors: a `call` may pop from a dict or write into an array.
 
     Example:
         >>> given = {"x": np.zeros(2)}
@@ -69,9 +69,9 @@ def copied(arguments: Any) -> Any:
 
 
 def arguments_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What to give a model so that its `call` gets `args` and `kwargs` again.
+    """Return what to give a model so that its `call` gets `args` and `kwargs` again.
 
-    A model whose `call` has no `training` hands what it was called with to its layers all the same.
+    A model whose `call` has no `training` still passes to its layers the one that it was called with.
     """
     training = compat.training_now()
     args, kwargs = copied((args, kwargs))
@@ -79,7 +79,7 @@ def arguments_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[A
 
 
 class State:
-    """What the layers of a model hold at one moment, but for Keras' variables, and Python's and NumPy's streams.
+    """What the layers of a model hold at one moment besides Keras' variables; and Python's and NumPy's streams.
 
     Example:
         >>> layer = keras.layers.Identity()
@@ -124,7 +124,7 @@ class State:
         self._attributes = moved
 
     def apply(self) -> None:
-        """Put back what `keep_moved` has kept; it may be put back again."""
+        """Put back what `keep_moved` has kept; this may be called again."""
         random.setstate(self._streams[0])
         np.random.set_state(self._streams[1])  # noqa: NPY002
         for owner, held in self._attributes:
@@ -141,7 +141,7 @@ class State:
 
     @contextmanager
     def replayed(self, model: Any) -> Iterator[None]:
-        """The model as it was then, inside the block; as it is now after it."""
+        """Put the model back to that moment inside the block, and to the present after it."""
         now = State(model)
         self.apply()
         try:
@@ -188,7 +188,7 @@ class State:
 
 
 def _own(owner: Any) -> dict[str, Any]:
-    """An object's attributes, less those that Keras itself keeps in every layer."""
+    """Return an object's attributes without those that Keras itself keeps in every layer."""
     if not isinstance(owner, keras.layers.Layer):
         return dict(vars(owner))
     keras_own = compat.names_of_keras()
@@ -196,13 +196,13 @@ def _own(owner: Any) -> dict[str, Any]:
 
 
 def _is_keras(value: Any) -> bool:
-    """Whether it is a layer, a variable, a policy or the like, which no pass changes but by building the model."""
+    """Tell whether this is a layer, variable, policy or the like: a pass changes none, unless it builds the model."""
     containers = (list, dict, set)  # Keras' own kinds of them hold what a layer put there
     return type(value).__module__.startswith(("keras.", "smartreg_tf.")) and not isinstance(value, containers)
 
 
 def _holds(owner: Any, content: Any) -> bool:
-    """Whether a container has the same objects in it as then; what is none is always filled."""
+    """Tell whether a container has the same objects in it as then; False for what is no container."""
     if isinstance(owner, dict):
         return len(owner) == len(content) and all(
             a is b and owner[a] is content[b] for a, b in zip(owner, content, strict=True)
@@ -230,7 +230,7 @@ def _fill(owner: Any, content: Any) -> None:
 
 
 def differ(clean: list[Tensor], again: list[Tensor], masks: list[Tensor | None], half: bool) -> Tensor:
-    """Whether a pass has other outputs than the clean one, by more than the rounding of its kernels.
+    """Tell whether a pass has other outputs than the clean one, by more than the rounding of its kernels.
 
     Args:
         clean, again: the outputs of both, (n, ..., C). masks: of their positions.
@@ -256,14 +256,16 @@ def differ(clean: list[Tensor], again: list[Tensor], masks: list[Tensor | None],
 
 
 def _tolerance(dtype: Any, half: bool) -> float:
-    """The rounding of one kernel against another, in units of the largest output."""
+    """Bound the rounding of one kernel against another, in units of the largest output."""
     on_a_gpu = bool(tf.config.list_physical_devices("GPU"))  # TensorFloat-32 there
     ulp = 2.0**-7 if half else 2.0**-10 if on_a_gpu and dtype != tf.float64 else float(np.finfo(dtype.name).eps)
     return float(ulp**0.7)
 
 
 def random_operations(run: Callable[[], Any]) -> tuple[Any, list[str]]:
-    """What `run` returns, and the operations it adds to the graph that draw anew whenever they run; none in eager mode.
+    """Return what `run` does, and the operations that it adds to the graph and that draw anew whenever they run.
+
+    In eager mode there are none.
 
     Example:
         >>> random_operations(lambda: 2)
@@ -278,7 +280,7 @@ def random_operations(run: Callable[[], Any]) -> tuple[Any, list[str]]:
 
 
 def traced_random_operations(run: Callable[[], Any]) -> list[str]:
-    """The operations that `random_operations` would find if `run` were compiled; none where it cannot be.
+    """Return the operations that `random_operations` would find if `run` were compiled; none if it cannot be.
 
     Example:
         >>> traced_random_operations(lambda: tf.random.normal([2]))
@@ -291,7 +293,7 @@ def traced_random_operations(run: Callable[[], Any]) -> list[str]:
 
 
 def refusal(drawn: list[str]) -> str:
-    """What to say where the passes of one batch differ."""
+    """Word the error about passes of one batch that differ."""
     most_likely = (
         f"Most likely because of {', '.join(drawn[:3])}, which draws or computes anew in each pass."
         if drawn

@@ -236,7 +236,7 @@ def describe(model: Any, site: Site, outputs: Any, precision: str, found: Found 
 
 
 def _why_outputs(outputs: Any, heads: Sequence[Head]) -> str:
-    """Who said it, and what R_s and D_Breg take over from the losses besides."""
+    """Say who named the kinds, and what else R_s and D_Breg take over from the losses."""
     said = ["the compiled loss" if outputs is None else "outputs="]
     said += [f"reduction={head.reduction!r}" for head in heads if head.reduction != "sum_over_batch_size"]
     said += [f"ignore_class={head.ignore_class}" for head in heads if head.ignore_class is not None]

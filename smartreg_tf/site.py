@@ -25,20 +25,20 @@ Given = tuple[tuple[Any, ...], dict[str, Any]]  # args and kwargs of a call of t
 
 
 class Call(NamedTuple):
-    """One run of the site: its output x, (n, ..., d), and which positions are real, or None."""
+    """One run of the site: its output x, (n, ..., d), and the mask of the real positions, or None."""
 
     x: Tensor
     mask: Tensor | None
 
 
 class Patches:
-    """Attributes put on instances past Keras' tracking, and taken away again."""
+    """Puts attributes on instances without Keras' tracking, and takes them away again."""
 
     def __init__(self) -> None:
         self._undo: list[tuple[Any, str, Any]] = []
 
     def put(self, owner: Any, name: str, value: Any) -> None:
-        """owner.name = value, until `remove`."""
+        """Set owner.name = value until `remove`."""
         self._undo.append((owner, name, vars(owner).get(name, self)))
         compat.put(owner, name, value)
 
@@ -53,18 +53,18 @@ class Patches:
 
 
 class Site:
-    """The site of one model.
+    """Where x is in one model.
 
     Args:
         model: a Keras model, built or not.
-        layers: names or objects of the layers whose output is perturbed, or of float `keras.Input`s. By default the
+        site: names or objects of the layers whose output is perturbed, or of float `keras.Input`s. By default the
             first of `smartreg_tf.candidates.candidates` that has a run with one x an example, known after the first
-            clean pass: `token_embedding` where some layer has one (keras_hub's convention), else every Embedding that
+            clean pass: `token_embedding` if some layer has one (keras_hub's convention), else every Embedding that
             is not named position, segment or token_type, else the floating-point inputs.
 
     Attributes:
-        layers: those whose outputs are perturbed; none where it is the inputs.
-        why: what they were chosen for.
+        layers: those whose outputs are perturbed; none if it is the inputs.
+        why: why this is the site.
 
     Raises:
         ValueError: `site` names one that the model does not have, or has several of.
@@ -75,26 +75,26 @@ class Site:
         True
     """
 
-    def __init__(self, model: Any, layers: str | Any | Sequence[Any] | None = None) -> None:
+    def __init__(self, model: Any, site: str | Any | Sequence[Any] | None = None) -> None:
         self.model = model
-        self._named = layers is not None
-        self._candidates = [named(model, layers)] if layers is not None else candidates(model)
+        self._named = site is not None
+        self._candidates = [named(model, site)] if site is not None else candidates(model)
         self._unfit: dict[int | None, Exception] = {}  # why a layer (by its id), or the inputs, is no site
         self._patches = Patches()
         self._local = threading.local()
 
     @property
     def layers(self) -> list[Any]:
-        """The layers whose outputs are perturbed; none where it is the model's inputs."""
+        """The layers whose outputs are perturbed; none if it is the model's inputs."""
         return [layer for layer in self._candidates[0].layers if id(layer) not in self._unfit or self._named]
 
     @property
     def why(self) -> str:
-        """What the site was chosen for."""
+        """Why this is the site."""
         return self._candidates[0].why
 
     def install(self) -> None:
-        """Wrap the `call` of the layers; who runs the model gives it `on_inputs`."""
+        """Wrap the `call` of the layers; the caller gives the model's own `call` its `on_inputs`."""
         for layer in {id(layer): layer for candidate in self._candidates for layer in candidate.layers}.values():
             for name in ("call", "quantized_call"):
                 original = getattr(layer, name, None)
@@ -113,7 +113,7 @@ class Site:
 
     @contextmanager
     def recording(self, given: Given, tape: tf.GradientTape | None = None) -> Iterator[list[Call]]:
-        """Note the runs of the site in the model's clean pass; after the block the list has them.
+        """Record the runs of the site in the model's clean pass; after the block the list has them.
 
         Args:
             given: what the model's `call` gets.
@@ -163,7 +163,7 @@ class Site:
             )
 
     def fits(self, given: Given, calls: list[Call]) -> Tensor:
-        """Tell whether every run of the site has a row for each example, or as many; its shape may not say so."""
+        """Tell whether each run of the site has as many rows for every example; a shape alone may not say so."""
         known, n = inputs.batch_size(*given)
         unsure = [call.x for call in calls if known is None or call.x.shape[0] != known]
         whole = [tf.shape(x)[0] % tf.maximum(n, 1) == 0 for x in unsure]
@@ -176,7 +176,7 @@ class Site:
         return inputs.padding_mask(inputs.by_name(self.model, *given), call.x)
 
     def on_inputs(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """The arguments for the model's own `call`, after `recording` or `replaced` has taken the float inputs."""
+        """Return the arguments for the model's own `call`, the float inputs taken by `recording` or `replaced`."""
         asked = [candidate.inputs for candidate in self._candidates if candidate.inputs is not None]
         if not asked or not args:
             return args
@@ -206,7 +206,7 @@ class Site:
     def _handling(
         self, on_call: Callable[[Tensor, Tensor | None, int | None], Tensor], batch: Batch | None = None
     ) -> Iterator[None]:
-        """`on_call` takes each run of the site: x, its mask, and the layer's id; with `batch`, if it is fit."""
+        """Let `on_call` take each run of the site: x, its mask, the layer's id; with `batch`, those that are fit."""
         outer = getattr(self._local, "on_call", None), getattr(self._local, "batch", None)
         self._local.on_call, self._local.batch = on_call, batch
         try:
@@ -225,7 +225,7 @@ class Site:
         return [source for candidate in self._candidates for source in self._own(candidate)]
 
     def _chosen(self, sources: list[int | None], calls: list[Call]) -> list[Call]:
-        """The runs of the first candidate that has any; it is the site from now on."""
+        """Return the runs of the first candidate that has any; it is the site from now on."""
         for candidate in self._candidates:
             own = [source for source in self._own(candidate) if source not in self._unfit]
             runs = [call for source, call in zip(sources, calls, strict=True) if source in own]
@@ -235,7 +235,7 @@ class Site:
         return []
 
     def _own(self, candidate: Candidate) -> list[int | None]:
-        """The ids of its layers, and None for the inputs."""
+        """Return the ids of its layers, and None for the inputs."""
         layers: list[int | None] = [id(layer) for layer in candidate.layers]
         return layers + [None] * (candidate.inputs is not None)
 
