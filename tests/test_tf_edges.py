@@ -331,7 +331,7 @@ def test_layers_by_object_are_saved_by_name(tmp_path):
     model = SMARTModel(inner, CONFIG, site=inner.layers[0])
     model.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")
-    assert loaded.get_config()["layers"] == [inner.layers[0].name]
+    assert loaded.get_config()["site"] == [inner.layers[0].name]
 
 
 def test_a_compiled_loop_reports_when_attach_ends():

@@ -10,9 +10,6 @@ from paper_settings import papers
 from smartreg import divergences as reference
 from smartreg_tf import SMARTCallback, SMARTModel, attach
 from smartreg_tf.outputs import Head, find_heads
-from smartreg_tf.passes import CleanPasses, passes_of
-from smartreg_tf.site import Site
-from smartreg_tf.step import drawn
 
 X = np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32)
 CONFIG = papers(epsilon=0.3, sigma=0.3, beta_early=0.9, total_steps=9)
@@ -244,16 +241,6 @@ class NeverAsks(keras.Model):
         return {"own": self.compute_loss(x, y, self.dense(x))}
 
 
-def test_the_penalty_is_of_the_call_that_gave_y_pred():
-    watch = CleanPasses(Site(model_with(layers.Dense(2), loss="mse")))
-    watch.install()
-    with watch.recording(differentiable=False) as recorded:
-        y_pred = [watch.site.model(X[:n], training=True) for n in (1, 2, 3)]
-    watch.remove()
-    assert passes_of(recorded, {"z": y_pred[1]}) is recorded[1]
-    assert passes_of(recorded, {"z": y_pred[1] + 0}) is recorded[2]  # another tensor made of it: the last
-
-
 def test_a_train_step_that_never_asks_for_the_loss_or_never_calls_the_model():
     for calls, message in (
         (True, "never called model.compute_loss"),
@@ -323,30 +310,3 @@ def test_a_penalty_that_is_not_finite(options):
     plain.fit(X[4:], X[4:, :2], batch_size=4, shuffle=False, verbose=0)
     for got, want in zip(skipped, plain.get_weights(), strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-7)
-
-
-def test_noise_of_the_wrong_shape():
-    model = model_with(layers.Dense(2), loss="mse")
-    callback = SMARTCallback(papers(), noise=lambda step, like: tf.zeros([2, 2]))
-    with pytest.raises(ValueError, match="noise must give a tensor of shape"):
-        model.fit(X, X[:, :2], verbose=0, callbacks=[callback])
-
-
-def test_the_noise_is_its_own_stream():
-    """Fresh each step, the same for the same seed, and Keras' and TensorFlow's streams are where they were."""
-    like, now = tf.zeros([1000]), tf.constant(0, tf.int64)
-    first, again, run = drawn(like, 0, now, 3), drawn(like, 0, now, 3), drawn(like, 1, now, 3)
-    seeded, second = drawn(like, 0, now, 4), drawn(like, 0, now + 1, 3)
-    np.testing.assert_array_equal(first, again)
-    for different in (run, seeded, second):
-        assert abs(np.corrcoef(first, different)[0, 1]) < 0.15
-    assert abs(np.std(first) - 1) < 0.1
-
-    def after(callbacks):
-        tf.random.set_seed(1)
-        keras.utils.set_random_seed(1)
-        model_with(layers.Dense(2), loss="mse").fit(X, X[:, :2], verbose=0, callbacks=callbacks)
-        return tf.random.normal([3]).numpy(), keras.random.normal([3]).numpy()
-
-    for got, want in zip(after([SMARTCallback()]), after(None), strict=True):
-        np.testing.assert_array_equal(got, want)
