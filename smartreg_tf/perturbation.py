@@ -6,7 +6,7 @@ axes but the batch ("example"), or the last one ("token"). `smartreg.perturbatio
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import tensorflow as tf
@@ -104,17 +104,24 @@ def project_l1_ball(delta: Tensor, epsilon: Tensor, granularity: Granularity = "
 
 
 def ascend(
-    forward: Callable[[Tensor], Tensor],
-    x: Tensor,
-    target: Tensor,
+    forward: Callable[[Any], Any],
+    x: Any,
+    target: Any,
     config: SMARTConfig,
-    noise: Tensor | None,
-    mask: Tensor | None = None,
-    divergence: str = "symmetric_kl",
-) -> Tensor:
+    noise: Any,
+    mask: Any = None,
+    divergence: Any = "symmetric_kl",
+    positions: Sequence[Tensor | None] | None = None,
+    scales: Sequence[Tensor] | None = None,
+    tape: tf.GradientTape | None = None,
+    unconnected: Callable[[list[Tensor | None]], None] | None = None,
+) -> Any:
     """Return the perturbation delta of R_s, after T_x steps of projected ascent from the configured start.
 
     delta <- Proj_{||delta||_p <= epsilon}( delta + eta g / ||g||_p ),   g = grad_delta l_s(f(x), f(x + delta))
+
+    If the model embeds several inputs or has several outputs, x, noise and mask are lists of one length, target and
+    divergence of another. `forward` then takes and gives lists, and the divergences add up.
 
     Args:
         forward: x~ -> outputs, differentiable by TensorFlow.
@@ -126,6 +133,10 @@ def ascend(
         mask: true where a position may be perturbed, of x's leading axes. Outputs with that position axis are
             averaged over its true positions.
         divergence: the name of l_s in `smartreg_tf.divergences`.
+        positions: for each output, which of its positions count, if that is not as `mask` says.
+        scales: for each output, what l_s weighs in the sum, (n,) or one number; 1 by default.
+        tape: has recorded the way from x to `target`, which saves the margin start a forward of its own.
+        unconnected: is called with the gradients if some are None, and may raise; such a gradient is 0.
 
     Returns:
         delta, of the shape of x, ||delta||_p <= epsilon unless `config.projection` is "rescale"; 0 where x is masked,
@@ -136,31 +147,58 @@ def ascend(
     Example:
         >>> w = tf.constant([[1.0, -1.0], [0.0, 2.0]])
         >>> config = SMARTConfig(scale="absolute", epsilon=0.1, start="margin", ascent_steps=0)
-        >>> ascend(lambda x: x @ w, [[1.0, 1.0]], [[1.0, 1.0]], config, None).numpy().round(3)
+        >>> ascend(lambda x: x @ w, [[1.0, 1.0]], tf.constant([[1.0, 1.0]]), config, None).numpy().round(3)
         array([[-0.1,  0.1]], dtype=float32)
     """
-    check_divergence("ascend", divergence)
-    x, target = floating(x), tf.stop_gradient(tf.convert_to_tensor(target))
-    ball = Ball(x, config, mask)
-    positions = output_mask(target, mask)
+    single = isinstance(divergence, str)
+    names = [divergence] if single else list(divergence)
+    for name in names:
+        check_divergence("ascend", name)
+    own = [floating(x)] if single else list(x)
+    clean = [tf.convert_to_tensor(target)] if single else list(target)
+    masks, noises = ([mask], [noise]) if single else (mask or [None] * len(own), noise)
+    fixed = [tf.stop_gradient(z) for z in clean]
+    xs = [tf.stop_gradient(floating(value)) for value in own]
+    balls = [Ball(value, config, m) for value, m in zip(xs, masks, strict=True)]
+    positions = [output_mask(z, masks[0]) for z in fixed] if positions is None else positions
+    compared = list(zip(names, fixed, positions, scales or [None] * len(fixed), strict=True))
 
-    def gradient(at: Tensor, loss: Callable[[Tensor], Tensor]) -> Tensor:
-        with tf.GradientTape(watch_accessed_variables=False) as tape:
-            tape.watch(at)
-            value = loss(forward(at))
-        return tape.gradient(value, at, unconnected_gradients="zero")
+    def outputs_at(points: list[Tensor]) -> list[Tensor]:
+        return [forward(points[0])] if single else forward(points)
 
-    def towards(deltas: list[Tensor]) -> list[Tensor]:
-        return [gradient(x + deltas[0], lambda outputs: DIVERGENCES[divergence].value(target, outputs, positions))]
+    def reached(gradients: list[Tensor | None]) -> list[Tensor]:
+        if unconnected is not None and any(g is None for g in gradients):
+            unconnected(gradients)
+        found = [tf.zeros_like(value) if g is None else g for g, value in zip(gradients, xs, strict=True)]
+        return [tf.stop_gradient(floating(tf.convert_to_tensor(g))) for g in found]
+
+    def gradient(deltas: list[Tensor]) -> list[Tensor]:
+        points = [tf.cast(v + delta, o.dtype) for v, delta, o in zip(xs, deltas, own, strict=True)]
+        with tf.GradientTape(watch_accessed_variables=False) as ascent:
+            ascent.watch(points)
+            values = [
+                (1 if scale is None else scale) * DIVERGENCES[name].value(z, at, m)
+                for (name, z, m, scale), at in zip(compared, outputs_at(points), strict=True)
+            ]
+        return reached(ascent.gradient(values, points))
 
     if config.start == "gaussian":
         if noise is None:
             raise ValueError("ascend: start='gaussian' needs noise of the shape of x, got None")
-        start = ball.gaussian_start(noise)
+        starts = [ball.gaussian_start(nu) for ball, nu in zip(balls, noises, strict=True)]
     else:
-        upwards = margin_gradient(target, noise, positions, divergence)
-        start = ball.margin_start(gradient(x, lambda outputs: tf.reduce_sum(tf.cast(outputs, upwards.dtype) * upwards)))
-    return climb([ball], [start], towards)[0]
+        if tape is None:
+            with tf.GradientTape(watch_accessed_variables=False) as tape:
+                tape.watch(own)
+                clean = [floating(z) for z in outputs_at(own)]
+        upwards = []
+        for (name, z, m, scale), nu in zip(compared, noises, strict=True):
+            upward = margin_gradient(z, nu, m, name)
+            upwards.append(upward if scale is None else each(scale, z) * upward)
+        directions = reached(tape.gradient(clean, own, output_gradients=upwards))
+        starts = [ball.margin_start(direction) for ball, direction in zip(balls, directions, strict=True)]
+    deltas = [tf.stop_gradient(delta) for delta in climb(balls, starts, gradient)]
+    return deltas[0] if single else deltas
 
 
 def climb(balls: list[Ball], starts: list[Tensor], gradient: Callable[[list[Tensor]], list[Tensor]]) -> list[Tensor]:

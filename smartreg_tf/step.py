@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
 
 from smartreg.config import SMARTConfig
-from smartreg_tf.divergences import DIVERGENCES
 from smartreg_tf.outputs import Head
 from smartreg_tf.passes import Passes
-from smartreg_tf.perturbation import Ball, climb, each, floating, margin_gradient
+from smartreg_tf.perturbation import ascend, floating
 from smartreg_tf.teacher import Teacher
 
 Tensor = Any
@@ -73,8 +73,12 @@ def smart_step(
     """
     clean, masks = passes.clean, passes.masks
     gate = Gate()
+
+    def read(outputs: Any) -> list[Tensor]:
+        return [head.logits(outputs) for head in heads]
+
     with clean.tape or nullcontext():
-        targets = [head.logits(clean.outputs) for head in heads]  # f(x; theta)
+        targets = read(clean.outputs)  # f(x; theta)
     positions = [head.mask(clean.outputs, masks, y, sample_weight) for head in heads]
 
     def mean(outputs: list[Tensor]) -> Tensor:  # 1/n sum_i w_i l_s(outputs_i, f(x_i; theta)), of all heads
@@ -87,12 +91,16 @@ def smart_step(
     penalty = tf.zeros([], targets[0].dtype)
     if lambda_s > 0:
         x = [call.x for call in clean.calls]
-        deltas = _ascend(passes, heads, targets, masks, positions, y, config, draw)  # lines 6 to 10
+        scales = [head.scale(z, mask, y) for head, z, mask in zip(heads, targets, positions, strict=True)]
+        deltas = ascend(  # lines 6 to 10
+            lambda points: read(passes.at(points)),
+            *(x, targets, config, _noise(draw, heads, x, targets, config), masks),
+            *([head.divergence for head in heads], positions, scales, clean.tape, partial(_unreached, passes.site)),
+        )
         # x itself, not what a second pass of the layer gives: both gradients reach it, and the layer runs back once
         points = [shifted(gate(own), delta) for own, delta in zip(x, deltas, strict=True)]
         gated = [(weight, gate(weight.value)) for weight in passes.site.model.trainable_variables]
-        at = passes.at(points, gated)
-        perturbed = [head.logits(at) for head in heads]  # f(x + delta; theta)
+        perturbed = read(passes.at(points, gated))  # f(x + delta; theta)
         terms["R_s"] = mean(perturbed)
         penalty += lambda_s * terms["R_s"]
         # a model that imputes NaN makes finite outputs of a delta that is not
@@ -100,9 +108,8 @@ def smart_step(
         shared = ~passes.fit
         gate.open = moved & ~shared
         finite["perturbed"] = all_finite(perturbed) & tf.math.is_finite(terms["R_s"]) & moved
-    if config.mu > 0:
-        again = passes.again(teacher.pairs())
-        averaged = [tf.stop_gradient(head.logits(again)) for head in heads]  # f(x; theta~), theta~ of line 14
+    if config.mu > 0:  # after R_s: TensorFlow numbers random operations in this order
+        averaged = [tf.stop_gradient(z) for z in read(passes.again(teacher.pairs()))]  # f(x; theta~), theta~ of line 14
         terms["D_Breg"] = mean(averaged)
         penalty += config.mu * terms["D_Breg"]
         finite["teacher"] = all_finite(averaged) & tf.math.is_finite(terms["D_Breg"])
@@ -113,60 +120,21 @@ def smart_step(
     return Step(kept, penalty, terms, faults | {"shared": shared}, passes, heads, *seen)
 
 
-def _ascend(
-    passes: Passes,
-    heads: list[Head],
-    targets: list[Tensor],
-    masks: list[Tensor | None],
-    positions: list[Tensor | None],
-    y: Any,
-    config: SMARTConfig,
-    draw: Draw,
-) -> list[Tensor]:
-    """Perturb each run of the site: lines 6 to 10."""
-    clean = passes.clean
-    xs = [tf.stop_gradient(floating(call.x)) for call in clean.calls]
-    balls = [Ball(x, config, mask) for x, mask in zip(xs, masks, strict=True)]
-    fixed = [tf.stop_gradient(target) for target in targets]
-    scales = [head.scale(target, mask, y) for head, target, mask in zip(heads, fixed, positions, strict=True)]
-    compared = list(zip(heads, scales, fixed, positions, strict=True))
-
-    def gradient(deltas: list[Tensor]) -> list[Tensor]:  # of sum_i l_s(f(x_i), f(x_i + delta_i)), line 8
-        points = [tf.cast(x + delta, call.x.dtype) for x, delta, call in zip(xs, deltas, clean.calls, strict=True)]
-        with tf.GradientTape(watch_accessed_variables=False) as tape:
-            tape.watch(points)
-            at = passes.at(points)
-            values = [
-                scale * DIVERGENCES[head.divergence].value(target, head.logits(at), mask)
-                for head, scale, target, mask in compared
-            ]
-        return _reached(passes, tape.gradient(values, points), points)
-
+def _noise(draw: Draw, heads: list[Head], xs: list[Tensor], targets: list[Tensor], config: SMARTConfig) -> list[Any]:
+    """Draw what the start needs: nu of the shape of x, or a sign for each output in regression."""
     if config.start == "gaussian":
-        starts = [ball.gaussian_start(draw(x, i)) for i, (ball, x) in enumerate(zip(balls, xs, strict=True))]
-    else:
-        upwards = []
-        for i, (head, scale, target, mask) in enumerate(compared):
-            noise = draw(target, i) if head.divergence == "squared_error" else None
-            upwards.append(each(scale, target) * margin_gradient(target, noise, mask, head.divergence))
-        assert clean.tape is not None
-        directions = clean.tape.gradient(targets, [call.x for call in clean.calls], output_gradients=upwards)
-        directions = _reached(passes, directions, xs)
-        starts = [ball.margin_start(direction) for ball, direction in zip(balls, directions, strict=True)]
-    return [tf.stop_gradient(delta) for delta in climb(balls, starts, gradient)]
+        return [draw(floating(x), run) for run, x in enumerate(xs)]
+    signs = [head.divergence == "squared_error" for head in heads]
+    return [draw(z, i) if sign else None for i, (sign, z) in enumerate(zip(signs, targets, strict=True))]
 
 
-def _reached(passes: Passes, gradients: list[Tensor | None], xs: list[Tensor]) -> list[Tensor]:
-    """Check the gradients; 0 for an input that no output depends on, as a label that is there for add_loss alone."""
-    site = passes.site
-    if any(g is None for g in gradients) and (site.layers or all(g is None for g in gradients)):
+def _unreached(site: Any, gradients: list[Tensor | None]) -> None:
+    """Raise unless these are inputs that no output depends on, as a label that is there for add_loss alone."""
+    if site.layers or all(g is None for g in gradients):
         raise RuntimeError(
             f"SMART: no gradient leads from the outputs to {site} (run {gradients.index(None) + 1} of "
-            f"{len(gradients)}): perturbing it changes nothing. Name a layer that the outputs"
-            " depend on with site=."
+            f"{len(gradients)}): perturbing it changes nothing. Name a layer that the outputs depend on with site=."
         )
-    found = [tf.zeros_like(x) if g is None else g for g, x in zip(gradients, xs, strict=True)]
-    return [tf.stop_gradient(floating(tf.convert_to_tensor(g))) for g in found]
 
 
 class Gate:
