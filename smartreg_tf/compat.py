@@ -89,25 +89,15 @@ def is_of_keras(value: Any) -> bool:
     return str(getattr(value, "__module__", "")).startswith("keras.")
 
 
-def dtype_policy(layer: Any) -> Any:
-    """Return a layer's dtype policy, or its map of policies.
+def set_dtype_policy(layer: Any, policy: Any) -> None:
+    """Give a layer another dtype policy, of any class, and do nothing else.
 
     Private: keras.Layer._dtype_policy; the public setter would quantize the layer
     Seen: Keras 3.12 to 3.15.1
     For: passes in float32 under mixed precision
     Without: RuntimeError
     """
-    return _needed(layer, "_dtype_policy", "compute a pass in float32; float32=False needs no such pass")
-
-
-def set_dtype_policy(layer: Any, policy: Any) -> None:
-    """Give a layer another dtype policy, and do nothing else.
-
-    Private: keras.Layer._dtype_policy
-    Seen: Keras 3.12 to 3.15.1
-    For: passes in float32 under mixed precision
-    Without: RuntimeError of `dtype_policy`, which is asked before
-    """
+    _needed(layer, "_dtype_policy", "compute a pass in float32, which precision='model' does not")
     put(layer, "_dtype_policy", policy)
 
 

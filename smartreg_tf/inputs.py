@@ -57,6 +57,12 @@ def is_label(name: str) -> bool:
     return _LABEL.search(name) is not None
 
 
+def called(model: Any, x: Any, training: bool | None) -> Any:
+    """Call a model, with `training` if its `call` takes it."""
+    takes = "training" in inspect.signature(model.call).parameters
+    return model(x, training=training) if takes else model(x)
+
+
 def by_name(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Return what a call of the model was given, by the names of its inputs and of its arguments."""
     names = list(inspect.signature(model.call).parameters)

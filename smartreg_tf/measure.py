@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from smartreg_tf import compat
-from smartreg_tf.passes import evaluated
+from smartreg_tf.inputs import called
 from smartreg_tf.replay import State
 from smartreg_tf.step import Step
 
@@ -99,7 +99,7 @@ def _know_the_loss(model: Any, x: Any, y: Any) -> None:
     if y is None:
         raise ValueError("SMART: measure() needs y before the first step, or outputs=, to know what the outputs are")
     with keras.StatelessScope():
-        y_pred = evaluated(model, x)
+        y_pred = called(model, x, training=False)
     losses.build(y, y_pred)
 
 

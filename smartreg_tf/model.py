@@ -10,6 +10,7 @@ from smartreg.config import Precision, SMARTConfig
 from smartreg.report import Description, Observer
 from smartreg_tf import compat
 from smartreg_tf.engine import ENGINE, Engine
+from smartreg_tf.inputs import called
 from smartreg_tf.options import Options
 from smartreg_tf.outputs import Outputs
 
@@ -81,7 +82,7 @@ class SMARTModel(keras.Model):  # type: ignore[misc]
 
     def call(self, inputs: Any, training: bool | None = None) -> Any:
         """Call the inner model."""
-        return self.model(inputs, training=training) if self.model._call_has_training_arg else self.model(inputs)
+        return called(self.model, inputs, training)
 
     def train_step(self, data: Any) -> Any:
         """Take Keras' training step, with the penalty in its loss."""

@@ -97,31 +97,28 @@ class Head(NamedTuple):
             return tf.math.log(z) - tf.math.log1p(-z)
         return z
 
-    def has_logits(self, outputs: Any) -> bool:
-        """Tell whether a softmax or sigmoid layer has kept its logits."""
-        return self._kept(outputs)[1] is not None
+    def repeated(self, outputs: Any) -> Tensor:
+        """Return what has to be equal in a pass that is run again: of probabilities near 1 the logits are rounding."""
+        z, kept = self.logits(outputs), self._kept(outputs)[1]
+        if kept is not None or not self.kind.endswith("probabilities"):
+            return tf.stop_gradient(z)
+        return tf.stop_gradient(tf.sigmoid(z) if self.kind.startswith("label") else tf.exp(z))
 
-    def unnormalised(self, outputs: Any) -> Tensor:
-        """Tell whether what should be probabilities are none."""
+    def wrong_kind(self, outputs: Any) -> dict[str, Tensor]:
+        """Tell whether probabilities are none ("unnormalised"), or logits are probabilities ("normalised")."""
         z, kept = self._kept(outputs)
-        if not self.kind.endswith("probabilities") or kept is not None:
-            return tf.constant(False)
-        p = floating(self.arranged(z))
-        outside = tf.reduce_any((p < -1e-3) | (p > 1 + 1e-3))
-        if self.kind == "label_probabilities":
-            return outside
-        # 2% is more than the rounding of bfloat16; a NaN is another fault
-        return outside | tf.reduce_any(tf.abs(tf.reduce_sum(p, -1) - 1) > 0.02)
-
-    def normalised(self, outputs: Any) -> Tensor:
-        """Tell whether what should be logits are probabilities."""
-        z, kept = self._kept(outputs)
-        if self.kind != "logits" or kept is not None:
-            return tf.constant(False)
+        found = dict.fromkeys(("unnormalised", "normalised"), tf.constant(False))
+        if kept is not None or self.kind in ("label_logits", "regression"):
+            return found
         p = floating(self.arranged(z))
         total = tf.reduce_sum(p, -1)
-        # four rows of logits are not like this by chance
-        return tf.reduce_all(p >= 0) & tf.reduce_all(tf.abs(total - 1) < 1e-4) & (tf.size(total) >= 4)
+        if self.kind == "logits":  # four rows of logits are not like this by chance
+            one = tf.reduce_all(p >= 0) & tf.reduce_all(tf.abs(total - 1) < 1e-4) & (tf.size(total) >= 4)
+            return found | {"normalised": one}
+        outside = tf.reduce_any((p < -1e-3) | (p > 1 + 1e-3))
+        if self.kind == "probabilities":  # 2% is more than the rounding of bfloat16; a NaN is another fault
+            outside |= tf.reduce_any(tf.abs(total - 1) > 0.02)
+        return found | {"unnormalised": outside}
 
     def labelled(self, y: Any) -> Tensor | None:
         """Tell which examples or positions the loss counts, by its `ignore_class`; None if it counts all."""
@@ -135,7 +132,7 @@ class Head(NamedTuple):
             return tf.cast(tf.shape(a)[0], a.dtype)
         return tf.reduce_sum(_any_position(labelled, a.dtype))
 
-    def mask(
+    def positions(
         self, outputs: Any, masks: Sequence[Tensor | None], y: Any = None, sample_weight: Any = None
     ) -> Tensor | None:
         """Return which positions of this head count, or None for all.

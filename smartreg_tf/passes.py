@@ -257,11 +257,6 @@ def passes_of(recorded: list[Passes], y_pred: Any) -> Passes:
     return recorded[-1]
 
 
-def evaluated(model: Any, x: Any) -> Any:
-    """Call a model in eval mode."""
-    return model(x, training=False) if model._call_has_training_arg else model(x)
-
-
 def half_precision_layers(model: Any) -> list[Any]:
     """Return the layers with float32 weights that compute in float16 or bfloat16, as under Keras' mixed policies."""
     return [
@@ -279,15 +274,15 @@ def _in_float32(layers: list[Any]) -> Iterator[None]:
     """
     with _ThreadPolicy.lock:
         for layer in layers:
-            if not isinstance(compat.dtype_policy(layer), _ThreadPolicy):
-                compat.set_dtype_policy(layer, _ThreadPolicy(compat.dtype_policy(layer)))
-            compat.dtype_policy(layer).threads.add(threading.get_ident())
+            if not isinstance(layer.dtype_policy, _ThreadPolicy):
+                compat.set_dtype_policy(layer, _ThreadPolicy(layer.dtype_policy))
+            layer.dtype_policy.threads.add(threading.get_ident())
     try:
         yield
     finally:
         with _ThreadPolicy.lock:
             for layer in layers:
-                policy = compat.dtype_policy(layer)
+                policy = layer.dtype_policy
                 policy.threads.remove(threading.get_ident())
                 if not policy.threads:
                     compat.set_dtype_policy(layer, policy.own)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from contextlib import nullcontext
-from functools import partial
 from typing import Any
 
 import keras
@@ -13,11 +12,12 @@ import tensorflow as tf
 
 from smartreg.config import SMARTConfig
 from smartreg.recording import Recorder
+from smartreg_tf.inputs import called
 from smartreg_tf.observe import Observers
 from smartreg_tf.options import Options
 from smartreg_tf.outputs import Head, find_heads
-from smartreg_tf.passes import CleanPasses, Passes, evaluated
-from smartreg_tf.report import Report, found_in, raw_outputs, wrong_kinds
+from smartreg_tf.passes import CleanPasses, Passes
+from smartreg_tf.report import Report, found_in
 from smartreg_tf.site import Site
 from smartreg_tf.step import Step, drawn, smart_step
 from smartreg_tf.teacher import Teacher
@@ -73,10 +73,14 @@ class Penalty:
         with passes.in_float32() if self.options.precision == "float32" else nullcontext(passes) as passes:
             heads = self._heads(passes, y)
             step = smart_step(passes, heads, y, sample_weight, self.teacher, self.config, lambda_s, self._draw)
-            faults = step.faults | wrong_kinds(heads, passes.clean.outputs)
+            wrong = [head.wrong_kind(passes.clean.outputs) for head in heads]
+            faults = step.faults | {name: tf.reduce_any([each[name] for each in wrong]) for name in wrong[0]}
             if trained:
                 first = tf.convert_to_tensor(self.seen.value) == 0
-                read = partial(raw_outputs, heads)
+
+                def read(outputs: Any) -> list[Tensor]:
+                    return [head.repeated(outputs) for head in heads]
+
                 faults["repeat"] = passes.differ(read, step.positions, self.teacher.is_theta, first)
         self.report.found = found_in(step)
         return step, faults
@@ -86,7 +90,7 @@ class Penalty:
         found, self._local.measured = self.report.found, number
         try:
             with self.passes.recording(self.config.start == "margin") as recorded, keras.StatelessScope():
-                evaluated(self.model, x)
+                called(self.model, x, training=False)
             return self._step(recorded[-1], y, sample_weight, 1.0, trained=False)
         finally:
             self.report.found, self._local.measured = found or self.report.found, None

@@ -182,26 +182,6 @@ def observe(step: Step) -> dict[str, Tensor]:
     }
 
 
-def wrong_kinds(heads: Sequence[Head], outputs: Any) -> dict[str, Tensor]:
-    """Tell whether probabilities are none ("unnormalised"), or logits are probabilities ("normalised")."""
-    return {
-        "unnormalised": tf.reduce_any([head.unnormalised(outputs) for head in heads]),
-        "normalised": tf.reduce_any([head.normalised(outputs) for head in heads]),
-    }
-
-
-def raw_outputs(heads: Sequence[Head], outputs: Any) -> list[Tensor]:
-    """Give each head's outputs to be compared with themselves: of probabilities near 1 the logits are all rounding."""
-    return [tf.stop_gradient(_raw(head, outputs)) for head in heads]
-
-
-def _raw(head: Head, outputs: Any) -> Tensor:
-    z = head.logits(outputs)
-    if not head.kind.endswith("probabilities") or head.has_logits(outputs):
-        return z
-    return tf.sigmoid(z) if head.kind.startswith("label") else tf.exp(z)
-
-
 def describe(model: Any, site: Site, outputs: Any, precision: str, found: Found | None) -> Description:
     """Say what was chosen and why, by the names that every backend has.
 

@@ -79,7 +79,7 @@ def smart_step(
 
     with clean.tape or nullcontext():
         targets = read(clean.outputs)  # f(x; theta)
-    positions = [head.mask(clean.outputs, masks, y, sample_weight) for head in heads]
+    positions = [head.positions(clean.outputs, masks, y, sample_weight) for head in heads]
 
     def mean(outputs: list[Tensor]) -> Tensor:  # 1/n sum_i w_i l_s(outputs_i, f(x_i; theta)), of all heads
         compared = zip(heads, outputs, targets, positions, strict=True)

@@ -102,7 +102,7 @@ def test_mask_and_weights_of_classes_first():
     z = tf.random.stateless_normal([N, C, T], [0, 1])
     mask = RNG.random((N, T)) < 0.6
     head = Head(0, "logits", axis=1)
-    assert head.mask(z, [tf.constant(mask)]) is not None
+    assert head.positions(z, [tf.constant(mask)]) is not None
     a, b = (head.logits(v).numpy().astype(np.float64) for v in (z, 2 * z))
     weight = RNG.random((N, T))
     want = (each(a, b) * mask * weight).sum(1) / np.maximum(mask.sum(1), 1)
@@ -245,7 +245,7 @@ def test_one_output_a_token_or_labels_of_an_example():
     (head,) = find_heads(model, z, None)
     assert head.axis is None
     assert head.logits(z).shape == (N, T, 1)
-    assert head.mask(z, []) is mask
+    assert head.positions(z, []) is mask
     inputs = keras.Input([None, 4])
     squeezed = keras.Model(inputs, keras.ops.squeeze(layers.Dense(1)(inputs), -1))
     squeezed.compile("sgd", binary)
@@ -260,8 +260,8 @@ def test_a_mask_that_fits_no_position_of_the_outputs_is_told():
     with pytest.warns(
         SMARTWarning, match=r"mask of shape \(2, 4\) does not fit the positions \(2, 6\) .* all of these"
     ):
-        assert head.mask(z, [None, mask]) is None
-    assert head.mask(z, [mask], sample_weight=np.ones((2, 6))) is None  # the user has weighed every position
-    labelled = head._replace(ignore_class=-1).mask(z, [mask], y=np.zeros((2, 6)))
+        assert head.positions(z, [None, mask]) is None
+    assert head.positions(z, [mask], sample_weight=np.ones((2, 6))) is None  # the user has weighed every position
+    labelled = head._replace(ignore_class=-1).positions(z, [mask], y=np.zeros((2, 6)))
     assert labelled.shape == (2, 6)
-    assert head.mask(tf.zeros([2, 3]), [mask]) is None  # one output an example
+    assert head.positions(tf.zeros([2, 3]), [mask]) is None  # one output an example

@@ -107,9 +107,9 @@ def test_weights_of_positions_and_the_mean_by_weights():
 
 def test_keras_mask_on_the_output_goes_before_the_sites():
     z, own, other = tf.zeros([2, 3, 4]), tf.ones([2, 3], tf.bool), tf.zeros([2, 3], tf.bool)
-    assert Head(0, "logits").mask(z, [None, other]) is other
+    assert Head(0, "logits").positions(z, [None, other]) is other
     z._keras_mask = own
-    assert Head(0, "logits").mask(z, [None, other]) is own
+    assert Head(0, "logits").positions(z, [None, other]) is own
 
 
 def test_outputs_that_cannot_be_told():
