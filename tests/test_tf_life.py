@@ -11,6 +11,7 @@ import tensorflow as tf
 from keras import layers
 from paper_settings import papers
 
+from smartreg.divergences import squared_error
 from smartreg_tf import SMARTCallback, SMARTModel, attach
 
 CE = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
@@ -256,10 +257,14 @@ TRIPLETS = tf.data.Dataset.from_tensor_slices((X, X[::-1], X + 1)).batch(4)
 def test_an_unbuilt_model_with_a_train_step_of_its_own(eager):
     model = Triplet()
     model.compile("sgd", run_eagerly=eager, jit_compile=False)
-    callback = SMARTCallback(papers(beta_early=0.5), outputs="regression")
+    seen = []
+    callback = SMARTCallback(papers(beta_early=0.5), outputs="regression", on_step=seen.append)
     history = model.fit(TRIPLETS, verbose=0, shuffle=False, callbacks=[callback]).history
     assert set(history) == {"own", "smoothness", "proximal"}
-    assert history["smoothness"][0] > 0
+    found = [squared_error(step.perturbed[0], step.outputs[0]).mean() for step in seen]
+    assert len(found) == 2
+    assert history["smoothness"][0] == pytest.approx(np.mean(found), rel=1e-4)
+    assert min(found) > 0
     assert [average.shape for average in callback.engine.averages] == [(4, 3), (3,)]
 
 

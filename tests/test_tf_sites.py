@@ -8,6 +8,7 @@ from keras import layers, ops
 from paper_settings import papers
 
 from smartreg import SMARTWarning
+from smartreg.divergences import DIVERGENCES
 from smartreg_tf import SMARTCallback, attach
 from smartreg_tf.candidates import candidates
 from smartreg_tf.inputs import padding_mask
@@ -78,16 +79,21 @@ def text(layer, **compiled):
 
 
 def deltas(model, x, layers=None, config=CONFIG, y=Y, **options):
-    """The shapes that noise is drawn for, and R_s of one step."""
-    seen = []
+    """The shapes that noise is drawn for; R_s of one step, which is that of its outputs; and the site."""
+    seen, steps = [], []
 
     def noise(step, like):
         seen.append(tuple(like.shape[1:]))
         return tf.ones_like(like)
 
-    with attach(model, config.replace(start="gaussian"), site=layers, noise=noise, **options) as smart:
+    options |= {"noise": noise, "on_step": steps.append}
+    with attach(model, config.replace(start="gaussian"), site=layers, **options) as smart:
         model.train_on_batch(x, y)
-        return seen, smart.metrics["R_s"], smart.site
+        (step,), R_s = steps, smart.metrics["R_s"]
+        (name,), (perturbed,), (outputs,), (mask,) = step.divergences, step.perturbed, step.outputs, step.positions
+        np.testing.assert_allclose(R_s, DIVERGENCES[name].value(perturbed, outputs, mask).mean(), rtol=1e-5)
+        assert all(np.max(delta) == np.float32(0.1) for delta in step.delta)
+        return seen, R_s, smart.site
 
 
 @pytest.mark.parametrize("eager", [False, True])

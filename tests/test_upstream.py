@@ -80,10 +80,7 @@ def test_a_private_name(backend_name, function):
         )
 
 
-@pytest.mark.parametrize(
-    "backend_name",
-    [pytest.param(name, marks=[pytest.mark.xfail(reason="half of it is there")] * (name == "tf")) for name in BACKENDS],
-)
+@pytest.mark.parametrize("backend_name", BACKENDS)
 def test_private_names_are_used_in_compat_alone(backend_name):
     files = (ROOT / f"smartreg_{backend_name}").glob("*.py")
     trees = {path.name: ast.parse(path.read_text(encoding="utf-8")) for path in files}
