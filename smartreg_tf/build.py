@@ -12,6 +12,11 @@ import tensorflow as tf
 from smartreg_tf import compat
 
 
+def is_built(model: Any) -> bool:
+    """Tell whether every layer of a model has its weights."""
+    return all(layer.built for layer in compat.every_layer(model))
+
+
 class Builder:
     """Builds a model on the shapes of a batch."""
 

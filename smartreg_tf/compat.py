@@ -10,7 +10,7 @@ import functools
 import importlib
 import sys
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import keras
 import tensorflow as tf
@@ -30,39 +30,6 @@ def every_layer(model: Any) -> list[Any]:
     Without: RuntimeError
     """
     return list(_needed(model, "_flatten_layers", "find the layers inside a model")())
-
-
-def is_built(model: Any) -> bool:
-    """Tell whether every layer of a model has its weights.
-
-    Private: as `every_layer`
-    Seen: as `every_layer`
-    For: copying theta_0 before the first step is traced
-    Without: RuntimeError
-    """
-    return all(layer.built for layer in every_layer(model))
-
-
-def put(owner: Any, name: str, value: Any) -> None:
-    """Set an attribute of a model or a layer without Keras' notice: it is not tracked, and a locked model takes it.
-
-    Private: what keras.Layer.__setattr__ does
-    Seen: Keras 3.12 to 3.15.1
-    For: putting SMART on a model without becoming a part of what it saves
-    Without: no difference
-    """
-    object.__setattr__(owner, name, value)
-
-
-def take_away(owner: Any, name: str) -> None:
-    """Delete an attribute that was `put`.
-
-    Private: what keras.Layer.__delattr__ does
-    Seen: Keras 3.12 to 3.15.1
-    For: leaving a model as it was
-    Without: no difference
-    """
-    object.__delattr__(owner, name)
 
 
 @functools.cache
@@ -98,7 +65,7 @@ def set_dtype_policy(layer: Any, policy: Any) -> None:
     Without: RuntimeError
     """
     _needed(layer, "_dtype_policy", "compute a pass in float32, which precision='model' does not")
-    put(layer, "_dtype_policy", policy)
+    vars(layer)["_dtype_policy"] = policy
 
 
 # Tensors and variables
@@ -219,24 +186,11 @@ def loss_container(model: Any) -> Any:
     return getattr(model, "_compile_loss", None)
 
 
-class CompiledLoss(NamedTuple):
-    """One loss of a compiled model.
+def compiled_losses(model: Any, outputs: Any) -> list[tuple[int, tuple[Any, ...], Any, float]]:
+    """List the losses of a model; none if there is no loss, or it is not built.
 
-    Attributes:
-        place: the index of its output among the flattened outputs.
-        path: where its output, labels and sample weights are in their structures.
-        loss: a `keras.losses.Loss`.
-        weight: its `loss_weights`.
-    """
-
-    place: int
-    path: tuple[Any, ...]
-    loss: Any
-    weight: float
-
-
-def compiled_losses(model: Any, outputs: Any) -> list[CompiledLoss]:
-    """List the losses of a model, each with the place of its output; none if there is no loss, or it is not built.
+    Each is the index of its output among the flattened outputs, the path of its labels and sample weights in their
+    structures, the `keras.losses.Loss`, and its `loss_weights`.
 
     Private: _flat_losses and _y_pred_build_structure of keras.Model._compile_loss
     Seen: Keras 3.12 to 3.15.1
@@ -248,11 +202,11 @@ def compiled_losses(model: Any, outputs: Any) -> list[CompiledLoss]:
         return []
     structure = _needed(container, "_y_pred_build_structure", "know which output a loss is of")
     places = keras.tree.pack_sequence_as(structure, list(range(len(keras.tree.flatten(outputs)))))
-    found = []
-    for path, loss, weight, _ in _needed(container, "_flat_losses", "know which output a loss is of"):
-        place = functools.reduce(lambda inside, step: inside[step], path, places)
-        found.append(CompiledLoss(place, tuple(path), loss, 1.0 if weight is None else float(weight)))
-    return found
+    found = _needed(container, "_flat_losses", "know which output a loss is of")
+    return [
+        (functools.reduce(lambda inside, step: inside[step], path, places), path, loss, float(1 if w is None else w))
+        for path, loss, w, _ in found
+    ]
 
 
 def loss_options(loss: Any) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from smartreg.proximal import momentum
 from smartreg.recording import Recorder
 from smartreg.report import Description
 from smartreg_tf import compat, resume
-from smartreg_tf.build import Builder
+from smartreg_tf.build import Builder, is_built
 from smartreg_tf.measure import measure
 from smartreg_tf.options import Options
 from smartreg_tf.passes import passes_of
@@ -81,7 +81,7 @@ class Engine:
         self._begun = False
         self._compiled = compat.compilation(model)
         self._lambda_s: float | None = None  # of this step
-        if compat.is_built(model):
+        if is_built(model):
             self.teacher.follow()
 
     @property
@@ -138,7 +138,7 @@ class Engine:
         self._patches.remove()
         # compile() came in between: that step is not to come back
         if compat.compilation(self.model) is not self._compiled:
-            compat.put(self.model, "train_function", None)
+            vars(self.model)["train_function"] = None
         self.observers.close()
 
     def _run(self, name: str, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -180,7 +180,7 @@ class Engine:
                 self._lambda_s = None
             return logs
 
-        compat.put(self.model, "train_function", train_function)
+        vars(self.model)["train_function"] = train_function  # past Keras' tracking
         return train_function
 
     def train_step(self, original: Callable[..., Any], *data: Any) -> Any:
@@ -325,7 +325,7 @@ class Engine:
 
     def load_state(self, filepath: Any) -> None:
         """Go on from what `save_state` wrote; ValueError if it is not of this model."""
-        if not compat.is_built(self.model):
+        if not is_built(self.model):
             raise ValueError("SMART: the model must be built before its training state is loaded; call it on a batch")
         self.teacher.follow()
         resume.read(filepath, self._state(), self._taken())
@@ -342,7 +342,7 @@ class Engine:
 
         theta~ must copy theta_0 before the step is traced: variables that are made in a trace have no value there.
         """
-        unbuilt = not compat.is_built(self.model)
+        unbuilt = not is_built(self.model)
         if (unbuilt or (not self.averages and self.config.mu > 0)) and not self.model.run_eagerly:
             iterator = self._builder.build(iterator)
             self.teacher.follow()

@@ -11,6 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from smartreg_tf import compat
+from smartreg_tf.build import is_built
 from smartreg_tf.inputs import called
 from smartreg_tf.replay import State
 from smartreg_tf.step import Step
@@ -48,7 +49,7 @@ def measure(
         kinds_known: whether the kinds of the outputs are known without the compiled loss.
         data: x, y and the sample weights.
     """
-    if not compat.is_built(model):
+    if not is_built(model):
         raise ValueError("SMART: measure() needs a model that has weights; call it on a batch, or fit it, before")
     sums: dict[str, Any] = {}
     examples: Any = 0.0

@@ -9,6 +9,7 @@ import keras
 from smartreg.config import Precision, SMARTConfig
 from smartreg.report import Description, Observer
 from smartreg_tf import compat
+from smartreg_tf.build import is_built
 from smartreg_tf.engine import ENGINE, Engine
 from smartreg_tf.inputs import called
 from smartreg_tf.options import Options
@@ -61,9 +62,9 @@ class SMARTModel(keras.Model):  # type: ignore[misc]
             asked = options.site if isinstance(options.site, (list, tuple)) else [options.site]
             options = options._replace(site=[layer if isinstance(layer, str) else layer.name for layer in asked])
         engine = Engine(self, config, options, call="SMARTModel")
-        compat.put(self, ENGINE, engine)
+        self.__dict__[ENGINE] = engine  # past Keras' tracking
         engine.passes.install()
-        if compat.is_built(model):
+        if is_built(model):
             self._track()
             self.built = True
 

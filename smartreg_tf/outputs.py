@@ -256,13 +256,13 @@ def find_heads(
         [Head(place=0, kind='logits', weight=1.0, path=(), axis=-1, reduction='sum_over_batch_size', ignore_class=None)]
     """
     flat = keras.tree.flatten(passed)
-    compiled = compat.compiled_losses(model, passed)
+    losses = compat.compiled_losses(model, passed)
     if outputs is not None:
-        facts = {loss.place: _facts(loss) for loss in compiled}
+        facts = {place: _facts(path, loss, weight) for place, path, loss, weight in losses}
         kinds = enumerate(_given_kinds(model, passed, outputs))
         heads = [Head(place, kind, **facts.get(place, {"axis": None})) for place, kind in kinds if kind is not None]
-    elif compiled:
-        heads = [Head(loss.place, _kind(loss.loss), **_facts(loss)) for loss in compiled]
+    elif losses:
+        heads = [Head(place, _kind(loss), **_facts(path, loss, weight)) for place, path, loss, weight in losses]
     else:
         raise ValueError(f"SMART: the model was compiled without a loss, so nothing says what its outputs are; {_SAY}")
     if not heads:
@@ -334,14 +334,13 @@ def _given_kinds(model: Any, passed: Any, outputs: Outputs) -> list[str | None]:
     return kinds
 
 
-def _facts(compiled: compat.CompiledLoss) -> dict[str, Any]:
+def _facts(path: tuple[Any, ...], loss: Any, weight: float) -> dict[str, Any]:
     """What a compiled loss says of the fields of a `Head`, but for the kind."""
-    loss = compiled.loss
     name, options = _function(loss)
     axis = options.get("axis", -1 if name else getattr(loss, "axis", None))
     return {
-        "weight": compiled.weight,
-        "path": compiled.path,
+        "weight": weight,
+        "path": path,
         "axis": axis if isinstance(axis, int) else None,  # a function of the user's own says none
         "reduction": loss.reduction,
         "ignore_class": options.get("ignore_class", getattr(loss, "ignore_class", None)),

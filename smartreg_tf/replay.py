@@ -130,9 +130,9 @@ class State:
         for owner, held in self._attributes:
             for name, value in held.items():
                 if value is not _ABSENT:
-                    compat.put(owner, name, value)
+                    vars(owner)[name] = value
                 elif name in vars(owner):
-                    compat.take_away(owner, name)
+                    del vars(owner)[name]
         for owner, content in self._contents:
             if not _holds(owner, content):
                 _fill(owner, content)

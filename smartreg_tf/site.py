@@ -40,16 +40,16 @@ class Patches:
     def put(self, owner: Any, name: str, value: Any) -> None:
         """Set owner.name = value until `remove`."""
         self._undo.append((owner, name, vars(owner).get(name, self)))
-        compat.put(owner, name, value)
+        vars(owner)[name] = value
 
     def remove(self) -> None:
         """Undo every `put`, the last first."""
         while self._undo:
             owner, name, before = self._undo.pop()
             if before is self:
-                compat.take_away(owner, name)
+                del vars(owner)[name]
             else:
-                compat.put(owner, name, before)
+                vars(owner)[name] = before
 
 
 class Site:
