@@ -12,8 +12,8 @@ from typing import Any
 
 import keras
 
+from smartreg.checking.recording import Recorder
 from smartreg.config import Precision, SMARTConfig, SMARTWarning, check_options
-from smartreg.recording import Recorder
 from smartreg.report import Description, Observer
 from smartreg_tf import compat
 from smartreg_tf.engine import ENGINE, Engine
@@ -50,7 +50,7 @@ class SMARTCallback(keras.callbacks.Callback):  # type: ignore[misc]
             replicas. In a loop inside a `tf.function` of your own, it is called when `attach` ends.
         resume: the checkpoint of a broken run, with what this callback left beside it; BackupAndRestore needs none.
         record: a file to be written with what SMART saw in the first `record_steps` training steps, for
-            `smartreg.recording.compare_run`; it must not exist yet, so that no old run is taken for this one. It is
+            `smartreg.checking.compare_run`; it must not exist yet, so that no old run is taken for this one. It is
             written after the last of them, or with fewer when `fit` ends. Training stays the same, bit for bit; the
             tensors of those steps are kept in main memory. Not with `jit_compile=True`, nor on several replicas.
         verbose: 1 prints once, after the first step, what `describe()` says; 0 is silent.

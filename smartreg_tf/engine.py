@@ -12,9 +12,9 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from smartreg.checking.recording import Recorder
 from smartreg.config import SMARTConfig, check_options
 from smartreg.proximal import momentum
-from smartreg.recording import Recorder
 from smartreg.report import Description
 from smartreg_tf import compat, resume
 from smartreg_tf.build import Builder, is_built

@@ -11,8 +11,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from smartreg.checking.recording import Recorder
 from smartreg.config import SMARTConfig
-from smartreg.recording import Recorder
 from smartreg.report import Observer, StepSeen
 from smartreg_tf.divergences import as_mask
 from smartreg_tf.perturbation import floating

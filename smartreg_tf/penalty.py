@@ -10,8 +10,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from smartreg.checking.recording import Recorder
 from smartreg.config import SMARTConfig
-from smartreg.recording import Recorder
 from smartreg_tf.inputs import called
 from smartreg_tf.observe import Observers
 from smartreg_tf.options import Options

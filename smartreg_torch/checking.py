@@ -8,25 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# ruff: noqa: F401
 from smartreg_torch.divergences import bernoulli_symmetric_kl, squared_error, symmetric_kl
 from smartreg_torch.perturbation import ascend, normalize, project_l1_ball, project_l2_ball, project_linf_ball
 from smartreg_torch.proximal import bregman_divergence, ema_update, momentum
-
-__all__ = [
-    "asarray",
-    "ascend",
-    "bernoulli_symmetric_kl",
-    "bregman_divergence",
-    "ema_update",
-    "gradients",
-    "momentum",
-    "normalize",
-    "project_l1_ball",
-    "project_l2_ball",
-    "project_linf_ball",
-    "squared_error",
-    "symmetric_kl",
-]
 
 
 def asarray(array: Any, dtype: str) -> Tensor:

@@ -10,10 +10,11 @@ from paper_settings import papers
 
 from smartreg import SMARTConfig, SMARTWarning
 from smartreg.checking import bound, compare_run
-from smartreg.checking.recording import Recorder, flat
+from smartreg.checking.recording import Recorder
 from smartreg.divergences import DIVERGENCES
 from smartreg.perturbation import Ball
 from smartreg.proximal import mean_examples, momentum
+from smartreg.report import StepSeen
 
 N, TOKENS, D = 4, 5, 6
 MASK = np.arange(TOKENS) < np.array([[5], [2], [3], [5]])
@@ -55,8 +56,8 @@ def recorded(path, config=CONFIG, dtype=np.float32, steps=3):
         rest = (outputs, positions, weights)
         R_s = sum(mean(head, a, *one) for head, a, *one in zip(HEADS, perturbed, *rest, strict=True))
         D_Breg = sum(mean(head, a, *one) for head, a, *one in zip(HEADS, teacher, *rest, strict=True))
-        arrays = {"x": x, "delta": delta, "mask": masks, "outputs": outputs, "perturbed": perturbed}
-        arrays = flat(arrays | {"teacher": teacher, "positions": positions, "sample_weight": weights})
+        seen = StepSeen(step + 1, x, delta, masks, outputs, perturbed, teacher, positions, weights, [], {})
+        arrays = seen.tensors()
         reported = {
             "R_s": R_s,
             "D_Breg": D_Breg,

@@ -35,21 +35,6 @@ Array = NDArray[Any]
 FORMAT = 1
 
 
-def flat(tensors: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
-    """Name lists of tensors as a recording does; None is left out.
-
-    Example:
-        >>> flat({"x": [1, 2], "mask": [None, 3]})
-        {'x/0': 1, 'x/1': 2, 'mask/1': 3}
-    """
-    return {
-        f"{name}/{k}": tensor
-        for name, listed in tensors.items()
-        for k, tensor in enumerate(listed)
-        if tensor is not None
-    }
-
-
 class Recorder:
     """Collects the first steps of a run for a backend, and writes all of them or none.
 
@@ -102,7 +87,7 @@ class Recorder:
         """Add one complete step.
 
         Args:
-            arrays: by the names that `flat` gives them.
+            arrays: as `StepSeen.tensors` names them.
             reported: the scalars.
             dtypes: the types of the tensors before they became arrays.
             outputs: of each output its `divergence`, `weight` (Keras' loss_weights) and `by_weights` (whether the mean
