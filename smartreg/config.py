@@ -8,6 +8,7 @@ import functools
 import json
 import math
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any, Literal, TypeVar, get_args
@@ -302,3 +303,20 @@ def check_options(call: str, config: Any, precision: Any = "float32", on_step: A
         raise ValueError(f"{call}: precision must be 'float32' or 'model', got {precision!r}")
     if on_step is not None and not callable(on_step):
         raise TypeError(f"{call}: on_step must be a function of one StepSeen, got {on_step!r}")
+
+
+def one_each(argument: str, said: str | Sequence[str | None] | None, n: int) -> list[str | None]:
+    """Return what an argument says of each of n outputs: a text is for all of them, a list has one each.
+
+    Raises:
+        ValueError: the list has another length.
+
+    Example:
+        >>> one_each("outputs", "logits", 2)
+        ['logits', 'logits']
+    """
+    if said is None or isinstance(said, str):
+        return [said] * n
+    if len(said) != n:
+        raise ValueError(f"SMART: {argument}= has {len(said)} entries, but the model has {n} outputs")
+    return list(said)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-from smartreg.config import SMARTWarning
+from smartreg.config import SMARTWarning, one_each
 from smartreg_tf import compat
 from smartreg_tf.divergences import DIVERGENCES, as_mask, position_weights
 from smartreg_tf.perturbation import floating, output_mask
@@ -314,20 +314,15 @@ def _axis_of_labels(head: Head, shape: Any, y: Any) -> int:
 def _given_kinds(model: Any, passed: Any, outputs: Outputs) -> list[str | None]:
     """The kind of each output that `outputs` says, None for those that it leaves out."""
     n = len(keras.tree.flatten(passed))
-    if isinstance(outputs, str):
-        kinds: list[str | None] = [outputs] * n
-    elif isinstance(outputs, Mapping):
+    if isinstance(outputs, Mapping):
         names = list(getattr(model, "output_names", None) or range(n))
         if isinstance(passed, Mapping):  # in the order in which they are flattened
             names = list(keras.tree.flatten({name: name for name in passed}))
         unknown = [name for name in outputs if name not in names]
         if unknown:
             raise ValueError(f"SMART: outputs= names {unknown[0]!r}; the model's outputs are {names}")
-        kinds = [outputs.get(name) for name in names]
-    else:
-        kinds = list(outputs)
-        if len(kinds) != n:
-            raise ValueError(f"SMART: outputs= has {len(kinds)} kinds, but the model has {n} outputs")
+        outputs = [outputs.get(name) for name in names]
+    kinds = one_each("outputs", outputs, n)
     for kind in kinds:
         if kind is not None and kind not in KINDS:
             raise ValueError(f"SMART: outputs= must be of {', '.join(KINDS)}, got {kind!r}")

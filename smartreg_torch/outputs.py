@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from smartreg.config import one_each
 from smartreg.divergences import check_divergence
 from smartreg.report import Choice
 from smartreg_torch.inputs import Inputs, Masks, read_inputs, virtual_tokens
@@ -189,12 +190,7 @@ def find_heads(
         >>> find_heads({"logits": torch.zeros(2, 3, 7)}, nothing)[0].axis
         1
     """
-    if divergence is None or isinstance(divergence, str):
-        said: list[str | None] = [divergence] * len(outputs)
-    else:
-        said = list(divergence)
-        if len(said) != len(outputs):
-            raise ValueError(f"SMART: divergence= names {len(said)}, but there are {len(outputs)} outputs")
+    said = one_each("divergence", divergence, len(outputs))
     heads = []
     for i, ((name, z), asked) in enumerate(zip(outputs.items(), said, strict=True)):
         l_s, why = (asked, "divergence=") if asked is not None else _divergence(name, z, evidence)

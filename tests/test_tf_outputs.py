@@ -122,7 +122,7 @@ def test_outputs_that_cannot_be_told():
     model = model_with(layers.Dense(1), loss="mse")
     for outputs, message in (
         ("logitz", r"outputs= must be of logits, .*, got 'logitz'"),
-        (["regression", None], "outputs= has 2 kinds, but the model has 1 outputs"),
+        (["regression", None], "outputs= has 2 entries, but the model has 1 outputs"),
         ({"nose": "logits"}, "outputs= names 'nose'; the model's outputs are"),
         ("logits", "one value an example, of which symmetric_kl is always 0"),
         ([None], "no output has a loss to compare it by"),

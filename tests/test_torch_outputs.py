@@ -116,7 +116,7 @@ def test_outputs_with_a_position_axis_leave_padding_out():
             lambda z: z,
             {"divergence": ["squared_error"] * 2},
             ValueError,
-            r"divergence= names 2, but there are 1 outputs",
+            r"divergence= has 2 entries, but the model has 1 outputs",
         ),
         (lambda z: z.detach() + 0 * z.sum().detach(), {}, ValueError, r"outputs do not depend on x"),
         (lambda z: z, {"noise": lambda like: like[:1]}, ValueError, r"noise must give a tensor of shape \(6, 5, 8\)"),
