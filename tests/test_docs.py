@@ -1,4 +1,4 @@
-"""The links of the pages lead somewhere."""
+"""The links of the pages lead somewhere, and the files and tests that they name are there."""
 
 import re
 from pathlib import Path
@@ -26,6 +26,18 @@ def test_every_relative_link_leads_somewhere(page):
         other = page.parent / file if file else page
         assert other.exists(), target
         assert not anchor or anchor in anchors(other), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_file_and_test_that_a_page_names_exists(page):
+    text = page.read_text("utf-8").replace("NAME", "*")
+    named = re.findall(
+        r"`(?:python |pytest )?((?:smartreg\w*|tests|tools|benchmarks|examples|docs)/[\w/.*]+\.\w+)(?:::(\w+))?", text
+    )
+    for file, test in named:
+        found = list(ROOT.glob(file))
+        assert found, file
+        assert not test or f"def {test}(" in found[0].read_text("utf-8"), test
 
 
 def test_a_broken_link_is_seen(tmp_path):
