@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
-import keras
 import tensorflow as tf
 
 from smartreg.checking.recording import Recorder
@@ -20,7 +18,6 @@ from smartreg_tf import compat, resume
 from smartreg_tf.build import Builder, is_built
 from smartreg_tf.measure import measure
 from smartreg_tf.options import Options
-from smartreg_tf.passes import passes_of
 from smartreg_tf.penalty import Penalty
 from smartreg_tf.report import describe
 from smartreg_tf.site import Patches
@@ -76,7 +73,6 @@ class Engine:
         self.verbose = False  # whether to print `describe()` after the first step
         self._call = call
         self._patches = Patches()
-        self._local = threading.local()
         self._builder = Builder(model)
         self._begun = False
         self._compiled = compat.compilation(model)
@@ -200,23 +196,8 @@ class Engine:
                 "SMART: training_step() came after the attach() block had ended; put the loop inside the block, or "
                 "begin a new attach()"
             )
-        lambda_s = self._local.lambda_s = self._weight()
-        before = self._iterations()
-        self._local.penalised = False
-        with self.passes.recording(differentiable=lambda_s > 0 and self.config.start == "margin") as recorded:
-            self._local.recorded = recorded
-            try:
-                yield
-            finally:
-                self._local.recorded = None
-        if not self._local.penalised:
-            raise RuntimeError(
-                "SMART: the training step never called model.compute_loss, which is where the penalty is added. Take "
-                "the loss from compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight)."
-            )
-        new = 1 if before is None else self._iterations() - before
-        self.step.assign_add(new)
-        self.teacher.move(self.step, new)
+        with self.penalty.training_step(self._weight()):
+            yield
         if tf.executing_eagerly():
             self.judge()
 
@@ -226,18 +207,7 @@ class Engine:
         # first, since every other pass clears model.losses
         loss = original(*args, **kwargs)
         names = ("x", "y", "y_pred", "sample_weight", "training")
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
-        recorded = getattr(self._local, "recorded", None)
-        if recorded is None or given.get("training") is False:
-            return loss
-        self._local.penalised = True
-        if self._local.lambda_s == self.config.mu == 0:
-            return loss
-        passes = passes_of(recorded, given.get("y_pred"))
-        penalty = self.penalty.of_training(passes, given.get("y"), given.get("sample_weight"), self._local.lambda_s)
-        replicas = tf.distribute.get_strategy().num_replicas_in_sync  # Keras sums their losses
-        entries = tf.size(loss)  # the gradient of a loss that is not reduced is that of their sum
-        return loss + tf.cast(penalty / tf.cast(replicas * entries, penalty.dtype), loss.dtype)
+        return self.penalty.added_to(loss, **{**dict(zip(names, args, strict=False)), **kwargs})
 
     def reset_metrics(self, original: Callable[..., Any]) -> None:
         """Reset Keras' own, and ours."""
@@ -298,7 +268,7 @@ class Engine:
             ValueError: the model has no weights yet, y is needed, or the outputs are not what the loss says.
 
         Example:
-            >>> import numpy as np
+            >>> import keras, numpy as np
             >>> model = keras.Sequential([keras.Input([3]), keras.layers.Dense(1, use_bias=False)])
             >>> model.compile("sgd", "mse")
             >>> engine = Engine(model, SMARTConfig(mu=0, scale="absolute", epsilon=0.5))
@@ -387,11 +357,7 @@ class Engine:
     def _state(self) -> dict[str, Any]:
         return resume.state_of(self.model, self.step, self.penalty.draws, self.averages)
 
-    def _iterations(self) -> Tensor | None:
-        optimizer = getattr(self.model, "optimizer", None)
-        return None if optimizer is None else tf.cast(keras.ops.convert_to_tensor(optimizer.iterations), tf.int64) + 0
-
     def _taken(self) -> int:
         """Count the steps that the model's own optimiser has taken."""
-        iterations = self._iterations()
+        iterations = self.penalty.iterations()
         return 0 if iterations is None else int(iterations)

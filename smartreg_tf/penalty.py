@@ -1,9 +1,10 @@
-"""lambda_s R_s + mu D_Breg of a Keras model's mini-batches: where the passes, theta~ and the report are kept."""
+"""lambda_s R_s + mu D_Breg in the loss of a Keras model: where its passes, theta~ and report are kept."""
 
 from __future__ import annotations
 
 import threading
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import keras
@@ -16,7 +17,7 @@ from smartreg_tf.inputs import called
 from smartreg_tf.observe import Observers
 from smartreg_tf.options import Options
 from smartreg_tf.outputs import Head, find_heads
-from smartreg_tf.passes import CleanPasses, Passes
+from smartreg_tf.passes import CleanPasses, Passes, passes_of
 from smartreg_tf.report import Report, found_in
 from smartreg_tf.site import Site
 from smartreg_tf.step import Step, drawn, smart_step
@@ -47,9 +48,50 @@ class Penalty:
         self.observers.check()
         self.observers.begin(str(self.site))
 
-    def of_training(self, passes: Passes, y: Any, sample_weight: Any, lambda_s: float) -> Tensor:
+    @contextmanager
+    def training_step(self, lambda_s: float) -> Iterator[None]:
+        """Let `added_to` add the penalty to a step's loss inside the block; then count the step and move theta~."""
+        local = self._local
+        local.lambda_s, local.penalised = lambda_s, False
+        before = self.iterations()
+        with self.passes.recording(differentiable=lambda_s > 0 and self.config.start == "margin") as recorded:
+            local.recorded = recorded
+            try:
+                yield
+            finally:
+                local.recorded = None
+        if not local.penalised:
+            raise RuntimeError(
+                "SMART: the training step never called model.compute_loss, which is where the penalty is added. Take "
+                "the loss from compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight)."
+            )
+        new = 1 if before is None else self.iterations() - before
+        self.step.assign_add(new)
+        self.teacher.move(self.step, new)
+
+    def added_to(
+        self, loss: Tensor, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None, **given: Any
+    ) -> Tensor:
+        """Return the loss plus lambda_s R_s + mu D_Breg; outside a training step the loss alone."""
+        recorded = getattr(self._local, "recorded", None)
+        if recorded is None or given.get("training") is False:
+            return loss
+        self._local.penalised = True
+        if self._local.lambda_s == self.config.mu == 0:
+            return loss
+        penalty = self._of_training(passes_of(recorded, y_pred), y, sample_weight)
+        replicas = tf.distribute.get_strategy().num_replicas_in_sync  # Keras sums their losses
+        entries = tf.size(loss)  # the gradient of a loss that is not reduced is that of their sum
+        return loss + tf.cast(penalty / tf.cast(replicas * entries, penalty.dtype), loss.dtype)
+
+    def iterations(self) -> Tensor | None:
+        """Return how many steps the model's own optimiser has taken; None without one."""
+        optimizer = getattr(self.model, "optimizer", None)
+        return None if optimizer is None else tf.cast(keras.ops.convert_to_tensor(optimizer.iterations), tf.int64) + 0
+
+    def _of_training(self, passes: Passes, y: Any, sample_weight: Any) -> Tensor:
         """Give the penalty of a training step, and report it."""
-        step, faults = self._step(passes, y, sample_weight, lambda_s)
+        step, faults = self._step(passes, y, sample_weight, self._local.lambda_s)
         observed = self.report.add(step, faults)
         if step.delta:
             self.draws.assign_add(1)

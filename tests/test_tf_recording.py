@@ -29,7 +29,6 @@ from test_tf_fit import (
 
 import smartreg_tf.observe
 import smartreg_tf.perturbation
-import smartreg_tf.step
 from smartreg.checking import compare_run
 from smartreg_tf import SMARTCallback, SMARTConfig, SMARTWarning, attach
 from smartreg_tf.outputs import Head
@@ -310,7 +309,7 @@ model.fit(np.ones((4, 3)), np.ones((4, 2)), verbose=0, callbacks=[callback])
 
 
 def test_a_broken_formula_shows(tmp_path, monkeypatch):
-    monkeypatch.setattr(smartreg_tf.step, "climb", lambda balls, starts, _: [1.001 * delta for delta in starts])
+    monkeypatch.setattr(smartreg_tf.perturbation, "climb", lambda balls, starts, _: [1.001 * delta for delta in starts])
     monkeypatch.setattr(smartreg_tf.observe, "momentum", lambda step, config: tf.constant(0.8, tf.float64))
     mean = Head.mean
     monkeypatch.setattr(Head, "mean", lambda *given: 1.001 * mean(*given))

@@ -33,7 +33,7 @@ HOOKS = [f"on_{what}_{when}" for what in ("train", "epoch", "train_batch", "test
 OWN: dict[type, list[str]] = {
     SMARTCallback: ["set_model", "on_train_begin", "on_train_end"],
     Engine: ["__init__", "install", "make_train_function", "train_step", "compute_loss", "reset_metrics", "judge"],
-    Penalty: ["of_training", "_step", "_heads", "_draw"],
+    Penalty: ["added_to", "_of_training", "_step", "_heads", "_draw"],
     Report: ["add", "count", "judge"],
     Teacher: ["follow", "begin", "move", "pairs"],
     CleanPasses: ["install", "_on_call"],
