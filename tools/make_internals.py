@@ -49,7 +49,7 @@ RINGS = [
 PARTS = [
     Part("call", 3, 0, 1.9, "smart(**batch)\nfit: train_step", "smart.py | engine.py", "line 5"),
     Part("optimiser", 3, 10.1, 12.1, "backward of L + penalty;\ntheta moves", "your loop | fit", "line 11"),
-    Part("update", 3, 12.4, 14.2, "count the step,\nlet theta~ move", "smart.py | engine.py", "lines 12, 13"),
+    Part("update", 3, 12.4, 14.2, "count the step,\nlet theta~ move", "smart.py | penalty.py", "lines 12, 13"),
     Part("smart_step", 2, 0, 9.8, "", "step.py", "lines 5 to 11"),
     Part("clean pass", 1, 0, 1.9, "f(x; theta), and x\nat the site", "passes.py, site.py", "line 5"),
     Part(
