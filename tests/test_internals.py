@@ -138,7 +138,7 @@ def test_the_picture_is_the_scripts_and_names_files_that_are_there():
     """If not: python tools/make_internals.py."""
     picture = (ROOT / "docs" / "internals.svg").read_text("utf-8")
     script = (ROOT / "tools" / "make_internals.py").read_text("utf-8")
-    labels = re.findall(r'"([\w ,|]+\.py)"', script)
+    labels = re.findall(r'"([\w ,|.]+\.py)"', script)
     assert len(labels) > 9
     for label in labels:
         assert f">{label}<" in picture, label
