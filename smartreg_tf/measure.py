@@ -56,7 +56,7 @@ def measure(
     before = State(model)
     try:
         one: Any = partial(_measured, run)
-        one = one if model.run_eagerly else tf.function(one, reduce_retracing=True)
+        one = one if model.run_eagerly else tf.function(one, reduce_retracing=True, autograph=False)
         for number, batch in enumerate(_batches(model, *data, batch_size)):
             inputs, labels, weights = keras.utils.unpack_x_y_sample_weight(batch)
             if not kinds_known:
