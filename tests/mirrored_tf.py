@@ -33,7 +33,8 @@ def run(strategy, start, path, policy, reduction):
             ]
         )
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction=reduction)
-        model.compile(keras.optimizers.SGD(0.1), loss, jit_compile=False)  # for the time it takes
+        eager = strategy.num_replicas_in_sync == 1  # and no XLA: for the time they take
+        model.compile(keras.optimizers.SGD(0.1), loss, jit_compile=False, run_eagerly=eager)
 
     def noise(step, like):
         """The example's own noise, whichever replica has it."""
