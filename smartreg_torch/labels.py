@@ -1,4 +1,4 @@
-"""What the gradient of a task loss says of its labels: which outputs it counts, and which l_s goes with it."""
+"""Read off the gradient of a task loss which outputs it counts, and which l_s goes with it."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _FITS = 0.02  # what bfloat16 leaves of an exact multiple
 
 
 class Positions(NamedTuple):
-    """Label i belongs to the output at position i + offset.
+    """Say where labels lie beside outputs: label i belongs to the output at position i + offset.
 
     Attributes:
-        offset: 0, or -1 where an output predicts the next token; plus the virtual or image tokens in front.
+        offset: 0, or -1 if an output predicts the next token; plus the virtual or image tokens in front.
         more: how many more positions the outputs have than the labels.
         ignored: values of labels that the loss leaves out, beside -100.
     """
@@ -25,13 +25,13 @@ class Positions(NamedTuple):
     ignored: tuple[int, ...] = ()
 
     def align(self, labels: Tensor) -> Tensor:
-        """The label of each output, (n, tokens + more); -100 if it has none."""
+        """Return the label of each output, (n, tokens + more); -100 if it has none."""
         labels = labels.masked_fill(labels.isnan(), IGNORED) if labels.is_floating_point() else labels
         placed: Tensor = nn.functional.pad(labels, (self.offset, self.more - self.offset), value=IGNORED)
         return placed
 
     def mask(self, labels: Tensor) -> Tensor:
-        """True at the outputs that have a label.
+        """Return a mask, true at the outputs that have a label.
 
         Example:
             >>> import torch
@@ -48,10 +48,10 @@ class Positions(NamedTuple):
 def find_positions(
     z: Tensor, gradient: Tensor, labels: Tensor, first: int = 0, real: Tensor | None = None
 ) -> tuple[Positions, int] | None:
-    """Where the labels lie beside the outputs whose gradient is not 0.
+    """Find where the labels lie beside the outputs whose gradient is not 0.
 
-    If several offsets explain which outputs have one, `first` is taken. If none does, as of a loss with a mask of its
-    own, it is the one at which most labels are the class whose logit the gradient raises most.
+    If several offsets explain which outputs have one, `first` is taken. If none does, the loss may have a mask of its
+    own. Then it is the offset at which most labels are the class whose logit the gradient raises most.
 
     Args:
         z, gradient: outputs and dL/dz, (n, positions, C).
@@ -60,8 +60,8 @@ def find_positions(
         real: true at the outputs that are no padding; the loss may leave out others, whatever their labels.
 
     Returns:
-        The positions, and how many labelled outputs have no gradient and nothing explains it. None if a gradient
-        reaches outputs without a label, whatever the offset is.
+        the positions, and how many labelled outputs lack a gradient for no reason. None if a gradient reaches outputs
+        without a label, whatever the offset is.
 
     Example:
         >>> import torch
@@ -85,26 +85,29 @@ def find_positions(
         missed = labelled & ~counted
         left = missed if real is None else missed & (real > 0)
         unexplained = bool(left.any())
-        ignored: tuple[int, ...] = ()
-        for gaps in (missed, left) if not labels.is_floating_point() else ():
-            values = set(aligned[gaps & sure].tolist()) - set(aligned[counted].tolist())
-            value = values.pop() if len(values) == 1 else IGNORED
-            if value != IGNORED and not bool((left & (aligned != value)).any()):
-                # an ignore_index of the loss's own, or a class of weight 0
-                ignored, left = (value,), left & ~left
-                break
+        ignored = None if labels.is_floating_point() else _ignored(aligned, counted, sure, missed, left)
         raised = int((gradient.argmin(-1) == aligned)[counted].sum()) if classes else 0
-        left_out = int(left.sum())
+        left_out = int(left.sum()) if ignored is None else 0
         order = (1, -raised, left_out) if left_out else (0, int(unexplained), 0)
-        found.append((order, left_out, Positions(offset, more, ignored)))
+        found.append((order, left_out, Positions(offset, more, () if ignored is None else (ignored,))))
     if not found:
         return None
     _, left_out, positions = min(found, key=lambda one: one[0])
     return positions, left_out
 
 
+def _ignored(aligned: Tensor, counted: Tensor, sure: Tensor, missed: Tensor, left: Tensor) -> int | None:
+    """Find the label that explains what the loss leaves out: an ignore_index of its own, or a class of weight 0."""
+    for gaps in (missed, left):
+        values = set(aligned[gaps & sure].tolist()) - set(aligned[counted].tolist())
+        value = values.pop() if len(values) == 1 else IGNORED
+        if value != IGNORED and not bool((left & (aligned != value)).any()):
+            return int(value)
+    return None
+
+
 def find_divergence(z: Tensor, gradient: Tensor, labels: Tensor | None) -> str | None:
-    """The l_s of the loss that has this gradient; None if it cannot be told.
+    """Find the l_s of the loss that has this gradient; None if it cannot be told.
 
         sum_c dL/dz_c = 0           any loss of softmax(z)       symmetric_kl
         dL/dz ~ sigma(z) - y        binary cross-entropy         bernoulli_symmetric_kl

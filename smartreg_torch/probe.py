@@ -1,7 +1,7 @@
-"""The task loss of a Trainer, asked once: which outputs it counts, and which l_s goes with it.
+"""Ask the task loss of a Trainer once which outputs it counts, and which l_s goes with it.
 
 transformers computes a loss in many places: in the model, in the label smoother, in `compute_loss_func`, in an
-override. Whether labels are shifted, re-aligned or popped on the way shows in one place alone, the gradient.
+override. Whether labels are shifted, re-aligned or removed on the way shows in one place alone, the gradient.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _SAYS = {
     "bernoulli_symmetric_kl": "d loss / d outputs goes with sigma(outputs) - labels, as of binary cross-entropy",
     "squared_error": "d loss / d outputs goes with outputs - labels, as of a squared error",
 }
-_SCALE = 2.0**10  # else what a mean over many tokens leaves is rounded to 0 in float16
+_SCALE = 2.0**10  # else the gradient of a mean over many tokens is rounded to 0 in float16
 
 
 class _Answer(NamedTuple):
@@ -57,7 +57,7 @@ class _Answer(NamedTuple):
 
 
 class Probe:
-    """Which positions the loss of one `train()` counts; the first batch with labels is computed once more for it."""
+    """Find which positions the loss of one `train()` counts; the first batch with labels is run once more for it."""
 
     def __init__(self) -> None:
         self._state = "nothing"
@@ -69,26 +69,26 @@ class Probe:
     def label_mask(
         self, trainer: Trainer, smart: SMART, compute_loss: ComputeLoss, inputs: Mapping[str, Any], num_items: Any
     ) -> Tensor | None:
-        """True at the outputs that the task loss counts; None if it counts one an example, or all.
+        """Return a mask, true at the outputs that the task loss counts; None if it counts one an example, or all.
 
         Raises:
             ValueError: nothing says what l_s is.
         """
         labels = _labels(trainer, inputs)
-        if labels is None or not (_several(labels) or labels.is_floating_point() or _classes(smart.model) == 1):
+        if labels is None or not (labels.ndim > 1 or labels.is_floating_point() or _classes(smart.model) == 1):
             return None
         counted = None
         if self._asks(trainer, labels):
             counted = self._ask(trainer, smart, compute_loss, inputs, num_items, labels)
         marks = _marks(labels)
-        if self._state == "each" or not _several(marks):
+        if self._state == "each" or marks.ndim < 2:
             return counted
         if self._positions is not None:
             return self._positions.mask(marks)
         return label_mask(smart.model, {"labels": marks}) if self._state == "nothing" else None
 
     def state_dict(self) -> dict[str, Any]:
-        """What the loss has said so far: a resumed run need not ask again, of another batch."""
+        """Return what the loss has said so far: a resumed run need not ask again, of another batch."""
         positions = None if self._positions is None else tuple(self._positions)
         return {"state": self._state, "positions": positions, "divergence": self._divergence, "axis": self._axis}
 
@@ -99,7 +99,7 @@ class Probe:
         self._tell(smart, state["divergence"], state["axis"])
 
     def explain(self, description: Description) -> Description:
-        """The description, with what the gradient said as the reason."""
+        """Put what the gradient said into the description, as the reason."""
         why: dict[str, str] = {}
         if self._divergence is not None:
             why["l_s"] = _SAYS[self._divergence]
@@ -142,7 +142,7 @@ class Probe:
         outputs, gradients = found
         if all(gradient is None for gradient in gradients):
             self._blind, answer = True, _Answer("told")
-            if any(z.ndim > 2 for z in outputs) and _several(_marks(labels)):
+            if any(z.ndim > 2 for z in outputs) and _marks(labels).ndim > 1:
                 answer = _Answer("told", Positions(first))
                 warnings.warn(
                     f"{type(trainer).__name__}: the task loss does not depend on the outputs that SMART compares, so "
@@ -198,7 +198,7 @@ class Probe:
 
 
 def label_mask(model: Any, inputs: Mapping[str, Any]) -> Tensor | None:
-    """Which positions have a label, by the class of the model: what is taken until the loss was asked."""
+    """Return which positions have a label, by the class of the model: it is taken until the loss was asked."""
     labels = inputs.get("labels")
     if not isinstance(labels, Tensor) or labels.ndim < 2:
         return None
@@ -209,8 +209,8 @@ def label_mask(model: Any, inputs: Mapping[str, Any]) -> Tensor | None:
 def undone(trainer: Trainer, model: nn.Module) -> Iterator[None]:
     """Take back what the block does to the model and the Trainer, since the step itself repeats it.
 
-    Random streams, buffers, what modules keep, lists of metrics and counters in attributes of the Trainer are as before
-    afterwards, and nothing is logged.
+    Random streams, buffers, what modules keep, and lists and counters of the Trainer are as before afterwards. Nothing
+    is logged.
     """
     state, before = State(model, dict(model.named_parameters())), dict(vars(trainer))
     kept = {name: _mapped(value) for name, value in before.items() if "dataset" not in name}
@@ -234,13 +234,13 @@ def undone(trainer: Trainer, model: nn.Module) -> Iterator[None]:
 
 
 def cloned(inputs: Mapping[str, Any]) -> Any:
-    """The inputs, to be popped from and written into."""
+    """Copy the inputs: a loss may pop from them or write into them."""
     return _mapped(inputs, lambda value: value.clone() if isinstance(value, Tensor) else value)
 
 
 @contextmanager
 def first_call(model: nn.Module, instead: Callable[..., tuple[Any, Any]]) -> Iterator[list[Any]]:
-    """The first call with gradients of the model inside the block is `instead`'s; the list gets what it adds.
+    """Let `instead` answer the first call of the model with gradients inside the block; the list gets what it adds.
 
     A call under no_grad before it is a reference's, as in preference optimisation.
     """
@@ -274,7 +274,7 @@ def first_call(model: nn.Module, instead: Callable[..., tuple[Any, Any]]) -> Ite
 def _outputs_and_gradients(
     trainer: Trainer, smart: SMART, compute_loss: ComputeLoss, inputs: Mapping[str, Any], num_items: Any
 ) -> tuple[list[Tensor], list[Tensor | None]] | None:
-    """The compared outputs and d loss / d outputs; None if compute_loss does not call the model."""
+    """Return the compared outputs and d loss / d outputs; None if compute_loss does not call the model."""
     model = smart.model
     forward = original_forward(model) or model.forward
 
@@ -309,7 +309,8 @@ def _outputs_and_gradients(
         gradients: list[Tensor | None] = [by_id[id(z)] for z in compared]
     elif any(gradient is not None for key, gradient in by_id.items() if tensors[key] is not loss):
         # outputs= takes parts or moves axes: the same of the gradient
-        given = _mapped(output, lambda value: value if id(value) not in by_id else _or_zeros(by_id[id(value)], value))
+        filled = {key: torch.zeros_like(tensors[key]) if grad is None else grad for key, grad in by_id.items()}
+        given = _mapped(output, lambda value: filled.get(id(value), value))
         gradients = list(chosen(given, smart._reader.outputs).values())
     else:
         gradients = list[Tensor | None]([None] * len(compared))
@@ -349,7 +350,7 @@ def _judge(
 def _a_token_each(
     z: Tensor, gradient: Tensor, labels: Tensor, tokens: Any, real: Tensor | None, classes: int | None
 ) -> bool:
-    """Whether outputs (n, T) are one a token, not T labels of an example."""
+    """Tell whether outputs (n, T) are one a token, not T labels of an example."""
     if not (isinstance(tokens, Tensor) and tokens.shape == z.shape == labels.shape):
         return False
     if real is not None and not bool(real.all()):
@@ -363,14 +364,10 @@ def _labels(trainer: Trainer, inputs: Mapping[str, Any]) -> Tensor | None:
 
 
 def _marks(labels: Tensor) -> Tensor:
-    """One label a position: of several values at each, -100 where all of them are."""
+    """Return one label a position: of several values at each, -100 if all of them are."""
     if labels.is_floating_point() and labels.ndim > 2:
         return (labels == IGNORED).all(-1).long() * IGNORED
     return labels
-
-
-def _several(labels: Tensor) -> bool:
-    return labels.ndim > 1
 
 
 def _classes(model: nn.Module) -> int | None:
@@ -378,7 +375,7 @@ def _classes(model: nn.Module) -> int | None:
 
 
 def _offset(model: Any) -> int:
-    """-1 if a model of this class most likely has the next token's label at each position, else 0."""
+    """Return -1 if a model of this class most likely has the next token's label at each position, else 0."""
     base = getattr(model, "get_base_model", None)  # PEFT's
     model = base() if callable(base) else model
     encodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
@@ -386,7 +383,7 @@ def _offset(model: Any) -> int:
 
 
 def _mapped(value: Any, convert: Callable[[Any], Any] = lambda value: value) -> Any:
-    """New containers around what `convert` makes of the values."""
+    """Build new containers around what `convert` makes of the values."""
     if type(value) in (list, tuple):
         return type(value)(_mapped(item, convert) for item in value)
     if isinstance(value, MutableMapping):
@@ -395,7 +392,3 @@ def _mapped(value: Any, convert: Callable[[Any], Any] = lambda value: value) -> 
             new[key] = _mapped(new[key], convert)
         return new
     return convert(value)
-
-
-def _or_zeros(gradient: Tensor | None, like: Tensor) -> Tensor:
-    return torch.zeros_like(like) if gradient is None else gradient

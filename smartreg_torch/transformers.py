@@ -1,4 +1,4 @@
-"""SMART in the Hugging Face Trainer: one changed word in a script (docs/trainer.md)."""
+"""Train with SMART in the Hugging Face Trainer: one changed word in a script (docs/trainer.md)."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ except ImportError as error:
 
 from smartreg.config import SMARTConfig, SMARTWarning
 from smartreg.report import Description
-from smartreg_torch.probe import Probe, cloned, first_call, label_mask, undone
+from smartreg_torch.probe import Probe, cloned, first_call, undone
 from smartreg_torch.report import Report
 from smartreg_torch.smart import SMART
 
@@ -47,17 +47,17 @@ else:
 
 
 class SMARTMixin(_Base):
-    """SMART for a Trainer of your own: `class MyTrainer(SMARTMixin, TheirTrainer)`, with one more argument, `smart=`.
+    """Add SMART to a Trainer of your own, `class MyTrainer(SMARTMixin, TheirTrainer)`: one more argument, `smart=`.
 
     F(theta) = L(theta) + lambda_s R_s(theta) + mu D_Breg(theta, theta~), with L whatever TheirTrainer computes.
 
     Args:
-        smart: the settings, by default `SMARTConfig()`. `total_steps` is the Trainer's own where it is None; lambda_s =
+        smart: the settings, by default `SMARTConfig()`. `total_steps` is the Trainer's own if it is None. lambda_s =
             mu = 0 is TheirTrainer, bit for bit. All other arguments are TheirTrainer's.
 
     Attributes:
         smart_config: as given.
-        smart: the `SMART` of the last `train()`; None before it, and where SMART is switched off.
+        smart: the `SMART` of the last `train()`; None before it, and if lambda_s = mu = 0.
 
     Raises:
         TypeError: smart= is no SMARTConfig. ValueError, RuntimeError: what cannot work; the message says what to do.
@@ -84,7 +84,7 @@ class SMARTMixin(_Base):
         self.add_callback(_Steps(self))
 
     def create_smart(self, model: nn.Module, config: SMARTConfig) -> SMART:
-        """The SMART of one `train()`: override it to say site=, outputs=, divergence= or mask=, see `SMART`.
+        """Make the SMART of one `train()`. Override it to say site=, outputs=, divergence=, mask= or on_step=.
 
         Example:
             >>> class MyTrainer(SMARTMixin, Trainer):
@@ -95,7 +95,7 @@ class SMARTMixin(_Base):
 
     @contextmanager
     def swap_teacher(self) -> Iterator[None]:
-        """The model has the averaged weights theta~ of the last `train()` inside the block, to evaluate or save them.
+        """Put the averaged weights theta~ of the last `train()` into the model while the block lasts.
 
         Example:
             >>> def averaged(trainer):
@@ -103,14 +103,12 @@ class SMARTMixin(_Base):
             ...         return trainer.evaluate()
         """
         if self.smart is None or not self.smart.teacher:
-            raise RuntimeError(
-                f"{type(self).__name__}.swap_teacher: there is no theta~: it is made by train(), where mu > 0"
-            )
+            raise RuntimeError(f"{type(self).__name__}.swap_teacher: there is no theta~. train() makes it if mu > 0")
         with self.smart.swap_teacher():
             yield
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As Trainer's; afterwards the model is without SMART again, and `swap_teacher` still works."""
+        """Train as Trainer does; afterwards the model is without SMART again, and `swap_teacher` still works."""
         try:
             return super().train(*args, **kwargs)
         finally:
@@ -119,13 +117,13 @@ class SMARTMixin(_Base):
                 self.smart.remove()
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        """The batches of one optimiser step: how many examples that is."""
+        """Get the batches of one optimiser step, and count their examples."""
         batches, num_items = super().get_batch_samples(*args, **kwargs)
         self._smart_rows = sum(map(_rows, batches))
         return batches, num_items
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """As Trainer's, and sees to it that the penalty was in the loss."""
+        """Do Trainer's step, and check that the penalty was in the loss."""
         self._smart_ran = False
         loss: Tensor = super().training_step(*args, **kwargs)
         if self._smart_window is not None and not self._smart_ran:
@@ -142,7 +140,7 @@ class SMARTMixin(_Base):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The Trainer's own loss, by whichever of its ways, plus the penalty while training."""
+        """Add the penalty to TheirTrainer's loss while training."""
         settings: dict[str, Any] = {"return_outputs": return_outputs, "num_items_in_batch": num_items_in_batch}
         smart, window = self.smart, self._smart_window
         if smart is None or window is None or not (model.training and torch.is_grad_enabled()):
@@ -168,21 +166,21 @@ class SMARTMixin(_Base):
         return found + penalty
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As Trainer's; beside "loss", the means of SMART's metrics since the last log."""
+        """Log as Trainer does, and beside "loss" the means of SMART's metrics since the last log."""
         if self._smart_window is not None and self.smart is not None and "loss" in logs:
             logs.update(self._smart_window.means(self, self.smart.metrics))
             self._smart_window = _Window()
         super().log(logs, *args, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """As Trainer's, and remembers of which weights the metrics are."""
+        """Evaluate as Trainer does, and remember of which weights the metrics are."""
         output = super().evaluation_loop(*args, **kwargs)
         if self.smart is not None and self._smart_window is not None:
             self._smart_evaluations.append((_has_averages(self.smart), dict(output.metrics or {})))
         return output
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """As Trainer's, with what SMART perturbed and compared."""
+        """Write Trainer's card, and what SMART perturbed and compared."""
         super().create_model_card(*args, **kwargs)
         if self._smart_description is not None and self.is_world_process_zero():
             with Path(str(self.args.output_dir), "README.md").open("a", encoding="utf-8") as card:
@@ -239,9 +237,9 @@ class SMARTMixin(_Base):
         file = _state_file(self, checkpoint)
         if not file.exists():
             raise ValueError(
-                f"{type(self).__name__}: {checkpoint} has no {file.name}, so theta~ is lost: was it written by a plain "
-                "Trainer, with save_only_model=True, or by another number of processes? Load its weights with "
-                "from_pretrained and train anew from them, or resume it as it was made."
+                f"{type(self).__name__}: {checkpoint} has no {file.name}, so theta~ is lost. A plain Trainer wrote it, "
+                "or save_only_model=True, or another number of processes. Resume it as it was made, or load its "
+                "weights with from_pretrained and train anew from them."
             )
         state = torch.load(file, map_location="cpu", weights_only=True)
         if self.smart.teacher and not state["smart"]["teacher"]:
@@ -267,7 +265,7 @@ class SMARTMixin(_Base):
                 Path(folder, "smart_config.json").write_text(config.to_json() + "\n", encoding="utf-8")
 
     def _begin_smart(self) -> None:
-        """A SMART for this train(): the model is on its device, wrapped, and has the weights that it starts with."""
+        """Make the SMART of this train(): the model is on its device, wrapped, with the weights that it starts from."""
         if self.smart is not None:
             self.smart.remove()
         self.smart, self._smart_checked, self._smart_probe = None, False, Probe()
@@ -305,10 +303,10 @@ class SMARTMixin(_Base):
 
 
 class SMARTTrainer(SMARTMixin, Trainer):
-    """`transformers.Trainer` with SMART: `SMARTTrainer(..., smart=SMARTConfig(...))`; all else is Trainer's.
+    """Train as `transformers.Trainer` does, with SMART: `SMARTTrainer(..., smart=SMARTConfig(...))`.
 
-    R_s, D_Breg, max_delta, vanished, beta and skipped are in the logs beside "loss" (which has the penalty in it),
-    theta~ and the noise generator in the checkpoints. See `SMARTMixin`, and docs/trainer.md.
+    The logs have R_s, D_Breg, max_delta, vanished, beta and skipped beside "loss", of which the penalty is a part. The
+    checkpoints have theta~ and the noise generator. See `SMARTMixin`, and docs/trainer.md.
 
     Example:
         >>> import tempfile
@@ -328,7 +326,7 @@ class SMARTTrainer(SMARTMixin, Trainer):
 
 
 class _Steps(TrainerCallback):
-    """The moments that Trainer has no method for."""
+    """Act at the moments that Trainer has no method for."""
 
     def __init__(self, trainer: SMARTMixin) -> None:
         self._trainer = trainer
@@ -339,13 +337,12 @@ class _Steps(TrainerCallback):
 
     def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
         self._scale = self._loss_scale()
-        if self._trainer.smart is not None:
-            self._trainer.smart._reports.judge(
-                self._trainer.smart.config
-            )  # on a GPU a penalty that is not finite is noticed here
+        smart = self._trainer.smart
+        if smart is not None:  # on a GPU a penalty that is not finite is noticed here
+            smart._reports.judge(smart.config)
 
     def on_optimizer_step(self, *_: Any, **__: Any) -> None:
-        # Where a gradient overflows, theta does not move and GradScaler lowers its scale. accelerate's own
+        # If a gradient overflows, theta does not move and GradScaler lowers its scale. accelerate's own
         # optimizer_step_was_skipped misses that with a fused optimiser, which is called and then does nothing.
         if self._trainer.smart is not None and self._loss_scale() >= self._scale:
             self._trainer.smart.update()
@@ -359,7 +356,7 @@ class _Steps(TrainerCallback):
 
 
 class _Window:
-    """SMART's metrics since the last log: of each optimiser step the mean over its examples, summed up."""
+    """Sum up SMART's metrics since the last log: of each optimiser step the mean over its examples."""
 
     _NAMES = ("steps", "smooth steps", "R_s", "D_Breg", "vanished", "max_delta")
 
@@ -368,7 +365,7 @@ class _Window:
         self._reports: list[tuple[Report, float]] = []  # to be read together: nobody waits for a GPU in a step
 
     def add(self, smart: SMART, share: float) -> None:
-        """What SMART found in a batch that is this share of its optimiser step."""
+        """Add what SMART found in a batch that is this share of its optimiser step."""
         if smart._reports.last is not None:
             self._reports.append((smart._reports.last, share))
 
@@ -385,7 +382,7 @@ class _Window:
         return self._sums
 
     def means(self, trainer: Trainer, metrics: dict[str, float]) -> dict[str, float]:
-        """Over the steps and the processes; of max_delta the largest; beta and skipped as they are now."""
+        """Take the means over steps and processes; of max_delta the largest; beta and skipped as they are now."""
         sums = self.sums()
         every = torch.tensor([[sums[name] for name in self._NAMES]], dtype=torch.float64)
         if trainer.args.world_size > 1:
@@ -400,7 +397,7 @@ class _Window:
 
 
 def _divided(trainer: Trainer, num_items_in_batch: Any) -> bool:
-    """Whether Trainer divides what compute_loss returns by the accumulation steps."""
+    """Tell whether Trainer divides what compute_loss returns by the accumulation steps."""
     scaled = getattr(trainer, "loss_is_scaled_for_ga", None)
     if scaled is None:
         told = trainer.model_accepts_loss_kwargs and num_items_in_batch is not None
@@ -411,7 +408,7 @@ def _divided(trainer: Trainer, num_items_in_batch: Any) -> bool:
 def _check_scaling(
     trainer: Trainer, compute_loss: Callable[..., Any], inputs: dict[str, Any], num_items: Tensor | int
 ) -> None:
-    """Trainer leaves the division to the loss; does it divide? (transformers issue 47688)."""
+    """Warn if the loss does not divide by num_items and Trainer leaves it to the loss (transformers issue 47688)."""
     steps, processes = trainer.args.gradient_accumulation_steps, trainer.args.world_size
     times = steps * (processes if trainer.args.average_tokens_across_devices else 1)
     if times == 1:
@@ -435,30 +432,27 @@ def _check_scaling(
         )
 
 
-_label_mask = label_mask
-
-
 @torch.no_grad()
 def _has_averages(smart: SMART) -> bool:
-    """Whether the model has theta~ now, whoever put it there."""
+    """Tell whether the model has theta~ now, whoever put it there."""
     theta = dict(smart.model.named_parameters())
     pairs = [(theta[name], average) for name, average in smart.teacher.items()]
     return bool(pairs) and all(torch.equal(weight, average.to(weight)) for weight, average in pairs)
 
 
 def _of_averages(evaluations: list[tuple[bool, dict[str, float]]], name: str, value: float) -> bool:
-    """Whether theta~ was evaluated when this metric was found: by its name, or only its value if it was renamed."""
+    """Tell whether this metric was measured with theta~: by its name, or by its value alone if it was renamed."""
     found = [averaged for averaged, metrics in evaluations if metrics.get(name) == value]
     found = found or [averaged for averaged, metrics in evaluations if value in metrics.values()]
     return all(found or [averaged for averaged, _ in evaluations] or [False])
 
 
 def _state_file(trainer: Trainer, folder: str | Path) -> Path:
-    """Beside rng_state.pth, and like it one a process: the noise differs."""
+    """Return the file beside rng_state.pth; like it, one a process, since the noise differs."""
     several = trainer.args.world_size > 1
     return Path(folder, f"smart_state_{trainer.args.process_index}.pt" if several else "smart_state.pt")
 
 
 def _rows(batch: Any) -> int:
-    """The examples in a batch; 1, so that every batch counts the same, where it holds no tensor."""
+    """Count the examples in a batch; 1 if it holds no tensor, so that every batch counts the same."""
     return find_batch_size(batch) or 1  # type: ignore[no-untyped-call]

@@ -27,8 +27,8 @@ from transformers.modeling_outputs import CausalLMOutput, TokenClassifierOutput
 from smartreg.report import Choice, Description
 from smartreg_torch import SMART, SMARTWarning
 from smartreg_torch.labels import Positions, find_divergence, find_positions
-from smartreg_torch.probe import Probe
-from smartreg_torch.transformers import SMARTMixin, _label_mask
+from smartreg_torch.probe import Probe, label_mask
+from smartreg_torch.transformers import SMARTMixin
 
 cross_entropy = nn.functional.cross_entropy
 
@@ -197,10 +197,10 @@ def test_by_hand_behind_PEFT(tmp_path):
 )
 def test_what_is_taken_before_the_loss_was_asked(kind, shifted):
     labels = torch.tensor([[-100, -100, 5, 6, -100]])
-    mask = _label_mask(object.__new__(kind), {"labels": labels})
+    mask = label_mask(object.__new__(kind), {"labels": labels})
     assert torch.equal(mask, (next_token if shifted else own_token)(labels))
-    assert _label_mask(lora(), {"labels": labels}).tolist() == next_token(labels).tolist()
-    assert _label_mask(object.__new__(kind), {"labels": torch.tensor([1, 2])}) is None
+    assert label_mask(lora(), {"labels": labels}).tolist() == next_token(labels).tolist()
+    assert label_mask(object.__new__(kind), {"labels": torch.tensor([1, 2])}) is None
 
 
 # outputs at other places than the labels
