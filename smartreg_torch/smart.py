@@ -303,10 +303,11 @@ class SMART:
 
     def _update(self) -> None:
         self._reports.judge(self.config)
+        theta = self._runner.theta if self._loop.calls else self._look()  # as the last call found it
         self._loop.updated()
         self.step += 1
         if self.config.mu > 0:
-            self._teacher.move(self._look(), self.step, self.config)
+            self._teacher.move(theta, self.step, self.config)
 
     def attach(self, optimizer: torch.optim.Optimizer) -> Self:
         """Call `update` after every step of this optimiser, so that the loop need not.
@@ -432,8 +433,13 @@ class SMART:
             self._site.remove()
 
     def _look(self) -> dict[str, nn.Parameter]:
-        theta = self._runner.look()
-        self._teacher.check(theta)
+        before, theta = self._runner.theta, self._runner.look()
+        if theta is not before:
+            try:
+                self._teacher.check(theta)
+            except RuntimeError:
+                self._runner.forget()  # to check again in the next call
+                raise
         return theta
 
     def _passes(self, call: nn.Module, given: Given, lambda_s: float) -> Passes:
