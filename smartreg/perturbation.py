@@ -123,8 +123,8 @@ def ascend(
         x: embeddings, (n, ..., d).
         target: the clean outputs f(x).
         config: epsilon, sigma, eta, ascent_steps, norm, granularity, start, scale, projection.
-        noise: standard normal, of the shape of x for the Gaussian start; of the outputs for the margin start, where
-            only its sign is used, and only in regression (None does elsewhere).
+        noise: standard normal, of the shape of x for the Gaussian start; of the outputs for the margin start, of which
+            only the sign is used, and only in regression (None does elsewhere).
         mask: true where a position may be perturbed, of x's leading axes. Outputs with that position axis are
             averaged over its true positions.
         divergence: the name of l_s in `smartreg.divergences`.
@@ -133,7 +133,7 @@ def ascend(
         delta, of the shape of x, ||delta||_p <= epsilon unless `config.projection` is "rescale"; 0 where x is masked,
         NaN or infinite.
 
-    Source: paper, Algorithm 1, lines 5 to 10. The margin start: docs/math.md.
+    Source: paper, Algorithm 1, lines 6 to 10. The margin start: docs/math.md.
 
     Example:
         >>> w = np.array([[1.0, -1.0], [0.0, 2.0]])

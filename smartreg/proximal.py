@@ -58,13 +58,26 @@ def moves(step: Any, config: SMARTConfig) -> Any:
     Args:
         step: optimiser steps taken so far, this one included; a number or a tensor of any backend.
 
-    Source: paper, Algorithm 1, lines 4 and 14.
+    Source: paper, Algorithm 1, line 12: the end of the loop over s.
 
     Example:
         >>> [moves(step, SMARTConfig(proximal_steps=2, mu=0)) for step in (1, 2, 3, 4)]
         [False, True, False, True]
     """
     return step % config.proximal_steps == 0
+
+
+def last_move(step: Any, config: SMARTConfig) -> Any:
+    """Return the last optimiser step, up to this one, after which theta~ moved; 0 before the first.
+
+    Args:
+        step: as `moves`.
+
+    Example:
+        >>> [last_move(step, SMARTConfig(proximal_steps=2, mu=0)) for step in (1, 2, 3, 4)]
+        [0, 2, 2, 4]
+    """
+    return step - step % config.proximal_steps
 
 
 def ema_update(teacher: Mapping[str, Array], theta: Mapping[str, Array], beta: float) -> dict[str, Array]:

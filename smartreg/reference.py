@@ -6,6 +6,24 @@ unmasked positions, or at each position:
     x = E[ids],   h = tanh(x W1 + b1),   f(x) = mean_t(h_t) W2 + b2   (or h W2 + b2)
 
 `fit_reference` trains it and returns every intermediate of every step, to compare another implementation with.
+
+Algorithm 1, with the numbers by which the comments of all backends call its lines (S = `proximal_steps`):
+
+     1  theta~_1 <- theta_0
+     2  for t = 1, ..., T:
+     3      theta_1 <- theta_{t-1}
+     4      for s = 1, ..., S:
+     5          sample a mini-batch B
+     6          x~ <- x + nu,   nu ~ N(0, sigma^2 I)
+     7          for m = 1, ..., T_x:
+     8              g~ <- g / ||g||,   g = sum over B of grad_x~ l_s( f(x; theta_s), f(x~; theta_s) )
+     9              x~ <- Proj( x~ + eta g~ )
+    10          end for
+    11          theta_{s+1} <- AdamUpdate_B( theta_s ), of F = L + lambda_s R_s + mu D_Breg
+    12      end for
+    13      theta_t <- theta_S
+    14      theta~_{t+1} <- (1 - beta) theta_t + beta theta~_t
+    15  end for
 """
 
 from __future__ import annotations
@@ -158,11 +176,11 @@ class Functions:
     bregman_divergence = staticmethod(bregman_divergence)
 
     def value(self, divergence: str, a: Array, b: Array, mask: Any = None) -> Array:
-        """l_s(a, b), (n,)."""
+        """Compute l_s(a, b), (n,)."""
         return DIVERGENCES[divergence].value(a, b, mask)
 
     def grad(self, divergence: str, a: Array, b: Array, mask: Any = None) -> tuple[Array, Array]:
-        """The gradients of l_s(a, b) with respect to both."""
+        """Compute the gradients of l_s(a, b) with respect to both."""
         return DIVERGENCES[divergence].grad(a, b, mask)
 
     def ascend(
@@ -176,7 +194,7 @@ class Functions:
         divergence: str,
         pooled: bool,
     ) -> Array:
-        """The perturbation delta of the reference network."""
+        """Compute delta of the reference network."""
 
         def to_outputs(perturbed: Array) -> tuple[Array, Callable[[Array], Array]]:
             outputs, vjp = forward(theta, perturbed, mask, pooled)
@@ -229,12 +247,12 @@ def fit_reference(
     theta = {name: np.array(value) for name, value in theta.items()}
     teacher = f.ema_update(theta, theta, 1.0)  # line 1, in float32 or wider
     steps = []
-    for t, batch in enumerate(batches, start=1):  # lines 2 to 4
+    for t, batch in enumerate(batches, start=1):  # lines 2 to 4: t counts the optimiser steps
         nu = None if noise is None else noise[t - 1]
         lambda_s = config.smoothness_weight(t - 1)
         done = smart_step(theta, teacher, batch, config, lambda_s, nu, update, f, divergence, pooled)
         theta = done.theta
-        if moves(t, config):  # lines 13 and 14
+        if moves(t, config):  # lines 12 to 14
             beta = f.momentum(t, config)
             teacher = f.ema_update(teacher, theta, beta)
             done = replace(done, beta=beta, teacher=teacher)

@@ -38,12 +38,12 @@ class Description(dict[str, Choice]):
         return "\n".join(f"{name:<{names}}  {value:<{values}}  {why}" for name, (value, why) in self.items())
 
     def line(self, call: str) -> str:
-        """The values alone, as a `repr`."""
+        """Write the values alone, as a `repr`."""
         settings = [f"{name.replace(' ', '_')}={choice.value!r}" for name, choice in self.items()]
         return f"{call}({', '.join(settings)})"
 
     def markdown(self) -> str:
-        """A Markdown table.
+        """Write a Markdown table.
 
         Example:
             >>> print(Description(site=Choice("embed", "said")).markdown())

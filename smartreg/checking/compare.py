@@ -19,7 +19,7 @@ from smartreg.checking.recording import FORMAT
 from smartreg.config import SMARTConfig, SMARTWarning
 from smartreg.divergences import DIVERGENCES, position_weights
 from smartreg.perturbation import expand_mask, rms
-from smartreg.proximal import momentum
+from smartreg.proximal import last_move, momentum
 
 Array = NDArray[Any]
 
@@ -242,9 +242,9 @@ def _step_rows(number: int, step: _Step, config: SMARTConfig) -> Iterator[Row]:
 
     if lambda_s > 0:
         yield from _delta_rows(step, config, agrees, holds)
-    moves = int(step.reported("step")) // config.proximal_steps * config.proximal_steps if "beta" in step.arrays else 0
-    if moves > 0:
-        yield agrees("beta", momentum(moves, config), 1e-12)
+    moved = last_move(int(step.reported("step")), config) if "beta" in step.arrays else 0
+    if moved > 0:
+        yield agrees("beta", momentum(moved, config), 1e-12)
 
 
 def _delta_rows(step: _Step, config: SMARTConfig, agrees: Any, holds: Any) -> Iterator[Row]:
