@@ -203,7 +203,7 @@ def test_shapes_that_torch_compile_generalises_are_not_warned_of():
 
 def test_a_whole_graph_is_refused():
     smart = SMART(torch.compile(Model(), backend=BACKEND, fullgraph=True), CONFIG)
-    with pytest.raises(RuntimeError, match=r"fullgraph=True cannot work: the graph ends at the site 'embedding'"):
+    with pytest.raises(RuntimeError, match=r"fullgraph=True cannot work: .* enters at the site 'embedding'"):
         smart(torch.randint(11, (6, 5)))
 
 
