@@ -6,6 +6,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from pairwise import FACTORS, named, pairwise
 from paper_settings import papers
 
 from smartreg.checking import load_trajectory
@@ -142,7 +143,7 @@ def compare(
 
     model = Network(theta, divergence, pooled)
     options = {"epsilon": 1e-8} if base is Adam else {}
-    model.compile(Optimizer(0.01, **options), run_eagerly=mode == "eager", jit_compile=mode == "xla")
+    model.compile(Optimizer(0.01, **options), jit_compile=mode == "xla")
     draws = tf.constant(noise[:: config.smoothness_steps])
     seen = []
     given = {"outputs": KINDS[divergence], "noise": lambda step, like: tf.gather(draws, step)}
@@ -182,19 +183,21 @@ def compare(
 
 
 SCHEDULE = {"total_steps": STEPS, "beta_early": 0.5, "beta_late": 0.9, "early_fraction": 0.3}
+
+
+@pytest.mark.parametrize("row", pairwise(*FACTORS.values()), ids=named)
+def test_fifty_steps_equal_the_reference(row):
+    changes = dict(zip(FACTORS, row, strict=True))
+    options = {name: changes.pop(name) for name in ("divergence", "pooled", "weighted")}
+    options["optimizer"] = {"sgd": "sgd", "adam": "adam_keras"}[changes.pop("optimizer")]
+    changes |= {"beta_early": min(0.9, changes["beta_late"]), "epsilon": 0.2, "sigma": 0.2, "eta": 0.15}
+    config = papers(**{**SCHEDULE, **changes, "lambda_s": 2, "mu": 3})
+    want = compare(config, **options)
+    assert want[-1].D_Breg > 0
+
+
 CASES = {
-    "recommended": ({}, {}),
-    "T_x=3, S=3, VBPP, l2": (
-        {"ascent_steps": 3, "proximal_steps": 3, "beta_early": 0.0, "beta_late": 0.0, "norm": "2", "eta": 0.1},
-        {},
-    ),
-    "T_x=0, sgd, token": ({"ascent_steps": 0, "granularity": "token", "norm": "1"}, {"optimizer": "sgd"}),
-    "l1, weighted": ({"norm": "1", "ascent_steps": 3, "eta": 0.2}, {"weighted": True}),
-    "margin": ({"start": "margin", "ascent_steps": 0}, {}),
-    "margin, l2, token, T_x=1": ({"start": "margin", "norm": "2", "granularity": "token", "eta": 0.1}, {}),
-    "positions": ({"granularity": "token", "norm": "2", "eta": 0.05}, {"pooled": False, "weighted": True}),
-    "multi-label, S=3": ({"proximal_steps": 3}, {"divergence": "bernoulli_symmetric_kl"}),
-    "regression, margin": ({"start": "margin"}, {"divergence": "squared_error", "optimizer": "sgd"}),
+    "VBPP": ({"proximal_steps": 3, "beta_early": 0.0, "beta_late": 0.0}, {}),
     "released code": ({"projection": "rescale", "scale": "absolute", "epsilon": 1e-3, "sigma": 0.1}, {}),
     "R_s alone": ({"mu": 0.0}, {}),
     "R_s every 3rd step": ({"smoothness_steps": 3}, {}),
@@ -204,15 +207,14 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_fifty_steps_equal_numpy(name):
+def test_other_settings(name):
     changes, options = CASES[name]
     want = compare(papers(**{**SCHEDULE, "epsilon": 0.2, "sigma": 0.2, **changes}), **options)
     assert {step.beta for step in want if step.beta is not None} >= {changes.get("beta_late", 0.9)}
 
 
-@pytest.mark.parametrize("mode", ["eager", "xla"])
-def test_eager_and_xla_are_alike(mode):
-    compare(papers(**SCHEDULE, epsilon=0.2, norm="2", eta=0.1, ascent_steps=1), mode=mode, weighted=True)
+def test_xla_is_alike():
+    compare(papers(**SCHEDULE, epsilon=0.2, norm="2", eta=0.1, ascent_steps=1), mode="xla", weighted=True)
 
 
 @pytest.mark.parametrize("name", ["l1", "l2, token", "margin, regression"])  # the others have Adam as PyTorch has it
