@@ -120,16 +120,30 @@ def warn_of(found: Mapping[str, float], start: str, precision: str = "the embedd
         >>> list(warn_of({"max_delta": 0.0, "vanished": 0.0}, "margin"))
         ['still']
     """
-    said = {}
-    vanished = found.get("vanished", 0.0)
-    if vanished > 0.5:
-        said["vanished"] = too_small(f"{vanished:.0%}", precision)
-    if start == "margin" and found.get("max_delta") == 0:
-        said["still"] = (
-            "SMART: nothing is perturbed, max|delta| is 0: no gradient reaches a position that the mask leaves. Is "
-            "the mask true at padding? print(smart.describe()) says which one it is."
-        )
-    return said
+    judged = suspicions({"vanished": 0.0, "max_delta": 1.0} | dict(found), start)
+    texts = {"vanished": too_small(f"{found.get('vanished', 0.0):.0%}", precision), "still": STILL}
+    return {name: texts[name] for name, is_so in judged.items() if is_so}
+
+
+def suspicions(found: Mapping[str, Any], start: str) -> dict[str, Any]:
+    """Tell whether most of the perturbation is lost in x ("vanished"), and whether there is none ("still").
+
+    Args:
+        found: max_delta and vanished, as `warn_of` has them; numbers, or tensors of a step that is compiled.
+        start: of the configuration. Noise moves every x but those that are masked.
+
+    Example:
+        >>> suspicions({"max_delta": 0.0, "vanished": 0.6}, "margin")
+        {'vanished': True, 'still': True}
+    """
+    vanished, still = found["vanished"] > 0.5, found["max_delta"] == 0
+    return {"vanished": vanished, "still": still} if start == "margin" else {"vanished": vanished}
+
+
+STILL = (
+    "SMART: nothing is perturbed, max|delta| is 0: no gradient reaches a position that the mask leaves. Is the mask "
+    "true at padding? print(smart.describe()) says which one it is."
+)
 
 
 def too_small(how_many: str, precision: str = "the embeddings' dtype") -> str:

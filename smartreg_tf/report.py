@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from smartreg.config import SMARTConfig, SMARTWarning
-from smartreg.report import Choice, Description, not_finite, too_small
+from smartreg.report import STILL, Choice, Description, not_finite, suspicions, too_small
 from smartreg_tf.candidates import not_the_batch
 from smartreg_tf.outputs import Head
 from smartreg_tf.passes import half_precision_layers
@@ -23,8 +23,10 @@ Tensor = Any
 _LATER = Choice("not known yet", "it is seen in the first training step")
 
 
-# What may go wrong in a compiled step. The first three are passes in which something is not finite.
-_FAULTS = ("clean", "perturbed", "teacher", "unnormalised", "normalised", "shared", "vanished", "repeat")
+# What may go wrong in a compiled step: passes in which something is not finite, what is warned of, what raises.
+_NOT_FINITE = ("clean", "perturbed", "teacher")
+_WARNINGS = {"vanished": too_small("over half"), "still": STILL}
+_FAULTS = (*_NOT_FINITE, *_WARNINGS, "unnormalised", "normalised", "shared", "repeat")
 _LOGS = {"R_s": "smoothness", "D_Breg": "proximal"}
 
 
@@ -52,7 +54,7 @@ class Report:
         self.found: Found | None = None
         self.drawn: list[str] = []
         self.skipped = 0
-        self._warned = False
+        self._warned: set[str] = set()
         self._last: dict[str, float] = {}
         # the sum over the replicas
         self.faults = keras.Variable(
@@ -68,16 +70,14 @@ class Report:
         self._observed = {name: keras.metrics.Mean(name=name) for name in ("max_delta", "vanished")}
 
     def add(self, step: Step, faults: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Take a training step in; give what was observed of its perturbation."""
+        """Add a training step to the averages; return its max_delta and vanished, if it has a perturbation."""
         examples = tf.shape(step.outputs[0])[0]
         for name, term in step.terms.items():
             self._terms[name].update_state(tf.stop_gradient(term), sample_weight=examples)
         observed = observe(step) if step.delta else {}
         for name, value in observed.items():
             self._observed[name].update_state(value)
-        if observed:
-            faults = faults | {"vanished": observed["vanished"] > 0.5}
-        self.count(faults)
+        self.count(faults | suspicions(observed, self._config.start) if observed else faults)
         return observed
 
     def count(self, faults: Mapping[str, Tensor]) -> None:
@@ -120,10 +120,11 @@ class Report:
             return
         self.faults.assign(np.zeros(len(_FAULTS), np.int64))
         self.refuse(counts, site)
-        if counts["vanished"] and not self._warned:
-            self._warned = True
-            warnings.warn(too_small("over half"), SMARTWarning, stacklevel=2)
-        broken = [name for name in _FAULTS[:3] if counts[name]]
+        for name, message in _WARNINGS.items():
+            if counts[name] and name not in self._warned:
+                self._warned.add(name)
+                warnings.warn(message, SMARTWarning, stacklevel=2)
+        broken = [name for name in _NOT_FINITE if counts[name]]
         if broken:
             self.skipped += max(counts[name] for name in broken)
             if self._config.non_finite == "raise":
