@@ -124,8 +124,8 @@ def ascend(
             from that graph (which it keeps) instead of from a forward of its own.
         target: the clean outputs f(x).
         config: epsilon, sigma, eta, ascent_steps, norm, granularity, start, scale, projection.
-        noise: standard normal, of the shape of x for the Gaussian start; of the outputs for the margin start, where
-            only its sign is used, and only in regression (None does elsewhere).
+        noise: standard normal, of the shape of x for the Gaussian start; of the outputs for the margin start, of
+            which only the sign is used, and only in regression (None does elsewhere).
         mask: true where a position may be perturbed, of x's leading axes. Outputs with that position axis are
             averaged over its true positions.
         divergence: the name of l_s in `smartreg_torch.divergences`.
@@ -135,7 +135,7 @@ def ascend(
         delta, of the shape of x, ||delta||_p <= epsilon unless `config.projection` is "rescale"; 0 where x is masked,
         NaN or infinite. It is float32 or wider. No graph is left on it, and no parameter's `.grad` is touched.
 
-    Source: paper, Algorithm 1, lines 5 to 10. The margin start: docs/math.md.
+    Source: paper, Algorithm 1, lines 6 to 10. The margin start: docs/math.md.
 
     Example:
         >>> w = torch.tensor([[1.0, -1.0], [0.0, 2.0]])

@@ -51,20 +51,21 @@ class SMART:
             each. By default what the model's `config.problem_type` says, else "symmetric_kl". That guess is checked
             against the loss's own gradient in the first backward.
         class_axis: the axis of the outputs that has the classes, labels or values. By default what the model's
-            config, the labels, the mask and the shape of x say; if they say nothing, SMART asks.
+            config, the labels, the mask and the shape of x say; else a ValueError says what to give.
         mask: which positions are real: the name of an argument, or a function of the model's arguments. By default
             `attention_mask` if there is one (true at real tokens, or 0 there if it is to be added to scores), or
             PyTorch's `key_padding_mask`; else the tokens that are not the embedding's `padding_idx` (which lambda_s = 0
-            does not read). The outputs' positions are the same, but for a decoder's: those that
-            `decoder_attention_mask` leaves, or whose label is not -100.
+            does not read). For a decoder: the positions that `decoder_attention_mask` leaves, or whose label is not
+            -100.
         noise: like -> standard normal tensor of that shape; by default drawn from a generator of its own, seeded with
             `torch.initial_seed()` plus the rank of the process.
         precision: of all passes that the penalty compares: "float32", or the "model"'s, which loses small radii. The
             model's own pass and the task loss stay as they are. If autocast is on or weights are half, "float32" costs
             one more clean pass, and these passes have float32 copies of such weights (docs/precision.md).
-        lean: whether R_s has one graph at a time, for one more forward pass. The perturbed pass builds no graph until
-            `loss.backward()` has freed the clean one. Value and gradient are the same. It is for the margin start
-            without ascent steps, if activations are what fills the memory (docs/performance.md).
+        lean: whether to compute R_s with at most one graph in memory, at the cost of one more forward pass. The
+            perturbed pass builds no graph until `loss.backward()` has freed the clean one. Value and gradient are the
+            same. It is for the margin start without ascent steps, if activations are what fills the memory
+            (docs/performance.md).
         record: a file to be written with what SMART saw in the first `record_steps` training steps, for
             `smartreg.checking.compare_run`; it must not exist yet, so that no old run is taken for this one. It is
             written after the last of them, or with fewer at `remove()` or when the run ends. Training stays the same,
@@ -137,8 +138,9 @@ class SMART:
         self._teacher = Teacher()
         self._site_asked = site
         self._site: Site | None = None
-        rank = torch.distributed.get_rank() if _is_distributed() else 0
-        self._noise = Noise((torch.initial_seed() + rank) % 2**64, noise)  # row k is another in each process
+        dist = torch.distributed
+        rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+        self._noise = Noise((torch.initial_seed() + rank) % 2**64, noise)  # each process has other examples in row k
         self._reports = Reports()
         self._loop = Loop(self._reports.warn)
         self._optimizer_hooks: list[torch.utils.hooks.RemovableHandle] = []
@@ -163,7 +165,7 @@ class SMART:
 
     @property
     def config(self) -> SMARTConfig:
-        """The settings. Others may be set between two steps, to warm lambda_s up, say, and are checked then."""
+        """Return the settings. Others may be set between two steps, to warm lambda_s up, say, and are checked then."""
         return self._config
 
     @config.setter
@@ -193,17 +195,14 @@ class SMART:
                 positions take no part in the mean.
 
         Raises:
-            FloatingPointError: the penalty is NaN or infinite and `config.non_finite` is "raise". On a GPU, so that
-                nothing waits for the value, it comes from the attached optimiser's step, or from `update`.
+            FloatingPointError: the penalty is NaN or infinite and `config.non_finite` is "raise". On a GPU it
+                is raised by the attached optimiser's step or by `update`, so that the call does not wait.
             RuntimeError, TypeError, ValueError: the site, the outputs or the mask are not what they should be.
         """
-        if self._removed:
-            raise RuntimeError("SMART: called after remove(); make a new SMART(model, config)")
-        if "sample_weight" in self._reader.names and sample_weight is not None:
-            kwargs["sample_weight"] = sample_weight
+        kwargs = self._arguments("called", kwargs, sample_weight)
         config, runner, compiled = self.config, self._runner, compat.frames_compiled()
-        if not (self.model.training and torch.is_grad_enabled()) or config.lambda_s == config.mu == 0:
-            self._loop.idle = torch.is_grad_enabled() and (config.lambda_s > 0 or config.mu > 0)
+        if not (self.model.training and torch.is_grad_enabled()) or not config.active:
+            self._loop.idle = torch.is_grad_enabled() and config.active
             return runner.wrapped(*args, **kwargs), _zero(self.model)
 
         self._loop.idle = False
@@ -218,7 +217,8 @@ class SMART:
             self._reports.add(None)
             return runner.wrapped(*args, **kwargs), _zero(self.model)
         passes = self._passes(runner.wrapped, (args, kwargs), lambda_s)
-        step = self._step(passes, self._reader, self._noise, lambda_s, sample_weight, label_mask, self._lean)
+        asked = sample_weight, label_mask, self._reports.warn
+        step = take_step(passes, self._reader, self._teacher, config, lambda_s, self._noise, *asked, self._lean)
         found, dtype = observed(passes.clean.calls, step.stages.get("ascent", []))
         report = Report(self.step + 1, step.terms | found | {"penalty": step.penalty}, step.stages, dtype)
         self._reports.add(report)
@@ -253,14 +253,11 @@ class SMART:
             >>> sorted(smart.measure(torch.tensor([[1, 2], [3, 4]])))
             ['D_Breg', 'R_s']
         """
-        if self._removed:
-            raise RuntimeError("SMART: measure() after remove(); make a new SMART(model, config)")
+        kwargs = self._arguments("measure()", kwargs, sample_weight)
         if torch.is_inference_mode_enabled():
             raise RuntimeError("SMART: measure() takes gradients: call it outside of torch.inference_mode()")
-        if "sample_weight" in self._reader.names and sample_weight is not None:
-            kwargs["sample_weight"] = sample_weight
         config, runner, theta = self.config, self._runner, self._look()
-        if config.lambda_s == config.mu == 0:
+        if not config.active:
             return {}
         if config.mu > 0:
             self._teacher.follow(theta)
@@ -271,7 +268,8 @@ class SMART:
         with torch.enable_grad(), outside.replayed() as given, untouched_gradients(weights):
             self.model.eval()
             passes = self._passes(runner.called, given, config.lambda_s)
-            step = self._step(passes, reader, noise, config.lambda_s, sample_weight, label_mask)
+            asked = sample_weight, label_mask, self._reports.warn
+            step = take_step(passes, reader, self._teacher, config, config.lambda_s, noise, *asked)
         return {name: float(term.detach()) for name, term in step.terms.items()}
 
     def describe(self) -> Description:
@@ -295,8 +293,7 @@ class SMART:
 
         theta~ <- (1 - beta) theta + beta theta~   (paper, Algorithm 1, line 14)
         """
-        if self._removed:
-            raise RuntimeError("SMART: update() after remove(); make a new SMART(model, config)")
+        self._refuse_removed("update()")
         if self._optimizer_hooks:
             raise RuntimeError("SMART: update() after attach(optimizer), which calls it: each step would count twice")
         self._update()
@@ -323,7 +320,7 @@ class SMART:
         if self._optimizer_hooks:
             raise RuntimeError("SMART: attach() was called before; one optimiser moves theta~")
 
-        own = weakref.ref(self)  # an optimiser that goes on does not keep a SMART that nobody calls any more
+        own = weakref.ref(self)  # the optimiser does not keep an unused SMART alive
 
         def judge(*_: Any) -> None:
             smart = own()
@@ -331,7 +328,7 @@ class SMART:
                 smart._reports.judge(smart.config)
 
         def update(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-            # GradScaler does not call an optimiser whose gradients overflow, but a fused one, which then does nothing
+            # GradScaler skips an optimiser whose gradients overflow, except a fused one: that changes nothing then
             overflow, smart = getattr(optimizer, "found_inf", None), own()
             if smart is not None and (overflow is None or not bool(overflow)):
                 smart._update()
@@ -349,7 +346,7 @@ class SMART:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """What the last step found: R_s, D_Breg, beta, max_delta, vanished, step and skipped. Reading it synchronises.
+        """Return what the last step found: R_s, D_Breg, beta, max_delta, vanished, step and skipped; wait for a GPU.
 
         max_delta is max|delta|, and vanished the fraction of the entries with delta != 0 in which x + delta == x. With
         `smoothness_steps` > 1 these two and R_s are of the last step that had them. step counts the optimiser steps,
@@ -373,7 +370,7 @@ class SMART:
             yield
 
     def state_dict(self) -> dict[str, Any]:
-        """Give what a run needs to go on bit for bit: step, theta~ and the noise. It loads with `weights_only`."""
+        """Return what a run needs to go on bit for bit: step, theta~ and the noise. It loads with `weights_only`."""
         return {
             "step": self.step,
             "skipped": self._reports.skipped,
@@ -432,6 +429,16 @@ class SMART:
         if self._removed and self._site is not None:
             self._site.remove()
 
+    def _refuse_removed(self, call: str) -> None:
+        if self._removed:
+            raise RuntimeError(f"SMART: {call} after remove(); make a new SMART(model, config)")
+
+    def _arguments(self, call: str, kwargs: dict[str, Any], sample_weight: Tensor | None) -> dict[str, Any]:
+        """Return the model's keyword arguments, with `sample_weight` if it takes that; RuntimeError after `remove`."""
+        self._refuse_removed(call)
+        taken = sample_weight is not None and "sample_weight" in self._reader.names
+        return kwargs | ({"sample_weight": sample_weight} if taken else {})
+
     def _look(self) -> dict[str, nn.Parameter]:
         before, theta = self._runner.theta, self._runner.look()
         if theta is not before:
@@ -446,19 +453,6 @@ class SMART:
         if self._site is not None:
             self._site.follow()
         return Passes(self._runner, call, given, self._site if lambda_s > 0 else None)
-
-    def _step(
-        self,
-        passes: Passes,
-        reader: Reader,
-        draw: Noise,
-        lambda_s: float,
-        sample_weight: Tensor | None,
-        label_mask: Tensor | None,
-        lean: bool = False,
-    ) -> Step:
-        teacher, config, say = self._teacher, self.config, self._reports.warn
-        return take_step(passes, reader, teacher, config, lambda_s, draw, sample_weight, label_mask, say, lean)
 
     def _observe(self, step: Step, report: Report) -> None:
         recorder = None if self._recorder is None or self._recorder.done else self._recorder
@@ -515,10 +509,6 @@ def _from_before(state: dict[str, Any]) -> dict[str, Any]:
     ):
         made[name] = state[name]
     return made
-
-
-def _is_distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def _zero(model: nn.Module) -> Tensor:

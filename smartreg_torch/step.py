@@ -1,4 +1,4 @@
-"""Algorithm 1 for one mini-batch, lines 5 to 11: delta, R_s, D_Breg and the penalty (paper, section 3)."""
+"""Algorithm 1 for one mini-batch, lines 6 to 11: delta, R_s, D_Breg and the penalty (paper, section 3)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from smartreg_torch.lean import Afterwards, check_backward, check_no_graph
 from smartreg_torch.outputs import Compared, Reader
 from smartreg_torch.passes import Passes
 from smartreg_torch.perturbation import ascend
-from smartreg_torch.proximal import bregman_divergence, mean_examples
+from smartreg_torch.proximal import mean_examples
 from smartreg_torch.site import shift
 from smartreg_torch.teacher import Teacher
 
@@ -57,7 +57,7 @@ def smart_step(
     Args:
         compared: how the outputs of the clean pass are compared.
         lambda_s: of this step: `config.smoothness_weight`.
-        first: whether to see if the model writes into theta~, and if its backward can run twice.
+        first: whether this is the first step, in which writes into theta~ and a second backward are checked.
         later: defers R_s until the clean graph is freed.
 
     Source: paper, equations 1 to 3 and Algorithm 1.
@@ -67,47 +67,34 @@ def smart_step(
     if lambda_s > 0:
         with passes.ascending() as at:
             nu = _draw(draw, passes.starts, compared, config)
-            stages["ascent"] = ascend(  # lines 6 to 10
+            delta = stages["ascent"] = ascend(  # lines 6 to 10
                 lambda points: compared.arranged(at(points)),
                 *(passes.starts, targets, config, nu, masks, compared.divergences, compared.positions),
             )
-        if first and config.start == "margin":
+        if first and config.needs_clean_graph:
             passes.check_backward(targets)
-    if config.mu > 0:  # here, while there is one graph: what this pass frees the next can have
-        stages["teacher"] = compared.arranged(passes.again(teacher, watched=first))  # f(x; theta~), theta~ of line 14
-        terms["D_Breg"] = proximity(targets, stages["teacher"], compared, sample_weight)
+    if config.mu > 0:  # before R_s: the memory that this pass frees is used by the next
+        taught = stages["teacher"] = compared.arranged(passes.again(teacher, watched=first))  # theta~ of line 14
+        terms["D_Breg"] = mean(targets, taught, compared, sample_weight)
     if lambda_s > 0:
-        # x itself, not what a second pass of the layers below gives: its gradients are added up, and go on once
-        points = [shift(call.own, delta) for call, delta in zip(passes.clean.calls, stages["ascent"], strict=True)]
-        stages["perturbed"] = compared.arranged(passes.at(points, graph=later is None))  # f(x + delta; theta)
-        terms["R_s"] = smoothness(stages["perturbed"], targets, compared, sample_weight)
+        # the clean pass's x, so that the layers below are back-propagated through once
+        points = [shift(call.own, moved) for call, moved in zip(passes.clean.calls, delta, strict=True)]
+        perturbed = stages["perturbed"] = compared.arranged(passes.at(points, graph=later is None))
+        terms["R_s"] = mean(perturbed, targets, compared, sample_weight)
     weights = {"R_s": lambda_s, "D_Breg": config.mu}
     penalty = _total(weight * terms[name] for name, weight in weights.items() if name in terms)
     step = Step(penalty, terms, stages, passes, compared, sample_weight)  # line 11 is the optimiser's, on L + penalty
     return step if later is None else _deferred(step, lambda_s, later)
 
 
-def smoothness(
-    perturbed: list[Tensor], targets: list[Tensor], compared: Compared, sample_weight: Tensor | None
-) -> Tensor:
-    """R_s = 1/n sum_i w_i l_s( f(x_i + delta_i; theta), f(x_i; theta) ), added up over the heads.
+def mean(a: list[Tensor], b: list[Tensor], compared: Compared, sample_weight: Tensor | None) -> Tensor:
+    """Return 1/n sum_i w_i l_s(a_i, b_i), added up over the heads: R_s or D_Breg.
 
-    Source: paper, equation 2.
+    Source: paper, equations 2 and 3.
     """
     return _total(
-        mean_examples(DIVERGENCES[name](z_perturbed, z, m), sample_weight)
-        for name, z_perturbed, z, m in zip(compared.divergences, perturbed, targets, compared.positions, strict=True)
-    )
-
-
-def proximity(targets: list[Tensor], taught: list[Tensor], compared: Compared, sample_weight: Tensor | None) -> Tensor:
-    """D_Breg = 1/n sum_i w_i l_s( f(x_i; theta), f(x_i; theta~) ), added up over the heads.
-
-    Source: paper, equation 3.
-    """
-    return _total(
-        bregman_divergence(z, z_taught, name, m, sample_weight)
-        for name, z, z_taught, m in zip(compared.divergences, targets, taught, compared.positions, strict=True)
+        mean_examples(DIVERGENCES[name](one, other, mask), sample_weight)
+        for name, one, other, mask in zip(compared.divergences, a, b, compared.positions, strict=True)
     )
 
 
@@ -121,13 +108,13 @@ def _draw(draw: Noise, xs: list[Tensor], compared: Compared, config: SMARTConfig
 
 
 def _deferred(step: Step, lambda_s: float, later: Afterwards) -> Step:
-    """Let the backward of the penalty run the perturbed pass once more, with its graph, after the clean graph."""
+    """Let the penalty's backward run the perturbed pass again, with its graph, after the clean graph is freed."""
     delta, sample_weight, passes = step.stages["ascent"], step.sample_weight, step.passes.without_clean()
     fixed = [z.detach() for z in step.compared.targets]
     compared = step.compared._replace(targets=fixed)  # nothing holds the clean graph
 
     def other_side() -> Tensor:
-        return lambda_s * smoothness(compared.arranged(passes.shifted(delta)), fixed, compared, sample_weight)
+        return lambda_s * mean(compared.arranged(passes.shifted(delta)), fixed, compared, sample_weight)
 
     later.backward_of(other_side)
     penalty = step.penalty + later.zero.to(step.penalty.device)
@@ -154,13 +141,13 @@ def take_step(
         say: warns, once of each kind.
         lean: whether R_s is deferred until the clean graph is freed.
     """
-    later = _later(passes) if lean and lambda_s > 0 else None  # older than the clean graph
-    passes.run_clean(differentiable=lambda_s > 0 and config.start == "margin")  # line 5
+    later = _later(passes) if lean and lambda_s > 0 else None  # made before the clean graph: autograd runs it last
+    passes.run_clean(differentiable=lambda_s > 0 and config.needs_clean_graph)
     if passes.lost:
         say(
             "written",
-            f"SMART: the model wrote into {passes.lost[0]} for the first time, and the other passes of this step "
-            "cannot have what was there before. From the next step on they have.",
+            f"SMART: the model wrote into {passes.lost[0]} for the first time. The other passes of this step see "
+            "the new value; from the next step on they see the old one.",
         )
     teacher.settle(passes.theta)
     compared = reader.read(passes, label_mask)
@@ -171,7 +158,7 @@ def take_step(
         passes.check_repeated(compared.arranged, compared.targets, compared.positions, own_x=config.mu > 0)
     step = smart_step(passes, compared, sample_weight, teacher, config, lambda_s, draw, first, later)
     if first:
-        # not before the ascent, whose backward it would see
+        # after the ascent, whose backward would call the hook
         watch_loss(passes.own_outputs, compared.heads, partial(say, "loss"))
         passes.checked(compared.inputs.names)
     return step
@@ -213,7 +200,7 @@ class Noise:
         return torch.randn(like.shape, generator=self.generator, dtype=like.dtype, device=device).to(like.device)
 
     def restored(self, seed: int, stream: Any, device: torch.device) -> Noise:
-        """Give this noise with another seed and the state of its generator, or None; ValueError if it is none."""
+        """Return this noise with another seed and generator state, or None; ValueError if it cannot be loaded."""
         noise = Noise(seed, self.function)
         if stream is not None:
             noise.generator = torch.Generator(device)
@@ -221,7 +208,7 @@ class Noise:
                 noise.generator.set_state(stream.cpu())
             except (RuntimeError, TypeError, AttributeError) as error:
                 raise ValueError(
-                    f"SMART.load_state_dict: the state's noise generator is none of {device}: {error}"
+                    f"SMART.load_state_dict: the state's noise generator cannot be loaded on {device}: {error}"
                 ) from error
         return noise
 

@@ -271,7 +271,7 @@ class SMARTMixin(_Base):
         self.smart, self._smart_checked, self._smart_probe = None, False, Probe()
         self._smart_description, self._smart_evaluations, self._smart_best_averaged = None, [], False
         config, args = self.smart_config, self.args
-        if config.lambda_s == config.mu == 0:
+        if not config.active:
             return
         unsupported = {
             "several GPUs in one process (nn.DataParallel); start it with torchrun": args.n_gpu > 1,
