@@ -21,7 +21,7 @@ HEIGHT = 1.5  # of a box; a ring is 2 high
 
 
 class Ring(NamedTuple):
-    """A row of the picture. A ring imports the ones below it."""
+    """Describe a row of the picture. A file imports files of its own ring and of the rings below, never above."""
 
     name: str
     job: str
@@ -29,7 +29,7 @@ class Ring(NamedTuple):
 
 
 class Part(NamedTuple):
-    """A box: what happens, in which ring, from when to when, in which file, at which line of Algorithm 1."""
+    """Describe a box: what happens, in which ring, from when to when, in which file, at which line of Algorithm 1."""
 
     title: str
     ring: int
@@ -40,17 +40,18 @@ class Part(NamedTuple):
     line: str = ""
 
 
-RINGS = [
+RINGS = [  # the innermost first, which is the lowest
     Ring("equations", "arrays and settings,\nno model", "#dcebdc"),
     Ring("passes", "how a model\nis run again", "#dbe7f5"),
     Ring("step", "one mini-batch", "#fbe6cf"),
     Ring("drivers", "what people call", "#ece2f3"),
 ]
 PARTS = [
-    Part("call", 3, 0, 1.9, "smart(**batch)\nfit: train_step", "smart.py | engine.py", "line 5"),
+    Part("call", 3, 0, 1.9, "smart(**batch)\nfit: train_step", "smart.py | engine.py"),
     Part("optimiser", 3, 10.1, 12.1, "backward of L + penalty;\ntheta moves", "your loop | fit", "line 11"),
-    Part("update", 3, 12.4, 14.2, "count the step,\nlet theta~ move", "smart.py | penalty.py", "lines 12, 13"),
-    Part("smart_step", 2, 0, 9.8, "", "step.py", "lines 5 to 11"),
+    Part("update", 3, 12.4, 14.2, "count the step,\nlet theta~ move", "smart.py | penalty.py", "line 12"),
+    Part("read", 2, 0, 1.9, "the outputs to compare;\nchecks in the first step", "step.py | penalty.py"),
+    Part("smart_step", 2, 2.2, 9.8, "", "step.py", "lines 6 to 10, and the penalty of line 11"),
     Part("clean pass", 1, 0, 1.9, "f(x; theta), and x\nat the site", "passes.py, site.py", "line 5"),
     Part(
         "pass at x + delta",
@@ -59,7 +60,7 @@ PARTS = [
         4.6,
         "the same dropout and\nbuffers, T_x times",
         "passes.py, replay.py",
-        "lines 7, 8",
+        "line 8",
     ),
     Part("teacher's pass", 1, 4.9, 7.2, "f(x; theta~),\nwithout a graph", "passes.py, teacher.py"),
     Part("perturbed pass", 1, 7.5, 9.8, "f(x + delta; theta),\nfrom the clean x", "passes.py"),
@@ -68,6 +69,20 @@ PARTS = [
     Part("D_Breg", 0, 4.9, 7.2, "mean of l_s(f(x; theta),\nf(x; theta~))", "divergences.py, proximal.py", "equation 3"),
     Part("R_s", 0, 7.5, 9.8, "mean of l_s(f(x + delta),\nf(x))", "divergences.py, proximal.py", "equation 2"),
     Part("theta~ <-", 0, 12.4, 14.2, "(1 - beta) theta\n+ beta theta~", "proximal.py", "line 14"),
+]
+
+
+# What smart_step computes, in PyTorch's order and in Keras'. The boxes below it are in PyTorch's.
+ORDERS = [
+    ("PyTorch:", 2.32, 5.2),
+    ("delta", 3.7, 5.2),
+    ("then D_Breg, while there is one graph", 6.05, 5.2),
+    ("then R_s", 8.9, 5.2),
+    ("Keras:", 2.32, 4.9),
+    ("delta", 3.7, 4.9),
+    ("then R_s", 6.05, 4.9),
+    ("then D_Breg", 8.9, 4.9),
+    ("penalty = lambda_s R_s + mu D_Breg", 6.05, 4.58),
 ]
 
 
@@ -96,6 +111,7 @@ def draw_arrows(axis: Axes) -> None:
         draw_arrow(axis, (middle - 0.2, 4.25), (middle - 0.2, 3.75))
         draw_arrow(axis, (middle + 0.2, 3.75), (middle + 0.2, 4.25))
     draw_arrow(axis, (0.95, 6.25), (0.95, 5.75))
+    draw_arrow(axis, (1.9, 5.0), (2.2, 5.0))
     draw_arrow(axis, (3.2, 1.75), (3.2, 2.25), "x + delta")
     draw_arrow(axis, (4.3, 2.25), (4.3, 1.75), "g")
     for middle in (6.05, 8.65):  # outputs to the divergence
@@ -123,16 +139,17 @@ def draw() -> None:
             axis.text(-1.65, 2 * k + 0.8, ring.job, va="top", size=8, color=PALE)
         for part in PARTS:
             draw_part(axis, part)
-        formula = "penalty = lambda_s R_s + mu D_Breg:   delta   ->   D_Breg while there is one graph   ->   R_s"
-        axis.text(4.9, 5.03, formula, ha="center", va="center", size=9.5, color=INK)
+        for text, x, y in ORDERS:
+            axis.text(x, y, text, va="center", ha="center" if x > 2.5 else "left", size=8.5, color=INK)
         draw_arrows(axis)
         axis.text(-1.65, 8.12, "One optimiser step, from left to right", size=10.5, weight="bold", color=INK)
-        note = "A ring imports the rings below it. File | file: PyTorch | Keras. Lines: the paper's Algorithm 1."
+        note = "Imports go down, never up. PyTorch's file | Keras' file. Lines: the paper's Algorithm 1."
         axis.text(14.2, 8.12, note, size=8.5, color=PALE, ha="right")
         axis.text(
             -1.65,
             -0.25,
-            "R_s alone: no teacher's pass. D_Breg alone: no ascent and no perturbed pass.",
+            "R_s alone: no teacher's pass. D_Breg alone: no ascent and no perturbed pass. "
+            "In Keras train_step runs the clean pass, and penalty.py, a driver, reads its outputs.",
             size=8.5,
             color=PALE,
         )
