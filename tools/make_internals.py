@@ -50,7 +50,7 @@ PARTS = [
     Part("call", 3, 0, 1.9, "smart(**batch)\nfit: train_step", "smart.py | engine.py"),
     Part("optimiser", 3, 10.1, 12.1, "backward of L + penalty;\ntheta moves", "your loop | fit", "line 11"),
     Part("update", 3, 12.4, 14.2, "count the step,\nlet theta~ move", "smart.py | penalty.py", "line 12"),
-    Part("read", 2, 0, 1.9, "the outputs to compare;\nchecks in the first step", "step.py | penalty.py"),
+    Part("read", 2, 0, 1.9, "outputs to compare;\nchecks in the first step", "step.py | penalty.py"),
     Part("smart_step", 2, 2.2, 9.8, "", "step.py", "lines 6 to 10, and the penalty of line 11"),
     Part("clean pass", 1, 0, 1.9, "f(x; theta), and x\nat the site", "passes.py, site.py", "line 5"),
     Part(
