@@ -186,17 +186,17 @@ class SMARTConfig:
 
     @property
     def active(self) -> bool:
-        """Whether there is anything to add to plain training."""
+        """Tell whether there is anything to add to plain training."""
         return self.lambda_s > 0 or self.mu > 0
 
     @property
     def needs_clean_graph(self) -> bool:
-        """Whether the start takes its gradient from the graph of the clean pass."""
+        """Tell whether the start takes its gradient from the graph of the clean pass."""
         return self.start == "margin"
 
     @property
     def needs_total_steps(self) -> bool:
-        """Whether beta changes during training, so that `total_steps` must be known."""
+        """Tell whether beta changes during training, so that `total_steps` must be known."""
         return self.mu > 0 and self.beta_early != self.beta_late and 0 < self.early_fraction < 1
 
     def smoothness_weight(self, steps: int) -> float:

@@ -45,7 +45,7 @@ class Head(NamedTuple):
 
     @property
     def is_guess(self) -> bool:
-        """Whether nothing said what l_s is."""
+        """Tell whether nothing said what l_s is."""
         return self.why_divergence == DEFAULT
 
     def arranged(self, z: Tensor) -> Tensor:
@@ -59,7 +59,7 @@ DEFAULT = "the default"
 
 
 class Evidence(NamedTuple):
-    """Collect what says how the outputs are to be read.
+    """Hold the facts that say how outputs are read.
 
     Attributes:
         config: the model's own, or None.
@@ -180,7 +180,7 @@ def find_heads(
     Args:
         outputs: by name, as the model gives them.
         divergence, class_axis: what the user said, if anything.
-        before: the heads of the step before. They decide if the shapes of this batch can be read in several ways.
+        before: the heads of the step before. They are used if the shapes of this batch can be read in several ways.
 
     Raises:
         ValueError: nothing says where the classes are or what l_s is; the message says what to give.
@@ -210,6 +210,7 @@ def find_heads(
 
 
 def _divergence(name: str, z: Tensor, evidence: Evidence) -> tuple[str, str]:
+    """Decide l_s of an output that the user said nothing of, and say why."""
     config, labels = evidence.config, evidence.labels
     problem = getattr(config, "problem_type", None)
     if problem in _PROBLEM_TYPES:
@@ -227,6 +228,7 @@ def _divergence(name: str, z: Tensor, evidence: Evidence) -> tuple[str, str]:
 def _axis(
     name: str, z: Tensor, l_s: str, why_l_s: str, evidence: Evidence, before: Head | None
 ) -> tuple[int | None, str]:
+    """Decide which axis has the classes, None if each entry is an output of its own, and say why."""
     if z.ndim == 1:
         return None, "one value an example"
     if name in _SPANS:
@@ -363,7 +365,7 @@ class Reader:
         self.choices = _describe_batch(compared, calls)
 
     def _count(self, z: Tensor, inputs: Inputs, label_mask: Tensor | None) -> Tensor | None:
-        """Which positions of an output count: those of the site, or of a decoder if there is one, with a label."""
+        """Find which positions of an output count: those of the site, or of a decoder if there is one, with a label."""
         masks = inputs.masks
         if "decoder_input_ids" in self.names:
             mask, labels = inputs.arguments.get("decoder_attention_mask"), inputs.arguments.get("labels")

@@ -21,7 +21,7 @@ from smartreg_torch.teacher import Teacher, in_model
 Outputs = dict[str, Tensor]  # those that are compared, by name, as the model gives them
 _ONE_BACKWARD = (
     "SMART: the model's backward frees or overwrites what it needs, as some fused kernels do, and the margin start "
-    "runs it once before yours: your gradients would be wrong. Say SMARTConfig(start='gaussian')"
+    "runs it once before loss.backward(): your gradients would be wrong. Say SMARTConfig(start='gaussian')"
 )
 
 
@@ -55,7 +55,7 @@ class Runner:
         self.forget()
 
     def forget(self) -> None:
-        """Let go of the model's modules and parameters. The next `look` walks over it."""
+        """Forget the model's modules and parameters. The next `look` walks over it."""
         self.modules: list[nn.Module] = []
         self.theta: dict[str, nn.Parameter] = {}
         self.sharded: list[Any] = []
@@ -80,7 +80,7 @@ class Runner:
 
     @property
     def has_static_graph(self) -> bool:
-        """Whether the wrapper is DistributedDataParallel(static_graph=True)."""
+        """Tell whether the wrapper is DistributedDataParallel(static_graph=True)."""
         wrapped = self.wrapped
         return isinstance(wrapped, nn.parallel.DistributedDataParallel) and bool(wrapped.static_graph)
 
@@ -119,7 +119,7 @@ class Passes:
     Attributes:
         output: what the model returned to the user.
         clean: f(x; theta), in the precision of the other passes.
-        lost: what the model wrote into for the first time, so that no pass can have what was there before.
+        lost: what the model wrote into for the first time, of which there is no earlier copy.
     """
 
     output: Any
@@ -168,14 +168,12 @@ class Passes:
         with self._state.kept.as_before() as given:
             yield given
 
-    def again(self, teacher: Teacher | None = None, watched: bool = False) -> Outputs:
-        """Return f(x; theta), or f(x; theta~) without a graph.
+    def again(self, teacher: Teacher, watched: bool) -> Outputs:
+        """Return f(x; theta~) without a graph.
 
         Args:
-            watched: whether to see if the model writes into theta~.
+            watched: whether to check if the model writes into theta~.
         """
-        if teacher is None:
-            return self._run()
         averages = teacher.for_a_pass()
         # half-precision weights get theta~ in float32
         copied = {name for name in averages if self._float32 and self.theta[name].dtype in HALF}
@@ -215,7 +213,7 @@ class Passes:
     def starts(self) -> list[Tensor]:
         """Return x, on the graph of the clean outputs if a gradient may be taken of it."""
         xs = [call.x for call in self.clean.calls]
-        # the first backward through it averages gradients over the processes; a margin start's would be that one
+        # static_graph=True averages gradients in the first backward; the margin start's must not be that one
         return [x.detach() for x in xs] if self._runner.has_static_graph else xs
 
     @contextmanager
@@ -224,13 +222,13 @@ class Passes:
         frozen = ExitStack()
 
         def at(points: list[Tensor]) -> Outputs:
-            # not before the first pass of the ascent: the margin start still has a gradient to take of the clean graph,
-            # which checkpointed layers rebuild as it was
+            # freeze in the first pass of the ascent: the margin start first needs the clean graph, which checkpointed
+            # layers rebuild as it was
             frozen.enter_context(self._frozen())
             return self.at(points)
 
         try:
-            # a backward under autocast would round its products: the passes have the caller's, the gradients none
+            # autocast off: a backward under it rounds its products; the passes have the caller's
             with self._own_backward(), frozen, torch.autocast(device_of(self._runner.model).type, enabled=False):
                 yield at
         except RuntimeError as error:
@@ -244,7 +242,7 @@ class Passes:
     # In the first step
 
     def is_first(self, names: frozenset[str]) -> bool:
-        """Whether no step with these arguments was checked."""
+        """Tell whether no step with these arguments was checked."""
         mine = self.site is not None, names
         return self._runner.model.training and not {mine, (True, names)} & self._runner.checked
 
@@ -279,7 +277,7 @@ class Passes:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # reentrant checkpointing is refused by the ascent
             difference = differing(targets, read(self._without_graph(repeated, trying=True)), positions)
-            if difference:  # what seemed to be set up for good was not
+            if difference:  # a value taken as initialised for good changed again
                 self._state.reject()
                 difference = differing(targets, read(self._without_graph(repeated, trying=True)), positions)
             if not difference:
@@ -313,7 +311,7 @@ class Passes:
             raise RuntimeError(_ONE_BACKWARD)
 
     def _run(self, averages: Mapping[str, Tensor] | None = None) -> Outputs:
-        """Run the model as in the clean pass; half-precision weights as these, if given."""
+        """Run the model as in the clean pass, half-precision weights with these values if given."""
         runner = self._runner
         with self._state.replayed(None if self._float32 is None else _widened) as (args, kwargs):
             if self._float32 is None:
@@ -450,12 +448,12 @@ def untouched_gradients(weights: Iterable[Tensor]) -> Iterator[None]:
 
 
 def is_compiled(model: nn.Module) -> bool:
-    """Whether torch.compile or .compile() was called on it or on a module inside."""
+    """Tell whether torch.compile or .compile() was called on it or on a module inside."""
     return any(map(compat.is_compiled, model.modules()))
 
 
 def _in_half(model: nn.Module, theta: Mapping[str, Tensor]) -> bool:
-    """Whether anything in the model computes in half precision, as far as can be seen from outside."""
+    """Tell whether anything in the model computes in half precision, as far as can be seen from outside."""
     autocast = torch.is_autocast_enabled(device_of(model).type) or compat.original_forward(model) is not None
     return autocast or any(map(_is_half, theta.values()))
 

@@ -1,4 +1,4 @@
-"""What a step found, on its way to main memory, and what is said of it."""
+"""Copy what a step found to main memory, and warn of it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Report:
 
     @property
     def is_here(self) -> bool:
-        """Whether reading the values waits for nothing."""
+        """Tell whether reading the values waits for nothing."""
         return self._sent is None
 
     @property
@@ -52,7 +52,7 @@ class Report:
 
     @property
     def is_finite(self) -> bool:
-        """Whether the penalty is, and the perturbation: a model that imputes NaN would hide one."""
+        """Tell whether penalty and perturbation are finite: a model that imputes NaN hides a delta that is not."""
         values = self.values
         return math.isfinite(values["penalty"]) and math.isfinite(values.get("max_delta", 0.0))
 
@@ -94,6 +94,7 @@ class Reports:
         report.judged = True
         stages, report.stages = report.stages, {}
         found = dict(report.values)
+        # under autocast the next layer has x in a narrower dtype
         found["vanished"] = found.get("vanished in the next layer", found.get("vanished", 0.0))
         for what, message in warn_of(found, config.start, str(report.dtype)).items():
             self.warn(what, message)
@@ -137,7 +138,7 @@ def observed(calls: list[Call], deltas: list[Tensor]) -> tuple[dict[str, Tensor]
 
 
 def see(step: Step, report: Report, beta: float | None) -> StepSeen:
-    """Show a step to an observer; wait for the device."""
+    """Build the StepSeen of a step; wait for the device."""
     found = report.values
     metrics = {name: found[name] for name in ("R_s", "D_Breg", "vanished", "max_delta", "penalty") if name in found}
     stages = {name: [z.detach() for z in tensors] for name, tensors in step.stages.items()}

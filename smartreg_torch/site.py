@@ -72,7 +72,7 @@ class Site:
 
     @property
     def at_input(self) -> bool:
-        """Whether x is an argument of the model itself."""
+        """Tell whether x is an argument of the model itself."""
         return any(hook.at_input for hook in self._hooks)
 
     def remove(self) -> None:
@@ -139,7 +139,7 @@ class Site:
                 self._miscounted(len(values), f"{run} times or more")
             if output.shape != values[run - 1].shape:
                 raise ValueError(
-                    f"SMART: the site {self.name!r} gave a tensor of shape {tuple(output.shape)} where the clean pass "
+                    f"SMART: the site {self.name!r} gave a tensor of shape {tuple(output.shape)}, but the clean pass "
                     f"gave {tuple(values[run - 1].shape)}: the model must do the same in every pass over one batch"
                 )
             return put(output, values[run - 1])

@@ -70,7 +70,7 @@ class Teacher:
                     f"SMART: {name} has the shape {tuple(parameter.shape)}, and theta~ was made of "
                     f"{tuple(average.shape)}: it was resized during training. Make a new SMART(model, config) after it"
                 )
-            else:  # the model may have moved, or have become wider
+            else:  # moved to another device, or a wider dtype
                 self.averages[name] = average.to(parameter.device, torch.promote_types(average.dtype, wide))
 
     def begin(self, theta: Theta) -> None:
@@ -80,7 +80,7 @@ class Teacher:
         self._stamps = None
 
     def settle(self, theta: Theta) -> None:
-        """Copy what the first clean pass initialised: a layer may do so by its first batch, and that is theta_0."""
+        """Copy the weights that the first clean pass initialised: they are theta_0."""
         for name in self._initial:
             if not _equal(self.averages[name], theta[name]):
                 local(self.averages[name]).copy_(local(theta[name]))
@@ -97,11 +97,11 @@ class Teacher:
         return {name: average.clone() for name, average in self.averages.items()}
 
     def for_a_pass(self) -> dict[str, Tensor]:
-        """Take theta~ itself if no pass writes into it, else a copy."""
+        """Return theta~ itself if no pass writes into it, else a copy."""
         return self.copied() if self._written else self.averages
 
     def see(self, after: Mapping[str, Tensor]) -> None:
-        """See whether a pass wrote into what `for_a_pass` gave."""
+        """Note whether a pass wrote into what `for_a_pass` gave."""
         self._written = any(
             not torch.equal(local(average), local(self.averages[name])) for name, average in after.items()
         )
@@ -143,7 +143,7 @@ class Teacher:
 
 
 class Stamp:
-    """Tell whether a parameter was replaced or written into since."""
+    """Tell whether a parameter was replaced or written into since this was made."""
 
     def __init__(self, parameter: nn.Parameter) -> None:
         self._parameter = weakref.ref(parameter)
@@ -155,7 +155,7 @@ class Stamp:
         return 0 if own.is_inference() else version(parameter), own.shape, own.device, own.data_ptr()
 
     def holds(self, parameter: nn.Parameter) -> bool:
-        """Whether this is that parameter, as it was, if on another device."""
+        """Tell whether this is the same, unwritten parameter; its device may differ."""
         then, now = self._mark, self._marked(parameter)
         in_place = now[2] != then[2] or now[3] == then[3]  # a model that moves to another device keeps its values
         return self._parameter() is parameter and now[:2] == then[:2] and in_place

@@ -61,7 +61,7 @@ class Odd(nn.Module):
         ("", "unused", ValueError, r"the site 'unused' was not run by the model's forward"),
         ("more", "embedding", ValueError, r"'embedding' ran 1 times in the clean pass and 2 times or more in a later"),
         ("fewer", "embedding", ValueError, r"'embedding' ran 2 times in the clean pass and 1 times in a later"),
-        ("shape", "embedding", ValueError, r"shape \(6, 2, 4\) where the clean pass gave \(6, 5, 4\)"),
+        ("shape", "embedding", ValueError, r"shape \(6, 2, 4\), but the clean pass gave \(6, 5, 4\)"),
         ("", "lookup", TypeError, r"'lookup' gave torch.int64, which cannot be perturbed"),
         ("tuple", "lookup", TypeError, r"'lookup' must give one tensor, got tuple"),
         ("", "input", TypeError, r"'input' gave torch.int64, which cannot be perturbed"),

@@ -48,7 +48,7 @@ class Row(NamedTuple):
 
     @property
     def ok(self) -> bool:
-        """Whether the error is within the bound."""
+        """Tell whether the error is within the bound."""
         return not self.problem and self.error <= self.bound
 
 

@@ -29,7 +29,7 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        """Whether every row is within its bound, and there is one."""
+        """Tell whether every row is within its bound, and there is one."""
         return bool(self.rows) and all(row.ok for row in self.rows)
 
     def __str__(self) -> str:

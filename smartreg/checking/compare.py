@@ -86,7 +86,7 @@ class RunReport:
 
     @property
     def ok(self) -> bool:
-        """Whether every row is ok."""
+        """Tell whether every row is ok."""
         return all(row.ok for row in self.rows)
 
     def __str__(self) -> str:

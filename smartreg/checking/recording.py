@@ -106,7 +106,7 @@ class Recorder:
 
     @property
     def full(self) -> bool:
-        """Whether all steps are there."""
+        """Tell whether all steps are there."""
         return len(self._recorded) >= self.steps
 
     def write(self) -> None:
