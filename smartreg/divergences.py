@@ -159,7 +159,7 @@ def mean_positions(values: Array, mask: ArrayLike | None = None) -> Array:
 
 
 def _mean_grad(grad: Array, mask: ArrayLike | None) -> Array:
-    """The gradient of `mean_positions` from that of each position: exactly 0 where the mask is false, NaN or not."""
+    """Return the gradient of `mean_positions` from each position's: exactly 0 where the mask is false, NaN or not."""
     weights = position_weights(grad, mask)
     result: Array = np.where(weights > 0, grad, 0) * weights
     return result

@@ -98,7 +98,7 @@ def mean_positions(values: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 def _pair(call: str, a: Tensor, b: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """In float32 or wider, and 0 where the mask is false: no value and no gradient comes from there, NaN or not."""
+    """Widen to float32 or more; put 0 where the mask is false, so that no NaN there reaches a value or gradient."""
     if a.shape != b.shape or a.ndim < 2:
         raise ValueError(
             f"{call}: expected two tensors of one shape (n, ..., C), got {tuple(a.shape)} and {tuple(b.shape)}"
@@ -187,7 +187,7 @@ class _BernoulliSymmetricKL(torch.autograd.Function):
 
 
 class _HigherDerivatives(torch.autograd.Function):
-    """The values, as they are; a backward with create_graph=True adds 0 to the gradients, with their derivatives.
+    """Return the values as they are; a backward with create_graph=True adds 0 to the gradients, with their derivatives.
 
     The gradients themselves stay those that were saved. Nothing is computed and no input is read without create_graph,
     so that outputs may be changed in place after the call.
@@ -217,7 +217,7 @@ class _HigherDerivatives(torch.autograd.Function):
 
 
 def _symmetric_kl_gradients(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """dJ/da and dJ/db by operations that can be differentiated again."""
+    """Return dJ/da and dJ/db by operations that can be differentiated again."""
     huge = torch.finfo(a.dtype).max / 16
     a, b = a.clamp(-huge, huge), b.clamp(-huge, huge)
     p, q, d_from = a.softmax(-1), b.softmax(-1), _difference(a, b)
@@ -228,7 +228,7 @@ def _symmetric_kl_gradients(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _bernoulli_symmetric_kl_gradients(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """dJ/da and dJ/db by operations that can be differentiated again."""
+    """Return dJ/da and dJ/db by operations that can be differentiated again."""
     huge = torch.finfo(a.dtype).max / 4
     a, b = a.clamp(-huge, huge), b.clamp(-huge, huge)
     p, q, d = a.sigmoid(), b.sigmoid(), a - b
@@ -236,7 +236,7 @@ def _bernoulli_symmetric_kl_gradients(a: Tensor, b: Tensor) -> tuple[Tensor, Ten
 
 
 def _difference(a: Tensor, b: Tensor) -> Callable[[Tensor], Tensor]:
-    """d = a - b less its value at a class: J does not see a shift.
+    """Return d = a - b less its value at a class: J does not see a shift.
 
     A common shift may be far larger than what is left without it, so the rounding of a - b is kept (Knuth's two-sum).
     """

@@ -35,7 +35,7 @@ class Kept:
 
     @property
     def given_tensors(self) -> list[Tensor]:
-        """The tensors among the arguments."""
+        """List the tensors among the arguments."""
         values = [self._tensors[key].value for key in self._found.arguments]
         return [value for value in values if isinstance(value, Tensor)]
 
@@ -69,7 +69,7 @@ class Kept:
 
     @property
     def changed(self) -> list[str]:
-        """What is not as it was before the clean pass, by name."""
+        """Name what is not as it was before the clean pass."""
         names = [value.where for value in self._tensors.values() if value.written]
         for slot in self._slots:
             names += [f"{slot.where}.{name}" if isinstance(name, str) else slot.where for name in slot.changed()]

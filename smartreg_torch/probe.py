@@ -191,7 +191,8 @@ class Probe:
             )
 
     def _tell(self, smart: SMART, divergence: str | None, axis: int | None) -> None:
-        if smart._reader.divergence is None:  # nobody said it
+        """Decide l_s and the class axis by what the loss said, unless the user has named them."""
+        if smart._reader.divergence is None:
             smart._reader.divergence = self._divergence = divergence
         if axis is not None and smart._reader.class_axis is None:
             smart._reader.class_axis = self._axis = axis

@@ -293,7 +293,7 @@ def _changed_input(hook: _Hook, module: Any, args: tuple[Any, ...], kwargs: dict
 
 
 def shift(x: Tensor, delta: Tensor) -> Tensor:
-    """x + delta, rounded once to x's dtype.
+    """Return x + delta, rounded once to x's dtype.
 
     Example:
         >>> shift(torch.ones(1, dtype=torch.bfloat16), torch.full((1,), 0.5))

@@ -160,7 +160,7 @@ class SMART:
 
     @property
     def teacher(self) -> dict[str, Tensor]:
-        """theta~ by parameter name, in float32 or wider; DTensors if the weights are."""
+        """Return theta~ by parameter name, in float32 or wider; DTensors if the weights are."""
         return self._teacher.averages
 
     @property
