@@ -226,14 +226,14 @@ EPOCH_LOGS = "_get_metrics_result_or_logs"
 
 
 def epoch_logs(model: Any) -> Any:
-    """Return the method that makes the logs of an epoch from those of its last step; EPOCH_LOGS is its name.
+    """Return the method, of the name EPOCH_LOGS, that makes an epoch's logs from those of its last step; or None.
 
     Private: keras.Model._get_metrics_result_or_logs
     Seen: Keras 3.12 to 3.15.1
     For: smoothness and proximal of all replicas in the logs of an epoch
     Without: the logs of the last step
     """
-    return getattr(model, EPOCH_LOGS, lambda logs: logs)
+    return getattr(model, EPOCH_LOGS, None)
 
 
 def frames_of_keras(thread: int) -> Iterator[Any]:

@@ -1,4 +1,4 @@
-"""What is put on a Keras model, so that its training step is SMART's (paper: equation 1 and Algorithm 1)."""
+"""Put SMART on a Keras model: its training step becomes Algorithm 1's (paper: equation 1 and Algorithm 1)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import tensorflow as tf
 
 from smartreg.checking.recording import Recorder
 from smartreg.config import SMARTConfig, check_options
-from smartreg.proximal import momentum
+from smartreg.proximal import last_move, momentum
 from smartreg.report import Description
 from smartreg_tf import compat, resume
 from smartreg_tf.build import Builder, is_built
@@ -27,9 +27,9 @@ ENGINE = "_smartreg_engine"
 
 
 class Engine:
-    """One model's SMART: what its training step does more than Keras'.
+    """Add SMART to one model's training step.
 
-    The methods named in `METHODS` take Keras' own method first; `install` puts them on the model's instance.
+    `install` puts the methods named in `METHODS` on the model's instance. They take Keras' own method first.
 
     Args:
         model, config: as `attach`.
@@ -46,13 +46,13 @@ class Engine:
         "compute_loss",
         "make_train_function",
         "reset_metrics",
-        compat.EPOCH_LOGS,
         "save_weights",
         "load_weights",
         "save",
+        # nothing is added to these; they remove SMART if an exception ended the fit
+        "make_test_function",
+        "make_predict_function",
     )
-    # Nothing is added to these: they end what a broken fit left.
-    OTHERS = ("make_test_function", "make_predict_function")
 
     def __init__(
         self,
@@ -82,21 +82,23 @@ class Engine:
 
     @property
     def active(self) -> bool:
-        """Whether there is anything to add to plain training."""
-        return self.config.lambda_s > 0 or self.config.mu > 0
+        """Tell whether there is anything to add to plain training."""
+        return self.config.active
 
     @property
     def averages(self) -> list[Any]:
-        """theta~ in the order of `model.trainable_variables`, float32 or wider; empty while there is none."""
+        """Return theta~ in the order of `model.trainable_variables`, float32 or wider; empty while there is none."""
         return list(self.teacher.averages.values())
 
     @property
     def metrics(self) -> dict[str, float]:
-        """R_s, D_Breg, max_delta and vanished, averaged since the metrics were reset; beta of theta~'s last move, once
-        there was one; the optimiser step, and how many steps had no finite penalty.
+        """Return R_s, D_Breg, max_delta and vanished, averaged since the metrics were reset.
+
+        Also beta of theta~'s last move, once there was one, the optimiser step, and how many steps had no finite
+        penalty.
         """
         step = self._steps
-        moved = step - step % self.config.proximal_steps
+        moved = last_move(step, self.config)
         beta = {"beta": float(momentum(moved, self.config))} if self.config.mu > 0 and moved > 0 else {}
         return self.report.means | beta | {"step": float(step), "skipped": float(self.report.skipped)}
 
@@ -104,7 +106,7 @@ class Engine:
 
     @property
     def installed(self) -> bool:
-        """Whether this is on the model."""
+        """Tell whether this is on the model."""
         return getattr(self.model, ENGINE, None) is self
 
     def install(self) -> None:
@@ -118,9 +120,10 @@ class Engine:
         self._compiled = compat.compilation(self.model)
         try:
             self.passes.install()
-            for name in (*self.METHODS, *self.OTHERS):
-                self._patches.put(self.model, name, partial(self._run, name, getattr(self.model, name)))
-            # the step that is compiled already is the plain one; it is back after `remove`
+            for name in self.METHODS:
+                self._put(name, getattr(self, name, None))
+            self.put_epoch_logs()
+            # the compiled step is plain training's; `remove` puts it back
             self._patches.put(self.model, "train_function", None)
         except BaseException:
             self.remove()
@@ -137,12 +140,20 @@ class Engine:
             vars(self.model)["train_function"] = None
         self.observers.close()
 
-    def _run(self, name: str, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def put_epoch_logs(self) -> None:
+        """Put `_epoch_logs` on the model if this release of Keras has such a method."""
+        if compat.epoch_logs(self.model) is not None:
+            self._put(compat.EPOCH_LOGS, self._epoch_logs)
+
+    def _put(self, name: str, ours: Callable[..., Any] | None) -> None:
+        self._patches.put(self.model, name, partial(self._run, name, getattr(self.model, name), ours))
+
+    def _run(self, name: str, original: Callable[..., Any], ours: Any, *args: Any, **kwargs: Any) -> Any:
         """Run one of the model's methods while SMART is on it."""
-        if self.fit is not None and self.fit.ended():  # another callback or the data broke the fit off
+        if self.fit is not None and self.fit.ended():  # another callback or the data ended the fit early
             self.remove()
             return getattr(self.model, name)(*args, **kwargs)
-        return original(*args, **kwargs) if name in self.OTHERS else getattr(self, name)(original, *args, **kwargs)
+        return original(*args, **kwargs) if ours is None else ours(original, *args, **kwargs)
 
     # What Keras calls
 
@@ -210,11 +221,11 @@ class Engine:
         return self.penalty.added_to(loss, **{**dict(zip(names, args, strict=False)), **kwargs})
 
     def reset_metrics(self, original: Callable[..., Any]) -> None:
-        """Reset Keras' own, and ours."""
+        """Reset Keras' metrics and SMART's."""
         original()
         self.report.reset()
 
-    def _get_metrics_result_or_logs(self, original: Callable[..., Any], logs: Any) -> Any:
+    def _epoch_logs(self, original: Callable[..., Any], logs: Any) -> Any:
         """Make Keras' epoch logs without ours, which are not among the model's metrics; then add ours."""
         ours = {name: value for name, value in self.report.logs.items() if name in logs}
         return {**original({name: value for name, value in logs.items() if name not in ours}), **ours}
@@ -250,8 +261,8 @@ class Engine:
 
     def __reduce__(self) -> Any:
         raise TypeError(
-            "SMART: what attach() gives cannot be copied or pickled, since it is of one model. save_state(path) writes "
-            "theta~ and the step, and load_state(path) of another attach() reads them."
+            "SMART: what attach() gives cannot be copied or pickled, since it belongs to one model. save_state(path) "
+            "writes theta~ and the step, and load_state(path) of another attach() reads them."
         )
 
     def measure(self, x: Any, y: Any = None, sample_weight: Any = None, batch_size: int = 32) -> dict[str, float]:

@@ -64,6 +64,7 @@ class SMARTModel(keras.Model):  # type: ignore[misc]
         engine = Engine(self, config, options, call="SMARTModel")
         self.__dict__[ENGINE] = engine  # past Keras' tracking
         engine.passes.install()
+        engine.put_epoch_logs()
         if is_built(model):
             self._track()
             self.built = True
@@ -100,11 +101,8 @@ class SMARTModel(keras.Model):  # type: ignore[misc]
         return self._engine.make_train_function(super().make_train_function, force)
 
     def reset_metrics(self) -> None:
-        """Reset Keras' own, and `smoothness` and `proximal`."""
+        """Reset Keras' metrics, and `smoothness` and `proximal`."""
         self._engine.reset_metrics(super().reset_metrics)
-
-    def _get_metrics_result_or_logs(self, logs: Any) -> Any:
-        return self._engine._get_metrics_result_or_logs(super()._get_metrics_result_or_logs, logs)
 
     def swap_teacher(self) -> Any:
         """Let the model have the averaged weights theta~ in the block, to evaluate or save them."""

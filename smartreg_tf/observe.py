@@ -1,4 +1,4 @@
-"""Each training step as its observers see it: the tensors out of the graph, as NumPy arrays."""
+"""Show each training step to its observers: the tensors out of the graph, as NumPy arrays."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import tensorflow as tf
 
 from smartreg.checking.recording import Recorder
 from smartreg.config import SMARTConfig
+from smartreg.proximal import last_move
 from smartreg.report import Observer, StepSeen
 from smartreg_tf.divergences import as_mask
 from smartreg_tf.perturbation import floating
@@ -24,7 +25,7 @@ Tensor = Any
 
 
 class _Layout(NamedTuple):
-    """What a traced step gives besides its values: the names of its scalars, its lists of tensors, and their dtypes."""
+    """Hold what a traced step gives besides its values: names of scalars, lists of tensors, and their dtypes."""
 
     scalars: list[str]
     lists: dict[str, list[bool]]
@@ -43,7 +44,7 @@ class _Layout(NamedTuple):
 
 
 class Observers:
-    """The recorder and the user's own function, which get each step after it was taken.
+    """Show each step, after it was taken, to the recorder and the user's own function.
 
     Args:
         on_step: is called with a `smartreg.report.StepSeen`.
@@ -64,7 +65,7 @@ class Observers:
 
     @property
     def active(self) -> bool:
-        """Whether anyone wants to see a step."""
+        """Tell whether anyone wants to see a step."""
         return self._on_step is not None or (self._recorder is not None and not self._recorder.done)
 
     def begin(self, site: str) -> None:
@@ -91,7 +92,7 @@ class Observers:
             )
 
     def see(self, step: Step, weights: list[Any], observed: dict[str, Tensor], count: Any, teacher: Teacher) -> None:
-        """Keep a step's tensors for `tell`; in a graph, whenever it runs.
+        """Keep a step's tensors for `tell`; in a graph, each time it runs.
 
         Args:
             weights: w_i of each head.
@@ -145,10 +146,10 @@ class Observers:
             self._recorder.close()
 
     def _of_teacher(self, step: Tensor, teacher: Teacher) -> dict[str, Tensor]:
-        """Give beta of theta~'s last move, NaN before the first, and max|theta - theta~|."""
+        """Return beta of theta~'s last move, NaN before the first, and max|theta - theta~|."""
         if self._config.mu == 0:
             return {}
-        moved = step - step % self._config.proximal_steps
+        moved = last_move(step, self._config)
         return {"beta": tf.where(moved > 0, momentum(moved, self._config), np.nan), "distance": teacher.distance()}
 
     def _keep(self, layout: _Layout, index: Any, *values: Any) -> Any:

@@ -1,4 +1,4 @@
-"""lambda_s R_s + mu D_Breg in the loss of a Keras model: where its passes, theta~ and report are kept."""
+"""Add lambda_s R_s + mu D_Breg to a Keras model's loss; its passes, theta~ and report are kept here."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Tensor = Any
 
 
 class Penalty:
-    """The penalty of one model.
+    """Add lambda_s R_s + mu D_Breg to the loss of one model.
 
     Args: as `Engine`.
 
@@ -54,7 +54,7 @@ class Penalty:
         local = self._local
         local.lambda_s, local.penalised = lambda_s, False
         before = self.iterations()
-        with self.passes.recording(differentiable=lambda_s > 0 and self.config.start == "margin") as recorded:
+        with self.passes.recording(differentiable=lambda_s > 0 and self.config.needs_clean_graph) as recorded:
             local.recorded = recorded
             try:
                 yield
@@ -90,7 +90,7 @@ class Penalty:
         return None if optimizer is None else tf.cast(keras.ops.convert_to_tensor(optimizer.iterations), tf.int64) + 0
 
     def _of_training(self, passes: Passes, y: Any, sample_weight: Any) -> Tensor:
-        """Give the penalty of a training step, and report it."""
+        """Return the penalty of a training step, and report it."""
         step, faults = self._step(passes, y, sample_weight, self._local.lambda_s)
         observed = self.report.add(step, faults)
         if step.delta:
@@ -108,7 +108,7 @@ class Penalty:
     def _step(
         self, passes: Passes, y: Any, sample_weight: Any, lambda_s: float, trained: bool = True
     ) -> tuple[Step, dict[str, Tensor]]:
-        """Give what one mini-batch gives, and what is wrong with it; the first of all must repeat if `trained`."""
+        """Return the step of one mini-batch and its faults; the first step must repeat if `trained`."""
         if lambda_s > 0:
             self.site.require(passes.clean.calls)
         self.teacher.follow()
@@ -128,10 +128,10 @@ class Penalty:
         return step, faults
 
     def of_evaluation(self, x: Any, y: Any, sample_weight: Any, number: Tensor) -> tuple[Step, dict[str, Tensor]]:
-        """Give what one batch gives in eval mode, with the noise of its number."""
+        """Return the step of one batch in eval mode and its faults, with the noise of its number."""
         found, self._local.measured = self.report.found, number
         try:
-            with self.passes.recording(self.config.start == "margin") as recorded, keras.StatelessScope():
+            with self.passes.recording(self.config.needs_clean_graph) as recorded, keras.StatelessScope():
                 called(self.model, x, training=False)
             return self._step(recorded[-1], y, sample_weight, 1.0, trained=False)
         finally:

@@ -556,6 +556,24 @@ def logs_of_an_epoch_are_those_of_the_metrics():
     assert f"self.{compat.EPOCH_LOGS}(" in inspect.getsource(inspect.unwrap(type(model).fit))
 
 
+@pytest.mark.skipif("tf" not in BACKENDS, reason="needs Keras")
+def test_smart_trains_without_the_logs_of_an_epoch(monkeypatch):
+    import keras
+
+    from smartreg_tf import SMARTConfig, SMARTModel, attach, compat
+
+    owner = next(kind for kind in keras.Model.__mro__ if compat.EPOCH_LOGS in vars(kind))
+    monkeypatch.delattr(owner, compat.EPOCH_LOGS)
+    model, config = compiled_model(), SMARTConfig(total_steps=9)
+    wrapped = SMARTModel(compiled_model(), config)
+    wrapped.compile("sgd", model.loss)
+    x, y = np.ones((4, 3), np.float32), np.zeros(4)
+    with attach(model, config):
+        logs = model.train_on_batch(x, y, return_dict=True)
+    assert {"smoothness", "proximal"} <= set(logs) & set(wrapped.train_on_batch(x, y, return_dict=True))
+    assert compat.EPOCH_LOGS not in {*vars(model), *vars(wrapped)}
+
+
 @trial("tf", "frames_of_keras")
 def a_fit_is_on_the_stack():
     import keras
