@@ -8,18 +8,11 @@ Float32 and float64 are computed as they come, narrower types in float32. Eager,
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import tensorflow as tf
 
 Tensor = Any
-
-
-class Divergence(NamedTuple):
-    """A divergence l_s and its gradient, as the rest of the package calls them."""
-
-    value: Callable[..., Tensor]
-    grad: Callable[..., tuple[Tensor, Tensor]]
 
 
 def symmetric_kl(a: Tensor, b: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -132,10 +125,10 @@ def squared_error_grad(a: Tensor, b: Tensor, mask: Tensor | None = None) -> tupl
     return grad, -grad
 
 
-DIVERGENCES: dict[str, Divergence] = {
-    "symmetric_kl": Divergence(symmetric_kl, symmetric_kl_grad),
-    "bernoulli_symmetric_kl": Divergence(bernoulli_symmetric_kl, bernoulli_symmetric_kl_grad),
-    "squared_error": Divergence(squared_error, squared_error_grad),
+DIVERGENCES: dict[str, Callable[..., Tensor]] = {
+    "symmetric_kl": symmetric_kl,
+    "bernoulli_symmetric_kl": bernoulli_symmetric_kl,
+    "squared_error": squared_error,
 }
 
 
@@ -152,7 +145,7 @@ def mean_positions(values: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 def _mean_grad(grad: Tensor, mask: Tensor | None) -> Tensor:
-    """The gradient of `mean_positions` from that of each position: exactly 0 where the mask is false, NaN or not."""
+    """Give the gradient of `mean_positions` from that of each position: 0 where the mask is false, NaN or not."""
     weights = position_weights(grad, mask)
     return tf.where(weights > 0, grad, tf.zeros_like(grad)) * weights
 
@@ -181,7 +174,7 @@ def as_mask(mask: Tensor) -> Tensor:
 def _with_gradient(
     call: str, value: Callable[..., Tensor], grad: Callable[..., Any], a: Tensor, b: Tensor, mask: Tensor | None
 ) -> Tensor:
-    """The mean over positions of `value`, differentiated by `grad`: autodiff of the value cancels digits away."""
+    """Average `value` over positions, differentiated by `grad`: autodiff of the value cancels digits away."""
     a, b = _pair(call, a, b)
 
     @tf.custom_gradient  # type: ignore[untyped-decorator]

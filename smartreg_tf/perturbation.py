@@ -128,8 +128,8 @@ def ascend(
         x: embeddings, (n, ..., d).
         target: the clean outputs f(x).
         config: epsilon, sigma, eta, ascent_steps, norm, granularity, start, scale, projection.
-        noise: standard normal, of the shape of x for the Gaussian start; of the outputs for the margin start, where
-            only its sign is used, and only in regression (None does elsewhere).
+        noise: standard normal, of the shape of x for the Gaussian start; of the outputs for the margin start, of
+            which only the sign is used, and only in regression (None does elsewhere).
         mask: true where a position may be perturbed, of x's leading axes. Outputs with that position axis are
             averaged over its true positions.
         divergence: the name of l_s in `smartreg_tf.divergences`.
@@ -142,7 +142,7 @@ def ascend(
         delta, of the shape of x, ||delta||_p <= epsilon unless `config.projection` is "rescale"; 0 where x is masked,
         NaN or infinite.
 
-    Source: paper, Algorithm 1, lines 5 to 10. The margin start: docs/math.md.
+    Source: paper, Algorithm 1, lines 6 to 10. The margin start: docs/math.md.
 
     Example:
         >>> w = tf.constant([[1.0, -1.0], [0.0, 2.0]])
@@ -177,7 +177,7 @@ def ascend(
         with tf.GradientTape(watch_accessed_variables=False) as ascent:
             ascent.watch(points)
             values = [
-                (1 if scale is None else scale) * DIVERGENCES[name].value(z, at, m)
+                (1 if scale is None else scale) * DIVERGENCES[name](z, at, m)
                 for (name, z, m, scale), at in zip(compared, outputs_at(points), strict=True)
             ]
         return reached(ascent.gradient(values, points))
@@ -283,7 +283,7 @@ def margin_gradient(
     if divergence == "symmetric_kl":
         if z.shape[-1] is not None and z.shape[-1] < 2:
             raise ValueError(f"margin start: symmetric_kl needs at least 2 classes, got outputs of shape {z.shape}")
-        order = tf.math.top_k(z, 2).indices  # the lower class first where two are equal, as a stable sort has them
+        order = tf.math.top_k(z, 2).indices  # of two equal ones the lower class first, as a stable sort has them
         gradient = tf.one_hot(order[..., 1], classes, dtype=z.dtype) - tf.one_hot(order[..., 0], classes, dtype=z.dtype)
     elif divergence == "bernoulli_symmetric_kl":
         least = tf.one_hot(tf.argmin(tf.abs(z), -1), classes, dtype=z.dtype)

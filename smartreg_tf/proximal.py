@@ -37,7 +37,7 @@ def momentum(step: Tensor, config: SMARTConfig) -> Tensor:
 
 
 def ema_update(teacher: Mapping[str, Tensor], theta: Mapping[str, Tensor], beta: Tensor) -> dict[str, Tensor]:
-    """theta~ <- (1 - beta) theta + beta theta~, kept in float32 or wider.
+    """Return the new theta~ <- (1 - beta) theta + beta theta~, kept in float32 or wider.
 
     Args:
         beta: a number, or a float64 tensor as `momentum` gives it.
@@ -88,13 +88,11 @@ def bregman_divergence(
     check_divergence("bregman_divergence", divergence)
     outputs = tf.convert_to_tensor(outputs)
     positions = output_mask(outputs, mask)
-    return mean_examples(
-        DIVERGENCES[divergence].value(outputs, tf.stop_gradient(teacher_outputs), positions), sample_weight
-    )
+    return mean_examples(DIVERGENCES[divergence](outputs, tf.stop_gradient(teacher_outputs), positions), sample_weight)
 
 
 def mean_examples(values: Tensor, sample_weight: Tensor | None = None) -> Tensor:
-    """1/n sum_i w_i v_i: the mean over the batch that R_s and D_Breg take; 0 of an empty one (a replica may get none).
+    """Return 1/n sum_i w_i v_i: the mean over the batch in R_s and D_Breg; 0 of an empty one (a replica may get none).
 
     Example:
         >>> float(mean_examples(tf.constant([1.0, 3.0]), [1.0, 0.0]))

@@ -27,7 +27,7 @@ def both(name):
     def run(a, b):
         with tf.GradientTape() as tape:
             tape.watch((a, b))
-            value = divergences.DIVERGENCES[name].value(a, b)
+            value = divergences.DIVERGENCES[name](a, b)
         return value, *tape.gradient(value, (a, b))
 
     return run
@@ -117,7 +117,7 @@ def test_float64_equals_numpy_with_masks_and_positions(name, mode):
     def run(a, b, mask):
         with tf.GradientTape() as tape:
             tape.watch((a, b))
-            value = divergences.DIVERGENCES[name].value(a, b, mask)
+            value = divergences.DIVERGENCES[name](a, b, mask)
             total = tf.reduce_sum(value * tf.constant([1.0, 2.0, 3.0, 4.0], tf.float64))
         return value, *tape.gradient(total, (a, b))
 
@@ -169,11 +169,11 @@ def test_narrow_logits_are_computed_and_returned_in_float32(dtype):
 @pytest.mark.parametrize("name", NAMES)
 def test_shapes_are_checked(name):
     with pytest.raises(ValueError, match=rf"^{name}: expected two tensors of one shape .* \(2, 3\) and \(2, 4\)"):
-        divergences.DIVERGENCES[name].value(tf.zeros([2, 3]), tf.zeros([2, 4]))
+        divergences.DIVERGENCES[name](tf.zeros([2, 3]), tf.zeros([2, 4]))
     with pytest.raises(ValueError, match="one shape"):
-        divergences.DIVERGENCES[name].value(tf.zeros([2]), tf.zeros([2]))
+        divergences.DIVERGENCES[name](tf.zeros([2]), tf.zeros([2]))
     with pytest.raises(ValueError, match=r"the mask must have the outputs' shape .*\(2, 5\), got \(2, 4\)"):
-        divergences.DIVERGENCES[name].value(tf.zeros([2, 5, 3]), tf.zeros([2, 5, 3]), tf.ones([2, 4]))
+        divergences.DIVERGENCES[name](tf.zeros([2, 5, 3]), tf.zeros([2, 5, 3]), tf.ones([2, 4]))
 
 
 @pytest.mark.parametrize("case", ["far", "near", "equal", "one equal", "zero", "masked positions", "masked class"])
@@ -200,7 +200,7 @@ def test_second_derivatives_are_those_of_the_gradient(name, case):
         outer.watch((x, y))
         with tf.GradientTape() as inner:
             inner.watch((x, y))
-            value = tf.reduce_sum(upstream * divergences.DIVERGENCES[name].value(x, y, mask))
+            value = tf.reduce_sum(upstream * divergences.DIVERGENCES[name](x, y, mask))
         first = inner.gradient(value, (x, y))
         along = tf.reduce_sum(first[0] * along_a) + tf.reduce_sum(first[1] * along_b)
     got = outer.gradient(along, (x, y))
