@@ -1,4 +1,4 @@
-"""SMART in `fit` and around other loops, as a callback and a context manager (paper: equation 1, Algorithm 1)."""
+"""Add SMART to `fit` or other loops, by a callback or a context manager (paper: equation 1, Algorithm 1)."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ _LOADS = "_smartreg_loads"
 
 
 class SMARTCallback(keras.callbacks.Callback):  # type: ignore[misc]
-    """Adds SMART to plain `compile` and `fit`; everything else stays as it is.
+    """Add SMART to plain `compile` and `fit`; everything else stays as it is.
 
     F(theta) = L(theta) + lambda_s R_s(theta) + mu D_Breg(theta, theta~)
 
     `loss` in the progress bar includes the penalties; `smoothness` (R_s) and `proximal` (D_Breg) stand beside it;
-    `val_loss` is the plain one. After `fit` the model is as it was, except for its weights. If another callback broke
-    the fit off, that happens at the next `fit` or `attach`.
+    `val_loss` is the plain one. After `fit` the model is as it was, except for its weights. If an exception ended the
+    fit, SMART is removed at the next `fit` or `attach`.
 
     Args:
         config: the settings; `total_steps` comes from fit's own epochs and steps if it is None.
@@ -102,7 +102,7 @@ class SMARTCallback(keras.callbacks.Callback):  # type: ignore[misc]
 
     @property
     def metrics(self) -> dict[str, float]:
-        """R_s, D_Breg, max_delta and vanished, averaged over the epoch so far; beta, step and skipped."""
+        """Return R_s, D_Breg, max_delta and vanished, averaged over the epoch so far; beta, step and skipped."""
         return {} if self.engine is None else self.engine.metrics
 
     def swap_teacher(self) -> Any:
@@ -145,7 +145,7 @@ class SMARTCallback(keras.callbacks.Callback):  # type: ignore[misc]
         return self.engine
 
     def set_model(self, model: Any) -> None:
-        """Listen to loads from the start: a BackupAndRestore that comes first loads before our `on_train_begin`."""
+        """Watch load_weights from the start: a BackupAndRestore that comes first loads before our `on_train_begin`."""
         super().set_model(model)
         _remove_stale(model)
         loads = Patches()
@@ -170,7 +170,7 @@ class SMARTCallback(keras.callbacks.Callback):  # type: ignore[misc]
         loads.put(model, "load_weights", load_weights)
 
     def on_train_begin(self, logs: Any = None) -> None:
-        """Called by fit."""
+        """Put SMART on the model, and load what a broken run left."""
         _stop_listening(self.model)
         engine = Engine(self.model, self._complete(), self._options, self._recorder, "SMARTCallback")
         engine.fit, engine.verbose = _Fit(engine.remove), bool(self._verbose)
@@ -186,16 +186,16 @@ class SMARTCallback(keras.callbacks.Callback):  # type: ignore[misc]
         self.engine, self._resume = engine, None
 
     def on_train_end(self, logs: Any = None) -> None:
-        """Called by fit."""
+        """Take SMART off the model."""
         if self.engine is not None:
             self.engine.remove()
 
     def on_test_begin(self, logs: Any = None) -> None:
-        """Called by evaluate, inside fit or alone."""
+        """Stop watching load_weights: fit, or evaluate alone, has begun."""
         _stop_listening(self.model)
 
     def on_predict_begin(self, logs: Any = None) -> None:
-        """Called by predict."""
+        """Stop watching load_weights."""
         _stop_listening(self.model)
 
     def _complete(self) -> SMARTConfig:
@@ -283,7 +283,7 @@ def _remove_stale(model: Any) -> None:
 
 
 class _Fit:
-    """The `fit` that a callback is part of. Keras does not say when an exception breaks it off.
+    """Know the `fit` that a callback is part of. Keras does not say when an exception ends it.
 
     Args:
         on_end: is called when nothing refers to that fit any more, its traceback included.
@@ -314,5 +314,5 @@ class _Fit:
 
     @property
     def known(self) -> bool:
-        """Whether it is Keras' own fit, not a loop of the user's own that has callbacks."""
+        """Tell whether it is Keras' own fit, not a loop of the user's own that has callbacks."""
         return self._callbacks is not None

@@ -1,4 +1,4 @@
-"""R_s and D_Breg of data that is not trained on: what every `measure()` runs."""
+"""Measure R_s and D_Breg of data that is not trained on."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Tensor = Any
 
 
 class Measured(NamedTuple):
-    """What one batch adds.
+    """Hold what one batch adds.
 
     Attributes:
         sums: by R_s and D_Breg, of each output the sum over its examples.

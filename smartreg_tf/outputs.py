@@ -1,4 +1,4 @@
-"""Which of a Keras model's outputs are compared, by which divergence l_s, and which of their positions count."""
+"""Decide l_s, by the outputs of a Keras model that are compared, and which of their positions count."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ _SAY = f"say outputs=, one of {', '.join(KINDS)}"
 
 
 class Head(NamedTuple):
-    """How one output is compared.
+    """Say how one output is compared.
 
     Attributes:
         place: its index among the flattened outputs.
@@ -68,7 +68,7 @@ class Head(NamedTuple):
 
     @property
     def divergence(self) -> str:
-        """The name of l_s."""
+        """Name l_s."""
         return KINDS[self.kind]
 
     def arranged(self, z: Tensor) -> Tensor:
@@ -98,14 +98,14 @@ class Head(NamedTuple):
         return z
 
     def repeated(self, outputs: Any) -> Tensor:
-        """Return what has to be equal in a pass that is run again: of probabilities near 1 the logits are rounding."""
+        """Return what must be equal in a repeated pass; near 1, logits of probabilities are mostly rounding."""
         z, kept = self.logits(outputs), self._kept(outputs)[1]
         if kept is not None or not self.kind.endswith("probabilities"):
             return tf.stop_gradient(z)
         return tf.stop_gradient(tf.sigmoid(z) if self.kind.startswith("label") else tf.exp(z))
 
     def wrong_kind(self, outputs: Any) -> dict[str, Tensor]:
-        """Tell whether probabilities are none ("unnormalised"), or logits are probabilities ("normalised")."""
+        """Tell whether probabilities are not ("unnormalised"), or logits are probabilities ("normalised")."""
         z, kept = self._kept(outputs)
         found = dict.fromkeys(("unnormalised", "normalised"), tf.constant(False))
         if kept is not None or self.kind in ("label_logits", "regression"):
@@ -162,7 +162,7 @@ class Head(NamedTuple):
 
     def mean(self, a: Tensor, b: Tensor, mask: Tensor | None, sample_weight: Any, y: Any = None) -> Tensor:
         """Return 1/n sum_i w_i l_s(a_i, b_i), with the w of `weights`."""
-        value = DIVERGENCES[self.divergence].value
+        value = DIVERGENCES[self.divergence]
         weight = self.weights(a, mask, sample_weight, y)
         if weight is None or weight.shape.rank == 1:
             return mean_examples(value(a, b, mask), weight)
@@ -179,8 +179,8 @@ class Head(NamedTuple):
         There is one an example, or one a position if the sample weights are. They are the sample weights times:
 
         - n over the number of examples that the loss counts, and 0 for the others, if it has an `ignore_class`;
-        - for a sum, n times the number of the example's positions, times the replicas, by which Keras divides means
-          alone;
+        - for a sum, n times the number of the example's positions, times the replicas: Keras divides only means by
+          them;
         - one over the mean of the sample weights, if the loss divides by it.
         """
         weight = self._own(sample_weight, "sample weights")
@@ -206,18 +206,18 @@ class Head(NamedTuple):
         return weight * (tf.reshape(factor, [-1] + [1] * (weight.shape.rank - 1)) if by_position else factor)
 
     def scale(self, a: Tensor, mask: Tensor | None, y: Any = None) -> Tensor:
-        """Return the weight of each example's l_s, (n,) or one number, in the sum that the ascent climbs."""
+        """Return the weight of each example's l_s, (n,) or one number, in the sum that the ascent maximises."""
         weight = self.weights(a, mask, None, y)
         return tf.constant(self.weight, a.dtype) if weight is None else self.weight * weight
 
     def _kept(self, outputs: Any) -> tuple[Tensor, Tensor | None]:
-        """The output itself, and the logits that a layer has kept of it."""
+        """Return the output itself, and the logits that a layer has kept of it."""
         z = keras.tree.flatten(outputs)[self.place]
         kept = None if self.kind == "regression" else compat.logits_of(z)
         return z, kept if kept is not None and kept.shape.rank == z.shape.rank else None
 
     def _own(self, given: Any, what: str) -> Tensor | None:
-        """This head's labels or sample weights, without trailing axes of length 1; None if it has none."""
+        """Return this head's labels or sample weights, without trailing axes of length 1; None if it has none."""
         for step in self.path if keras.tree.is_nested(given) else ():
             try:
                 given = given[step]
@@ -237,7 +237,7 @@ class Head(NamedTuple):
 def find_heads(
     model: Any, passed: Any, outputs: Outputs | None, masks: Sequence[Tensor | None] = (), y: Any = None
 ) -> list[Head]:
-    """Return how each output is compared, as `outputs` says, else as the compiled losses do.
+    """Decide l_s and how each output is compared, as `outputs` says, else as the compiled losses do.
 
     Args:
         passed: what the model returned.
@@ -279,7 +279,7 @@ def find_heads(
 
 
 def _axis(model: Any, head: Head, z: Tensor, compiled: bool, masks: Sequence[Tensor | None], y: Any) -> int | None:
-    """The axis of classes: the loss's own, else the one that sparse labels lack; None for one value a position."""
+    """Find the axis of classes: the loss's, else the one that sparse labels lack; None for one value a position."""
     shape = z.shape
     if head.divergence == "symmetric_kl":
         return _axis_of_labels(head, shape, y) if head.axis is None else head.axis
@@ -312,7 +312,7 @@ def _axis_of_labels(head: Head, shape: Any, y: Any) -> int:
 
 
 def _given_kinds(model: Any, passed: Any, outputs: Outputs) -> list[str | None]:
-    """The kind of each output that `outputs` says, None for those that it leaves out."""
+    """List the kind of each output that `outputs` says, None for those that it leaves out."""
     n = len(keras.tree.flatten(passed))
     if isinstance(outputs, Mapping):
         names = list(getattr(model, "output_names", None) or range(n))
@@ -330,7 +330,7 @@ def _given_kinds(model: Any, passed: Any, outputs: Outputs) -> list[str | None]:
 
 
 def _facts(path: tuple[Any, ...], loss: Any, weight: float) -> dict[str, Any]:
-    """What a compiled loss says of the fields of a `Head`, but for the kind."""
+    """Read the fields of a `Head`, but for the kind, off a compiled loss."""
     name, options = _function(loss)
     axis = options.get("axis", -1 if name else getattr(loss, "axis", None))
     return {
@@ -343,7 +343,7 @@ def _facts(path: tuple[Any, ...], loss: Any, weight: float) -> dict[str, Any]:
 
 
 def _function(loss: Any) -> tuple[str | None, dict[str, Any]]:
-    """The name of Keras' own function that a loss calls, or None, and the options that it gives."""
+    """Name Keras' own function that a loss calls, or None, and the options that it gives."""
     function: Any = getattr(loss, "fn", None)
     options = compat.loss_options(loss)
     while isinstance(function, partial):
@@ -352,6 +352,7 @@ def _function(loss: Any) -> tuple[str | None, dict[str, Any]]:
 
 
 def _kind(loss: Any) -> str:
+    """Decide the kind of an output, and so l_s, by its compiled loss."""
     name, options = _function(loss)
     logits = "logits" if options.get("from_logits", False) else "probabilities"
     if name in _CLASSES:
@@ -370,10 +371,10 @@ def _kind(loss: Any) -> str:
 
 
 def _positions(values: Tensor) -> list[int]:
-    """The axes of (n, ...) but the first."""
+    """List the axes of (n, ...) but the first."""
     return list(range(1, values.shape.rank))
 
 
 def _any_position(labelled: Tensor, dtype: Any) -> Tensor:
-    """1 for each example of which the loss counts a position, else 0."""
+    """Give 1 for each example of which the loss counts a position, else 0."""
     return tf.cast(tf.reduce_any(labelled, _positions(labelled)), dtype)

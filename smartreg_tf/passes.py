@@ -1,4 +1,4 @@
-"""How a Keras model is run on one mini-batch: the clean pass, the pass again, and the pass at other points.
+"""Run a Keras model on one mini-batch: the clean pass, the pass again, and the pass at other points.
 
 The model's `call` is wrapped on the instance, once, and does nothing outside a training step. What a training step
 needs to remember is kept by thread: the replicas of a MirroredStrategy are threads.
@@ -34,7 +34,7 @@ _HALF = ("float16", "bfloat16")
 
 
 class Pass(NamedTuple):
-    """One run of the model.
+    """Hold one run of the model.
 
     Attributes:
         outputs: what it returned.
@@ -48,7 +48,7 @@ class Pass(NamedTuple):
 
 
 class Passes:
-    """The runs of a model on one mini-batch.
+    """Run a model on one mini-batch, as often as it is needed.
 
     `again` and `at` have the dropout masks, the counters and the states of the clean pass, and change no state.
 
@@ -81,7 +81,7 @@ class Passes:
         self._variables = values_of(kept_variables(site.model, self._state))
 
     def run_clean(self, call: Callable[..., Any], given: Any, differentiable: bool) -> None:
-        """Make the clean pass, by the model's own `call`, and keep what repeating it takes."""
+        """Make the clean pass, by the model's own `call`, and keep what is needed to repeat it."""
         tape = tf.GradientTape(watch_accessed_variables=False) if differentiable else None
         args, kwargs = given
         with self.site.recording(given, tape) as calls, tape or nullcontext():
@@ -91,12 +91,12 @@ class Passes:
         self._state.keep_moved()
         known = {id(variable) for variable in (*model.weights, *(variable for variable, _ in self._variables))}
         for variable, seed in values_of(kept_variables(model, self._state)):
-            if id(variable) not in known:  # a seed that was made by this very call: its state was [seed, 0]
+            if id(variable) not in known:  # a seed that this call has made: its state was [seed, 0]
                 self._variables.append((variable, tf.stack([seed[0], tf.zeros_like(seed[0])])))
 
     @contextmanager
     def in_float32(self) -> Iterator[Passes]:
-        """Give passes in float32 if the model computes in half precision (its weights are float32), the clean one too.
+        """Yield passes in float32 if the model computes in half precision (its weights are float32), the clean one too.
 
         The published epsilon is lost in half precision, and the clean outputs' rounding is far above R_s.
         """
@@ -111,12 +111,12 @@ class Passes:
 
     @property
     def masks(self) -> list[Tensor | None]:
-        """Which positions of each run of the site are real."""
+        """Tell which positions of each run of the site are real."""
         return [self.site.padding_mask(self._given, call) for call in self.clean.calls]
 
     @property
     def fit(self) -> Tensor:
-        """Whether every run of the site has one x an example."""
+        """Tell whether every run of the site has one x an example."""
         return self.site.fits(self._given, self.clean.calls)
 
     def again(self, weights: Iterable[Any] = ()) -> Any:
@@ -137,9 +137,9 @@ class Passes:
         is_theta: Callable[[], Tensor],
         first: Tensor,
     ) -> Tensor:
-        """Tell whether the pass at delta = 0 and theta~ = theta is another one than the clean pass, in the first step.
+        """Tell whether a repeated pass differs from the clean pass, in the first step.
 
-        It is the pass with theta~, or if there is none, one that no other step makes.
+        The repeated pass is at delta = 0 and theta~ = theta. It is the pass with theta~, or if there is none, one more.
 
         Args:
             read: gives the tensors of a pass's outputs that are compared.
@@ -152,8 +152,8 @@ class Passes:
             # a branch of the graph numbers its random operations anew: the first would draw what the clean pass drew
             again = self._run().outputs
         if again is None and tf.distribute.get_strategy().num_replicas_in_sync > 1:
-            return tf.constant(False)  # replicas cannot meet in a pass that is not always run
-        # before the branch: a tensor of a tape that is made in it cannot leave it
+            return tf.constant(False)  # replicas would wait for each other in a pass that is not always run
+        # read before tf.cond: a tensor of a tape that is made in it cannot leave it
         clean = read(self.clean.outputs)
         other = None if again is None else read(again)
 
@@ -270,7 +270,7 @@ def half_precision_layers(model: Any) -> list[Any]:
 def _in_float32(layers: list[Any]) -> Iterator[None]:
     """Let layers compute in float32 inside the block, in this thread: replicas share the layers.
 
-    The replicas wait for each other where BatchNormalization is synchronised.
+    The replicas wait for each other in BatchNormalization if it is synchronised.
     """
     with _ThreadPolicy.lock:
         for layer in layers:
@@ -289,7 +289,7 @@ def _in_float32(layers: list[Any]) -> Iterator[None]:
 
 
 class _ThreadPolicy:
-    """float32 in some threads, a layer's own policy in all others."""
+    """Be float32 in some threads, a layer's own policy in all others."""
 
     lock = threading.Lock()
     float32 = keras.dtype_policies.DTypePolicy("float32")

@@ -1,4 +1,4 @@
-"""What a training step found: averages for the logs, faults that a compiled step can only count, `describe()`."""
+"""Report what training steps found: averages for the logs, faults that a compiled step counts, `describe()`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _LOGS = {"R_s": "smoothness", "D_Breg": "proximal"}
 
 
 class Report:
-    """What the training steps of a model found.
+    """Keep what the training steps of a model found.
 
     Attributes:
         faults: how often each of them was counted since the last `judge`.
@@ -86,12 +86,12 @@ class Report:
 
     @property
     def logs(self) -> dict[str, Tensor]:
-        """R_s as `smoothness` and D_Breg as `proximal`, as Keras' logs have them."""
+        """Return R_s as `smoothness` and D_Breg as `proximal`, as Keras' logs have them."""
         return {metric.name: metric.result() for metric in self._terms.values()}
 
     @property
     def means(self) -> dict[str, float]:
-        """R_s, D_Breg, max_delta and vanished, averaged since `reset`; before a new step, what they were then."""
+        """Return R_s, D_Breg, max_delta and vanished, averaged since `reset`; before a new step, as they were then."""
         metrics = self._terms | self._observed
         means = {name: float(metric.result()) for name, metric in metrics.items()}
         begun = any(float(tf.convert_to_tensor(metric.count.value).numpy()) for metric in metrics.values())
@@ -131,7 +131,7 @@ class Report:
                 raise FloatingPointError(not_finite(step(), broken[0], {}))
 
     def refuse(self, counts: Mapping[str, Any], site: Any) -> None:
-        """Raise if R_s and D_Breg are not what they should be, by the faults that were counted."""
+        """Raise if a pass did not repeat, the outputs are of another kind, or the site is not one x an example."""
         if counts.get("repeat"):
             raise RuntimeError(refusal(self.drawn))
         if counts["unnormalised"]:
@@ -150,7 +150,7 @@ class Report:
 
 
 class Found(NamedTuple):
-    """What a training step found out.
+    """Hold what `describe` says of a training step.
 
     Attributes:
         xs: the shape of each run of the site.
@@ -165,13 +165,13 @@ class Found(NamedTuple):
 
 
 def found_in(step: Step) -> Found:
-    """Keep of a step what `describe` needs."""
+    """Keep what `describe` needs."""
     xs = [call.x.shape for call in step.passes.clean.calls]
     return Found(xs, step.heads, _shapes(step.mask), _shapes(step.positions))
 
 
 def observe(step: Step) -> dict[str, Tensor]:
-    """Give max|delta|, and the fraction of the entries with delta != 0 in which x + delta == x."""
+    """Return max|delta|, and the fraction of the entries with delta != 0 in which x + delta == x."""
     moved = lost = tf.zeros([], tf.float32)
     for x, delta in zip(step.x, step.delta, strict=True):
         changed = delta != 0

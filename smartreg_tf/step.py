@@ -22,13 +22,13 @@ Draw = Callable[[Tensor, int], Tensor]  # (like, run of the site or head) -> sta
 
 
 class Step(NamedTuple):
-    """What one mini-batch gives.
+    """Hold what one mini-batch gives.
 
     Attributes:
         penalty: lambda_s R_s + mu D_Breg for the loss: 0 with gradient 0 if it is not finite.
-        raw: the same as it is.
+        raw: the penalty, finite or not.
         terms: R_s and D_Breg, those that the configuration has.
-        faults: whether a pass ("clean", "perturbed", "teacher") is not finite and the penalty neither; whether the site
+        faults: whether a pass ("clean", "perturbed", "teacher"), and the penalty too, is not finite; whether the site
             is "shared" by the examples.
         passes, heads: what was run, and which outputs were compared.
         x, delta, mask: of each run of the site; x and delta are empty without R_s.
@@ -86,38 +86,38 @@ def smart_step(
         means = [head.weight * head.mean(a, gate(b), mask, sample_weight, y) for head, a, b, mask in compared]
         return tf.add_n([tf.cast(value, means[0].dtype) for value in means])
 
-    x, deltas, perturbed, averaged = list[Tensor](), list[Tensor](), list[Tensor](), list[Tensor]()
+    x, delta, perturbed, taught = list[Tensor](), list[Tensor](), list[Tensor](), list[Tensor]()
     terms, finite, shared = dict[str, Tensor](), {"clean": all_finite(targets)}, tf.constant(False)
     penalty = tf.zeros([], targets[0].dtype)
     if lambda_s > 0:
         x = [call.x for call in clean.calls]
         scales = [head.scale(z, mask, y) for head, z, mask in zip(heads, targets, positions, strict=True)]
-        deltas = ascend(  # lines 6 to 10
+        delta = ascend(  # lines 6 to 10
             lambda points: read(passes.at(points)),
             *(x, targets, config, _noise(draw, heads, x, targets, config), masks),
             *([head.divergence for head in heads], positions, scales, clean.tape, partial(_unreached, passes.site)),
         )
-        # x itself, not what a second pass of the layer gives: both gradients reach it, and the layer runs back once
-        points = [shifted(gate(own), delta) for own, delta in zip(x, deltas, strict=True)]
+        # the clean pass's x, so that the layers below are back-propagated through once
+        points = [shifted(gate(own), by) for own, by in zip(x, delta, strict=True)]
         gated = [(weight, gate(weight.value)) for weight in passes.site.model.trainable_variables]
         perturbed = read(passes.at(points, gated))  # f(x + delta; theta)
         terms["R_s"] = mean(perturbed)
         penalty += lambda_s * terms["R_s"]
-        # a model that imputes NaN makes finite outputs of a delta that is not
-        moved = tf.reduce_all([tf.reduce_all(tf.math.is_finite(delta)) for delta in deltas])
+        # if the model imputes NaN, its outputs are finite although delta is not
+        moved = tf.reduce_all([tf.reduce_all(tf.math.is_finite(by)) for by in delta])
         shared = ~passes.fit
         gate.open = moved & ~shared
         finite["perturbed"] = all_finite(perturbed) & tf.math.is_finite(terms["R_s"]) & moved
     if config.mu > 0:  # after R_s: TensorFlow numbers random operations in this order
-        averaged = [tf.stop_gradient(z) for z in read(passes.again(teacher.pairs()))]  # f(x; theta~), theta~ of line 14
-        terms["D_Breg"] = mean(averaged)
+        taught = [tf.stop_gradient(z) for z in read(passes.again(teacher.pairs()))]  # f(x; theta~), theta~ of line 14
+        terms["D_Breg"] = mean(taught)
         penalty += config.mu * terms["D_Breg"]
-        finite["teacher"] = all_finite(averaged) & tf.math.is_finite(terms["D_Breg"])
+        finite["teacher"] = all_finite(taught) & tf.math.is_finite(terms["D_Breg"])
     gate.open &= tf.math.is_finite(penalty)
     faults = {name: ~good & ~gate.open for name, good in finite.items()}  # a masked position may be NaN
-    kept = tf.where(gate.open, penalty, tf.zeros_like(penalty))  # line 11 is the optimiser's, on L + the penalty
-    seen = (x, deltas, masks, targets, perturbed, averaged, positions)
-    return Step(kept, penalty, terms, faults | {"shared": shared}, passes, heads, *seen)
+    masked = tf.where(gate.open, penalty, tf.zeros_like(penalty))  # line 11 is the optimiser's, on L + the penalty
+    seen = (x, delta, masks, targets, perturbed, taught, positions)
+    return Step(masked, penalty, terms, faults | {"shared": shared}, passes, heads, *seen)
 
 
 def _noise(draw: Draw, heads: list[Head], xs: list[Tensor], targets: list[Tensor], config: SMARTConfig) -> list[Any]:
@@ -129,7 +129,7 @@ def _noise(draw: Draw, heads: list[Head], xs: list[Tensor], targets: list[Tensor
 
 
 def _unreached(site: Any, gradients: list[Tensor | None]) -> None:
-    """Raise unless these are inputs that no output depends on, as a label that is there for add_loss alone."""
+    """Raise, except for inputs that no output depends on, such as a label for add_loss."""
     if site.layers or all(g is None for g in gradients):
         raise RuntimeError(
             f"SMART: no gradient leads from the outputs to {site} (run {gradients.index(None) + 1} of "
@@ -138,7 +138,7 @@ def _unreached(site: Any, gradients: list[Tensor | None]) -> None:
 
 
 class Gate:
-    """Identity whose gradient is 0 unless `open`, even if what comes back is NaN.
+    """Pass a tensor on; its gradient is 0 unless `open`, even if what comes back is NaN.
 
     A penalty that is not finite must not reach the weights. `open` is set after the forward and read by the backward.
 
@@ -162,14 +162,14 @@ class Gate:
         def identity(tensor: Tensor) -> Any:
             def vjp(upstream: Tensor) -> Tensor:
                 if isinstance(upstream, tf.IndexedSlices):
-                    return tf.IndexedSlices(self._kept(upstream.values), upstream.indices, upstream.dense_shape)
-                return self._kept(upstream)
+                    return tf.IndexedSlices(self._masked(upstream.values), upstream.indices, upstream.dense_shape)
+                return self._masked(upstream)
 
             return tf.identity(tensor), vjp
 
         return identity(tensor)
 
-    def _kept(self, gradient: Tensor) -> Tensor:
+    def _masked(self, gradient: Tensor) -> Tensor:
         return tf.where(self.open, gradient, tf.zeros_like(gradient))
 
 

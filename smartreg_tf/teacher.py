@@ -1,4 +1,4 @@
-"""theta~, the averaged weights of a Keras model, by name: it follows the model, moves, and is put into the model."""
+"""Keep theta~, the averaged weights of a Keras model, by name: make it, move it, put it into the model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Tensor = Any
 
 
 class Teacher:
-    """theta~ of a model: an average of each trainable variable, in float32 or wider.
+    """Keep theta~ of a model: an average of each trainable variable, in float32 or wider.
 
     Attributes:
         averages: by the variables' paths, in the order of `model.trainable_variables`; of variables with one path (a
@@ -92,7 +92,7 @@ class Teacher:
         )
 
     def distance(self) -> Tensor:
-        """max|theta - theta~|, theta~ in the dtype in which its pass has it."""
+        """Return max|theta - theta~|, theta~ in the dtype in which its pass has it."""
         return tf.reduce_max([_distance(weight.value, average.value) for weight, average in self.pairs()])
 
     @contextmanager
@@ -111,7 +111,7 @@ class Teacher:
 
 
 def _average(weight: Any) -> Any:
-    """theta~ of one weight, equal to it now; if Keras builds a model without values, as soon as it has one."""
+    """Make theta~ of one weight, equal to it; if Keras builds a model without values, as soon as it has one."""
     return keras.Variable(
         lambda shape, dtype: tf.cast(tf.convert_to_tensor(weight.value), dtype),
         shape=weight.shape,
