@@ -29,7 +29,7 @@ ENGINE = "_smartreg_engine"
 class Engine:
     """Add SMART to one model's training step.
 
-    `install` puts the methods named in `METHODS` on the model's instance. They take Keras' own method first.
+    `install` puts methods on the model's instance. Those that have a name of Keras' take Keras' own method first.
 
     Args:
         model, config: as `attach`.
@@ -41,18 +41,9 @@ class Engine:
         step: the variable that counts the optimiser steps.
     """
 
-    METHODS = (
-        "train_step",
-        "compute_loss",
-        "make_train_function",
-        "reset_metrics",
-        "save_weights",
-        "load_weights",
-        "save",
-        # nothing is added to these; they remove SMART if an exception ended the fit
-        "make_test_function",
-        "make_predict_function",
-    )
+    METHODS = ("train_step", "compute_loss", "make_train_function", "reset_metrics")
+    FILES = ("save", "save_weights", "load_weights")
+    OTHERS = ("make_test_function", "make_predict_function")  # which remove SMART if an exception ended the fit
 
     def __init__(
         self,
@@ -94,8 +85,7 @@ class Engine:
     def metrics(self) -> dict[str, float]:
         """Return R_s, D_Breg, max_delta and vanished, averaged since the metrics were reset.
 
-        Also beta of theta~'s last move, once there was one, the optimiser step, and how many steps had no finite
-        penalty.
+        Also beta of theta~'s last move, once there was one, the optimiser step, and how many penalties were not finite.
         """
         step = self._steps
         moved = last_move(step, self.config)
@@ -120,7 +110,7 @@ class Engine:
         self._compiled = compat.compilation(self.model)
         try:
             self.passes.install()
-            for name in self.METHODS:
+            for name in (*self.METHODS, *self.FILES, *self.OTHERS):
                 self._put(name, getattr(self, name, None))
             self.put_epoch_logs()
             # the compiled step is plain training's; `remove` puts it back
