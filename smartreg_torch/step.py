@@ -74,12 +74,12 @@ def smart_step(
         if first and config.needs_clean_graph:
             passes.check_backward(targets)
     if config.mu > 0:  # before R_s: the memory that this pass frees is used by the next
-        taught = stages["teacher"] = compared.arranged(passes.again(teacher, watched=first))  # theta~ of line 14
+        taught = stages["teacher"] = compared.arranged(passes.again(teacher, watched=first))  # f(x; theta~)
         terms["D_Breg"] = mean(targets, taught, compared, sample_weight)
     if lambda_s > 0:
         # the clean pass's x, so that the layers below are back-propagated through once
         points = [shift(call.own, moved) for call, moved in zip(passes.clean.calls, delta, strict=True)]
-        perturbed = stages["perturbed"] = compared.arranged(passes.at(points, graph=later is None))
+        perturbed = stages["perturbed"] = compared.arranged(passes.at(points, graph=later is None))  # f(x + delta)
         terms["R_s"] = mean(perturbed, targets, compared, sample_weight)
     weights = {"R_s": lambda_s, "D_Breg": config.mu}
     penalty = _total(weight * terms[name] for name, weight in weights.items() if name in terms)
