@@ -61,4 +61,4 @@ class Builder:
 
 
 class _BuiltError(Exception):
-    """The model's own training step has made the weights; the rest of it is not needed."""
+    """End the model's own training step once it has made the weights."""

@@ -1,4 +1,4 @@
-"""Which layers and inputs of a Keras model may be its site, the likeliest first."""
+"""List the layers and inputs of a Keras model that may be its site, the likeliest first."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SEGMENT = re.compile(r"segment|token_type", re.IGNORECASE)
 
 
 class Candidate(NamedTuple):
-    """One possible site.
+    """Describe a possible site.
 
     Attributes:
         layers: their outputs are perturbed.
@@ -76,7 +76,7 @@ def named(model: Any, layers: str | Any | Sequence[Any]) -> Candidate:
 
 
 class Batch(NamedTuple):
-    """One mini-batch, as a clean pass knows it.
+    """Hold what a clean pass knows of its mini-batch.
 
     Attributes:
         n: the number of examples, or None.
@@ -111,7 +111,7 @@ class Batch(NamedTuple):
         return ValueError(not_the_batch(f"the layer {layer.name!r}", f"{output.shape} in a batch of {batch}"))
 
     def _depends(self, x: Any) -> bool:
-        """Whether x is computed from the values that the model was given, and not from their shapes alone.
+        """Tell whether x is computed from the values that the model was given, and not from their shapes alone.
 
         Only a graph tells; in eager mode it is True.
         """
@@ -169,7 +169,7 @@ def _named(inside: list[Any], asked: Any) -> Any:
 
 
 def _names(inside: list[Any]) -> dict[int, list[str]]:
-    """The names of each layer, by its id: its own, and those of the attributes and the keys that hold it."""
+    """Name each layer, by its id: its own name, and those of the attributes and the keys that hold it."""
     names = {id(layer): [layer.name] for layer in inside}
     for owner in inside:
         for attribute, value in vars(owner).items():

@@ -1,4 +1,4 @@
-"""What a Keras model is given: its inputs by name and as it reads them, and the padding mask among them."""
+"""Find what a Keras model is given: its inputs by name and as it reads them, and the padding mask among them."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def dense(x: Tensor) -> tuple[Tensor, Tensor | None, Callable[[Tensor], Tensor]]
 
 
 def _all_entries(x: Tensor) -> Tensor:
-    """A SparseTensor of every entry. Zeros are perturbed too, and have a gradient."""
+    """Make a SparseTensor of every entry. Zeros are perturbed too, and have a gradient."""
     sizes = [tf.shape(x)[i] if size is None else size for i, size in enumerate(x.shape)]
     indices = tf.where(tf.ones_like(x, tf.bool))
     return tf.SparseTensor(indices, tf.reshape(x, [-1]), tf.cast(tf.stack(sizes), tf.int64))
@@ -137,7 +137,7 @@ def padding_mask(given: dict[str, Any], x: Tensor) -> Tensor | None:
 
 
 def _varies(x: Tensor, positions: Tensor) -> Tensor:
-    """Whether there are different vectors among those of x at the positions."""
+    """Tell whether there are different vectors among those of x at the positions."""
     axes = list(range(x.shape.rank - 1))
     highest = tf.reduce_max(tf.where(positions[..., None], x, x.dtype.min), axes)
     lowest = tf.reduce_min(tf.where(positions[..., None], x, x.dtype.max), axes)

@@ -1,4 +1,4 @@
-"""What `SMARTCallback`, `attach` and `SMARTModel` are told besides the configuration."""
+"""Check what `SMARTCallback`, `attach` and `SMARTModel` are told besides the configuration."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from smartreg_tf.step import Noise
 
 
 class Options(NamedTuple):
-    """What `SMARTCallback`, `attach` and `SMARTModel` are told besides the configuration; `SMARTCallback` says what."""
+    """Hold the arguments of `SMARTCallback`, `attach` and `SMARTModel` besides the configuration, as the first says."""
 
     site: Any = None
     outputs: Outputs | None = None

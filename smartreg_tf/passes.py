@@ -173,7 +173,7 @@ class Passes:
         self, weights: Iterable[Any] = (), points: list[Tensor] | None = None, differentiable: bool = False
     ) -> Pass:
         tape = tf.GradientTape(watch_accessed_variables=False) if differentiable else None
-        scope = keras.StatelessScope([*self._variables, *weights])
+        scope = keras.StatelessScope([*self._variables, *weights])  # the dropout masks of the clean pass, and theta~
         args, kwargs = copied(self._given)
         site = self.site
         with self._state.replayed(site.model), scope, site.replaced(points, tape) as calls, tape or nullcontext():

@@ -217,7 +217,7 @@ def climb(balls: list[Ball], starts: list[Tensor], gradient: Callable[[list[Tens
 
 
 class Ball:
-    """The set {delta: ||delta||_p <= epsilon}, and how delta moves in it: one start, then `step` for each gradient.
+    """Move delta in the set {delta: ||delta||_p <= epsilon}: one start, then `step` for each gradient.
 
     Args:
         x: embeddings, (n, ..., d), float32 or float64.

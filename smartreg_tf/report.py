@@ -131,7 +131,7 @@ class Report:
                 raise FloatingPointError(not_finite(step(), broken[0], {}))
 
     def refuse(self, counts: Mapping[str, Any], site: Any) -> None:
-        """Raise if a pass did not repeat, the outputs are of another kind, or the site is not one x an example."""
+        """Raise if a pass did not repeat, the outputs are of another kind, or the site has not one x an example."""
         if counts.get("repeat"):
             raise RuntimeError(refusal(self.drawn))
         if counts["unnormalised"]:

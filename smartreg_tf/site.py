@@ -25,7 +25,7 @@ Given = tuple[tuple[Any, ...], dict[str, Any]]  # args and kwargs of a call of t
 
 
 class Call(NamedTuple):
-    """One run of the site: its output x, (n, ..., d), and the mask of the real positions, or None."""
+    """Hold one run of the site: its output x, (n, ..., d), and the mask of the real positions, or None."""
 
     x: Tensor
     mask: Tensor | None
@@ -85,7 +85,7 @@ class Site:
 
     @property
     def layers(self) -> list[Any]:
-        """The layers whose outputs are perturbed; none if it is the model's inputs."""
+        """List the layers whose outputs are perturbed; none if it is the model's inputs."""
         return [layer for layer in self._candidates[0].layers if id(layer) not in self._unfit or self._named]
 
     @property
@@ -108,7 +108,7 @@ class Site:
 
     @property
     def active(self) -> bool:
-        """Whether the model runs inside `recording` or `replaced` in this thread."""
+        """Tell whether the model runs inside `recording` or `replaced` in this thread."""
         return getattr(self._local, "on_call", None) is not None
 
     @contextmanager
