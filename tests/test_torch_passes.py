@@ -59,10 +59,18 @@ def test_a_model_that_changes_what_it_is_given(ids):
     assert output["logits"].requires_grad
 
 
-def test_all_random_streams_are_replayed(ids):
+STREAMS = {
+    "Python's": random.random,
+    "NumPy's": np.random.rand,
+    "both": lambda: random.random() * np.random.rand(),
+}
+
+
+@pytest.mark.parametrize("stream", STREAMS)
+def test_all_random_streams_are_replayed(ids, stream):
     class Random(Model):
         def forward(self, ids):
-            return super().forward(ids) * (1 + random.random()) * (1 + np.random.rand())
+            return super().forward(ids) * (1 + STREAMS[stream]())
 
     config = papers(scale="absolute", epsilon=1e-30, sigma=1e-30, ascent_steps=0, mu=0)
     model = Random()
@@ -73,6 +81,14 @@ def test_all_random_streams_are_replayed(ids):
     _, penalty = SMART(model, config, noise=torch.zeros_like)(ids)
     assert penalty.item() == 0
     assert (random.getstate(), np.random.get_state()[2]) == after
+
+
+def test_numpys_stream_is_written_only_for_a_model_that_draws_from_it(ids, monkeypatch):
+    """Reading and writing it takes longer than a small layer."""
+    written, write = [], np.random.set_state
+    monkeypatch.setattr(np.random, "set_state", lambda state: written.append(state) or write(state))
+    SMART(Model(), BOTH)(ids)
+    assert not written
 
 
 def test_a_pass_that_breaks_off_leaves_the_random_streams_as_the_clean_pass_did(ids):
