@@ -336,7 +336,10 @@ def accelerate_keeps_the_forward():
     model = torch.nn.Linear(1, 1)
     forward = model.forward
     assert compat.original_forward(model) is None
+    reset = accelerate.state.AcceleratorState._reset_state  # one for the process: the Trainer's tests have another
+    reset(reset_partial_state=True)
     prepared = accelerate.Accelerator(cpu=True, mixed_precision="bf16").prepare_model(model)
+    reset(reset_partial_state=True)
     assert compat.original_forward(prepared) == forward
 
 
