@@ -820,10 +820,14 @@ def test_lean_runs_its_last_pass_in_the_mode_of_the_clean_one():
     for switch in (False, True):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(4, 16), nn.Dropout(0.5), nn.Linear(16, 3))
-        penalty = SMART(model, SMARTConfig(mu=0, epsilon=0.5), lean=True)(torch.randn(6, 4))[1]
-        if switch:
-            model.eval()
-        penalty.backward()
+        smart = SMART(model, SMARTConfig(mu=0, epsilon=0.5), lean=True)
+        for _ in range(2):  # the first step puts back all attributes, and with them the mode
+            model.zero_grad()
+            penalty = smart(torch.randn(6, 4))[1]
+            if switch and smart.step:
+                model.eval()
+            penalty.backward()
+            smart.update()
         assert model[1].training is not switch
         gradients.append(model[0].weight.grad)
     assert torch.equal(*gradients)
