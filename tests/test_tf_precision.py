@@ -93,8 +93,7 @@ def test_turned_off_a_large_margin_start_still_works():
     assert model.fit(IDS, Y, verbose=0, callbacks=[callback]).history["smoothness"][0] > 1e-6
 
 
-@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
-@pytest.mark.parametrize("start", ["gaussian", "margin"])
+@pytest.mark.parametrize(("policy", "start"), [("mixed_bfloat16", "gaussian"), ("mixed_float16", "margin")])
 def test_fit_in_mixed_precision_leaves_the_policies(policy, start):
     model = classifier(policy, 0.1)
     policies = [layer.dtype_policy.name for layer in model.layers]

@@ -199,7 +199,7 @@ def test_a_loop_of_ones_own_in_a_graph(tmp_path):
     model = compiled(sequential, CE, 0.1)
     with attach(model, CONFIG.replace(total_steps=9), record=tmp_path / "run.npz", record_steps=3) as smart:
 
-        @tf.function
+        @tf.function(autograph=False)  # with it: test_tf_edges.py
         def step(x, y):
             with smart.training_step():
                 with tf.GradientTape() as tape:
