@@ -16,7 +16,7 @@ from smartreg_torch.lean import Afterwards, check_backward, check_no_graph
 from smartreg_torch.outputs import Compared, Reader
 from smartreg_torch.passes import Passes
 from smartreg_torch.perturbation import ascend
-from smartreg_torch.proximal import mean_examples
+from smartreg_torch.proximal import bregman_divergence, mean_examples
 from smartreg_torch.site import shift
 from smartreg_torch.teacher import Teacher
 
@@ -75,26 +75,39 @@ def smart_step(
             passes.check_backward(targets)
     if config.mu > 0:  # before R_s: the memory that this pass frees is used by the next
         taught = stages["teacher"] = compared.arranged(passes.again(teacher, watched=first))  # f(x; theta~)
-        terms["D_Breg"] = mean(targets, taught, compared, sample_weight)
+        terms["D_Breg"] = proximity(targets, taught, compared, sample_weight)
     if lambda_s > 0:
         # the clean pass's x, so that the layers below are back-propagated through once
         points = [shift(call.own, moved) for call, moved in zip(passes.clean.calls, delta, strict=True)]
         perturbed = stages["perturbed"] = compared.arranged(passes.at(points, graph=later is None))  # f(x + delta)
-        terms["R_s"] = mean(perturbed, targets, compared, sample_weight)
+        terms["R_s"] = smoothness(perturbed, targets, compared, sample_weight)
     weights = {"R_s": lambda_s, "D_Breg": config.mu}
     penalty = _total(weight * terms[name] for name, weight in weights.items() if name in terms)
     step = Step(penalty, terms, stages, passes, compared, sample_weight)  # line 11 is the optimiser's, on L + penalty
     return step if later is None else _deferred(step, lambda_s, later)
 
 
-def mean(a: list[Tensor], b: list[Tensor], compared: Compared, sample_weight: Tensor | None) -> Tensor:
-    """Return 1/n sum_i w_i l_s(a_i, b_i), added up over the heads: R_s or D_Breg.
+def smoothness(
+    perturbed: list[Tensor], targets: list[Tensor], compared: Compared, sample_weight: Tensor | None
+) -> Tensor:
+    """Return R_s = 1/n sum_i w_i l_s( f(x_i + delta_i; theta), f(x_i; theta) ), added up over the heads.
 
-    Source: paper, equations 2 and 3.
+    Source: paper, equation 2.
     """
     return _total(
-        mean_examples(DIVERGENCES[name](one, other, mask), sample_weight)
-        for name, one, other, mask in zip(compared.divergences, a, b, compared.positions, strict=True)
+        mean_examples(DIVERGENCES[name](z_perturbed, z, mask), sample_weight)
+        for name, z_perturbed, z, mask in zip(compared.divergences, perturbed, targets, compared.positions, strict=True)
+    )
+
+
+def proximity(targets: list[Tensor], taught: list[Tensor], compared: Compared, sample_weight: Tensor | None) -> Tensor:
+    """Return D_Breg = 1/n sum_i w_i l_s( f(x_i; theta), f(x_i; theta~) ), added up over the heads.
+
+    Source: paper, equation 3.
+    """
+    return _total(
+        bregman_divergence(z, z_taught, name, mask, sample_weight)
+        for name, z, z_taught, mask in zip(compared.divergences, targets, taught, compared.positions, strict=True)
     )
 
 
@@ -114,7 +127,7 @@ def _deferred(step: Step, lambda_s: float, later: Afterwards) -> Step:
     compared = step.compared._replace(targets=fixed)  # nothing holds the clean graph
 
     def other_side() -> Tensor:
-        return lambda_s * mean(compared.arranged(passes.shifted(delta)), fixed, compared, sample_weight)
+        return lambda_s * smoothness(compared.arranged(passes.shifted(delta)), fixed, compared, sample_weight)
 
     later.backward_of(other_side)
     penalty = step.penalty + later.zero.to(step.penalty.device)

@@ -233,6 +233,7 @@ def test_each_run_of_the_site_has_its_own_delta():
         model.train_on_batch([IDS, IDS[::-1]], Y)
     moved = [x + delta for x, delta in zip(seen[0].x, seen[0].delta, strict=True)]
     assert np.abs(seen[0].delta[0] - seen[0].delta[1]).max() > 1
+    assert seen[0].metrics["max_delta"] == max(np.abs(delta).max() for delta in seen[0].delta)
     want = (moved[0] - 2 * moved[1]).mean(1) @ weights + bias
     np.testing.assert_allclose(seen[0].perturbed[0], want, rtol=1e-4, atol=1e-5)
 
