@@ -7,8 +7,8 @@ imputes it, is treated like a masked one: delta is 0 there, and no norm or root 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -17,6 +17,7 @@ from smartreg.config import Granularity, Norm, SMARTConfig
 from smartreg.divergences import DIVERGENCES, check_divergence
 
 Array = NDArray[Any]
+T = TypeVar("T")
 Forward = Callable[[Array], tuple[Array, Callable[[Array], Array]]]
 
 
@@ -161,8 +162,8 @@ def ascend(
     return climb([ball], [start], gradient)[0]
 
 
-def climb(balls: list[Ball], starts: list[Array], gradient: Callable[[list[Array]], list[Array]]) -> list[Array]:
-    """Take T_x steps of projected ascent, each delta in its own ball.
+def climb(balls: Sequence[Any], starts: list[T], gradient: Callable[[list[T]], list[T]]) -> list[T]:
+    """Take T_x steps of projected ascent, each delta in its own ball; the arrays may be of any framework.
 
     Args:
         balls, starts: one of each for every delta.

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from smartreg.config import Granularity, Norm, SMARTConfig
 from smartreg.divergences import check_divergence
+from smartreg.perturbation import climb
 from smartreg_torch.divergences import DIVERGENCES
 
 T = TypeVar("T", Tensor, list[Tensor])
@@ -184,21 +185,6 @@ def ascend(
         starts = [ball.margin_start(direction) for ball, direction in zip(balls, directions, strict=True)]
     deltas = climb(balls, starts, gradient)
     return cast(T, deltas[0] if single else deltas)
-
-
-def climb(balls: list[Ball], starts: list[Tensor], gradient: Callable[[list[Tensor]], list[Tensor]]) -> list[Tensor]:
-    """Take T_x steps of projected ascent, each delta in its own ball.
-
-    Args:
-        balls, starts: one of each for every delta.
-        gradient: deltas -> the gradient of l_s at each of them.
-
-    Source: paper, Algorithm 1, lines 7 to 10.
-    """
-    deltas = starts
-    for _ in range(balls[0].config.ascent_steps):
-        deltas = [ball.step(delta, g) for ball, delta, g in zip(balls, deltas, gradient(deltas), strict=True)]
-    return deltas
 
 
 class Ball:
