@@ -279,8 +279,20 @@ def test_the_command(tmp_path):
     assert {row["what"] for row in report["rows"] if not row["ok"]} >= {"project_linf_ball: inside the ball"}
     done = run("check", "--backend", "no_such_backend")
     assert done.returncode == 1
-    assert "no_such_backend, float32: not checked: No module named 'no_such_backend'" in done.stdout
+    assert "no_such_backend, float32: not checked: check_backend: expected one of numpy, torch, tf" in done.stdout
     assert "Traceback" not in done.stderr
+
+
+def test_a_name_that_is_no_backend():
+    with pytest.raises(ImportError, match=r"^check_backend: expected one of numpy, .*, got 'nope', which cannot"):
+        check_backend("nope")
+
+
+def test_a_backend_whose_own_import_is_missing(tmp_path, monkeypatch):
+    (tmp_path / "half_a_backend.py").write_text("import no_such_framework\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ImportError, match="No module named 'no_such_framework'"):
+        check_backend("half_a_backend")
 
 
 def test_the_page_says_what_is_printed(capsys):

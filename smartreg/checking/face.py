@@ -35,7 +35,7 @@ def load_backend(name: str) -> Any:
     """Return the backend of that name: "numpy", "torch", "tf", or a module to import.
 
     Raises:
-        ImportError: its framework is not installed; the message says which extra to install.
+        ImportError: there is no such module, or its framework is not installed; the message says what to give.
 
     Example:
         >>> load_backend("numpy").symmetric_kl is divergences.symmetric_kl
@@ -43,7 +43,13 @@ def load_backend(name: str) -> Any:
     """
     if name == "numpy":
         return NUMPY
-    return importlib.import_module(f"smartreg_{name}.checking" if name in BACKENDS else name)
+    try:
+        return importlib.import_module(f"smartreg_{name}.checking" if name in BACKENDS else name)
+    except ModuleNotFoundError as error:
+        if name in BACKENDS or error.name is None or not f"{name}.".startswith(f"{error.name}."):
+            raise
+        expected = f"one of {', '.join(BACKENDS)}, a module to import, or the backend itself"
+        raise ImportError(f"check_backend: expected {expected}, got {name!r}, which cannot be imported") from error
 
 
 class Problem(Exception):  # noqa: N818 - the backend's, not ours
