@@ -9,6 +9,11 @@ from torch import Tensor, nn
 
 IGNORED = -100  # PyTorch's and Hugging Face's
 _FITS = 0.02  # what bfloat16 leaves of an exact multiple
+SAYS = {  # of the gradient of a task loss, if it has that l_s
+    "symmetric_kl": "d loss / d outputs sums to 0 over the classes, as of any softmax loss",
+    "bernoulli_symmetric_kl": "d loss / d outputs goes with sigma(outputs) - labels, as of binary cross-entropy",
+    "squared_error": "d loss / d outputs goes with outputs - labels, as of a squared error",
+}
 
 
 class Positions(NamedTuple):

@@ -21,7 +21,7 @@ from transformers.models.auto import modeling_auto
 from smartreg.config import SMARTWarning
 from smartreg.report import Description
 from smartreg_torch.compat import compiled_call, may_compile, original_forward, set_compiled_call
-from smartreg_torch.labels import IGNORED, Positions, find_divergence, find_positions
+from smartreg_torch.labels import IGNORED, SAYS, Positions, find_divergence, find_positions
 from smartreg_torch.outputs import chosen
 from smartreg_torch.replay import State
 from smartreg_torch.smart import SMART
@@ -32,11 +32,6 @@ _SHIFTING = {  # classes of which most predict the next token
     name
     for mapping in ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM")
     for name in getattr(modeling_auto, f"MODEL_FOR_{mapping}_MAPPING_NAMES", {}).values()
-}
-_SAYS = {
-    "symmetric_kl": "d loss / d outputs sums to 0 over the classes, as of any softmax loss",
-    "bernoulli_symmetric_kl": "d loss / d outputs goes with sigma(outputs) - labels, as of binary cross-entropy",
-    "squared_error": "d loss / d outputs goes with outputs - labels, as of a squared error",
 }
 _SCALE = 2.0**10  # else the gradient of a mean over many tokens is rounded to 0 in float16
 
@@ -102,7 +97,7 @@ class Probe:
         """Put what the gradient said into the description, as the reason."""
         why: dict[str, str] = {}
         if self._divergence is not None:
-            why["l_s"] = _SAYS[self._divergence]
+            why["l_s"] = SAYS.get(self._divergence, "d loss / d outputs is that of its loss")
         if self._axis is not None:
             why["class axis"] = "d loss / d outputs sums to 0 over it"
         if self._positions is not None and not self._blind:

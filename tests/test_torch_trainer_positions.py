@@ -561,6 +561,7 @@ def test_labels_by_another_name(tmp_path):
         (("told", (2, 3, (0,)), SOFTMAX, 1), "a label at i has its output at i+2, but for the label 0, which does not"),
         (("each", None, BERNOULLI, None), "in one more forward pass a step: no shift explains the labels"),
         (("all", None, None, None), "the default"),
+        (("all", None, "log_cosh", None), "the default"),
     ],
 )
 def test_what_the_loss_said_is_the_reason(state, expected):
@@ -575,6 +576,7 @@ def test_what_the_loss_said_is_the_reason(state, expected):
     assert description["site"].why == "the default"
     assert ("sums to 0" in description["class axis"].why) == (state[3] is not None)
     assert ("sigma" in description["l_s"].why) == (state[2] == BERNOULLI)
+    assert ("that of its loss" in description["l_s"].why) == (state[2] == "log_cosh")
     if state[2] is not None:
         assert smart._reader.divergence == state[2]
 
