@@ -17,10 +17,16 @@ Array = NDArray[Any]
 
 
 class Divergence(NamedTuple):
-    """A divergence l_s and its gradient, as the rest of the package calls them."""
+    """A divergence l_s and its gradient, as the rest of the package calls them.
+
+    Attributes:
+        of_logits: whether its outputs are logits. Values have no decision boundary: the margin start moves them by a
+            random sign.
+    """
 
     value: Callable[..., Array]
     grad: Callable[..., tuple[Array, Array]]
+    of_logits: bool = False
 
 
 def symmetric_kl(a: ArrayLike, b: ArrayLike, mask: ArrayLike | None = None) -> Array:
@@ -131,10 +137,20 @@ def squared_error_grad(a: ArrayLike, b: ArrayLike, mask: ArrayLike | None = None
 
 
 DIVERGENCES: dict[str, Divergence] = {
-    "symmetric_kl": Divergence(symmetric_kl, symmetric_kl_grad),
-    "bernoulli_symmetric_kl": Divergence(bernoulli_symmetric_kl, bernoulli_symmetric_kl_grad),
+    "symmetric_kl": Divergence(symmetric_kl, symmetric_kl_grad, of_logits=True),
+    "bernoulli_symmetric_kl": Divergence(bernoulli_symmetric_kl, bernoulli_symmetric_kl_grad, of_logits=True),
     "squared_error": Divergence(squared_error, squared_error_grad),
 }
+
+
+def takes_logits(name: str) -> bool:
+    """Tell whether the divergence of that name compares logits, not values.
+
+    Example:
+        >>> takes_logits("squared_error")
+        False
+    """
+    return DIVERGENCES[name].of_logits
 
 
 def check_divergence(call: str, name: str) -> None:

@@ -152,14 +152,19 @@ def ascend(
         outputs, vjp = forward(x + deltas[0])
         return [vjp(DIVERGENCES[divergence].grad(target, outputs, positions)[1])]
 
-    if config.start == "gaussian":
-        if noise is None:
-            raise ValueError("ascend: start='gaussian' needs noise of the shape of x, got None")
-        start = ball.gaussian_start(noise)
-    else:
+    if config.needs_clean_graph:
         _, vjp = forward(x)
-        start = ball.margin_start(vjp(margin_gradient(target, noise, positions, divergence)))
-    return climb([ball], [start], gradient)[0]
+        given = vjp(margin_gradient(target, noise, positions, divergence))
+    else:
+        given = start_noise(noise, config)
+    return climb([ball], [ball.start(given)], gradient)[0]
+
+
+def start_noise(noise: Any, config: SMARTConfig) -> Any:
+    """Return the noise that the start of the ascent needs; ValueError if there is none."""
+    if noise is None:
+        raise ValueError(f"ascend: start={config.start!r} needs noise of the shape of x, got None")
+    return noise
 
 
 def climb(balls: Sequence[Any], starts: list[T], gradient: Callable[[list[T]], list[T]]) -> list[T]:
@@ -191,16 +196,19 @@ class Ball:
         scale = _rms(x, self.keep) if config.scale == "rms" else np.ones(len(x), x.dtype)
         self.epsilon, self.sigma, self.eta = (value * scale for value in (config.epsilon, config.sigma, config.eta))
 
-    def gaussian_start(self, noise: ArrayLike) -> Array:
-        """Return delta = nu, nu ~ N(0, sigma^2 I), projected; `noise` is standard normal."""
-        noise = np.asarray(noise, self.epsilon.dtype)
-        return self._start(self._kept(_each(self.sigma, noise) * noise))
+    def start(self, given: ArrayLike) -> Array:
+        """Return the delta that the ascent begins at.
 
-    def margin_start(self, direction: Array) -> Array:
-        """Return delta = argmax_{||delta||_p <= epsilon} <direction, delta>, 0 if the direction is 0."""
-        rows = _rows(self._kept(direction), self.config.granularity)
-        unit = NORMS[self.config.norm].steepest(rows).reshape(direction.shape)
-        return self._start(_each(self.epsilon, unit) * unit)
+        Gaussian: nu ~ N(0, sigma^2 I), projected; `given` is standard normal noise. Margin: `given` is a direction g,
+        and delta is argmax_{||delta||_p <= epsilon} <g, delta>; 0 if g is 0.
+        """
+        given = self._kept(np.asarray(given, self.epsilon.dtype))
+        if self.config.start == "gaussian":
+            delta = _each(self.sigma, given) * given
+        else:
+            rows = _rows(given, self.config.granularity)
+            delta = _each(self.epsilon, given) * NORMS[self.config.norm].steepest(rows).reshape(given.shape)
+        return self.project(delta) if self.config.projection == "ball" else delta
 
     def step(self, delta: Array, g: Array) -> Array:
         """Return Proj( delta + eta g / ||g|| ), or the released code's rescaling of delta + eta g."""
@@ -217,9 +225,6 @@ class Ball:
         divisor = _largest(rows) + _each(self.epsilon, rows)
         rescaled: Array = rows / np.where(divisor > 0, divisor, 1)
         return rescaled.reshape(delta.shape)
-
-    def _start(self, delta: Array) -> Array:
-        return self.project(delta) if self.config.projection == "ball" else delta
 
     def _kept(self, values: Array) -> Array:
         return np.where(self.keep, values, 0)  # a product would keep a NaN
@@ -253,7 +258,7 @@ def margin_gradient(
         np.put_along_axis(gradient, least, np.where(np.take_along_axis(z, least, -1) < 0, 1, -1), -1)
     else:
         if noise is None:
-            raise ValueError("margin start: squared_error needs noise of the outputs' shape for its sign, got None")
+            raise ValueError(f"margin start: {divergence} needs noise of the outputs' shape for its sign, got None")
         gradient = np.where(np.asarray(noise) < 0, -1, 1).astype(z.dtype)
     return gradient if mask is None else gradient * (np.asarray(mask) != 0)[..., None]
 

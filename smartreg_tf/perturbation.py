@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from smartreg.config import Granularity, Norm, SMARTConfig
 from smartreg.divergences import check_divergence
-from smartreg.perturbation import climb
+from smartreg.perturbation import climb, start_noise
 from smartreg_tf.divergences import DIVERGENCES, as_mask
 
 Tensor = Any
@@ -183,11 +183,7 @@ def ascend(
             ]
         return reached(ascent.gradient(values, points))
 
-    if config.start == "gaussian":
-        if noise is None:
-            raise ValueError("ascend: start='gaussian' needs noise of the shape of x, got None")
-        starts = [ball.gaussian_start(nu) for ball, nu in zip(balls, noises, strict=True)]
-    else:
+    if config.needs_clean_graph:
         if tape is None:
             with tf.GradientTape(watch_accessed_variables=False) as tape:
                 tape.watch(own)
@@ -196,8 +192,10 @@ def ascend(
         for (name, z, m, scale), nu in zip(compared, noises, strict=True):
             upward = margin_gradient(z, nu, m, name)
             upwards.append(upward if scale is None else each(scale, z) * upward)
-        directions = reached(tape.gradient(clean, own, output_gradients=upwards))
-        starts = [ball.margin_start(direction) for ball, direction in zip(balls, directions, strict=True)]
+        given = reached(tape.gradient(clean, own, output_gradients=upwards))
+    else:
+        given = [start_noise(nu, config) for nu in noises or [None]]
+    starts = [ball.start(value) for ball, value in zip(balls, given, strict=True)]
     deltas = [tf.stop_gradient(delta) for delta in climb(balls, starts, gradient)]
     return deltas[0] if single else deltas
 
@@ -216,16 +214,19 @@ class Ball:
         scale = _rms(x, self.keep) if config.scale == "rms" else tf.ones(tf.shape(x)[:1], x.dtype)
         self.epsilon, self.sigma, self.eta = (value * scale for value in (config.epsilon, config.sigma, config.eta))
 
-    def gaussian_start(self, noise: Tensor) -> Tensor:
-        """Return delta = nu, nu ~ N(0, sigma^2 I), projected; `noise` is standard normal."""
-        noise = tf.cast(noise, self.epsilon.dtype)
-        return self._start(self._kept(each(self.sigma, noise) * noise))
+    def start(self, given: Tensor) -> Tensor:
+        """Return the delta that the ascent begins at.
 
-    def margin_start(self, direction: Tensor) -> Tensor:
-        """Return delta = argmax_{||delta||_p <= epsilon} <direction, delta>, 0 if the direction is 0."""
-        rows = _rows(self._kept(direction), self.config.granularity)
-        unit = tf.reshape(NORMS[self.config.norm].steepest(rows), tf.shape(direction))
-        return self._start(each(self.epsilon, direction) * unit)
+        Gaussian: nu ~ N(0, sigma^2 I), projected; `given` is standard normal noise. Margin: `given` is a direction g,
+        and delta is argmax_{||delta||_p <= epsilon} <g, delta>; 0 if g is 0.
+        """
+        given = self._kept(tf.cast(given, self.epsilon.dtype))
+        if self.config.start == "gaussian":
+            delta = each(self.sigma, given) * given
+        else:
+            rows = _rows(given, self.config.granularity)
+            delta = each(self.epsilon, given) * tf.reshape(NORMS[self.config.norm].steepest(rows), tf.shape(given))
+        return self.project(delta) if self.config.projection == "ball" else delta
 
     def step(self, delta: Tensor, g: Tensor) -> Tensor:
         """Return Proj( delta + eta g / ||g|| ), or the released code's rescaling of delta + eta g."""
@@ -241,9 +242,6 @@ class Ball:
         rows = _rows(delta, self.config.granularity)
         divisor = _largest(rows) + each(self.epsilon, rows)
         return tf.reshape(rows / tf.where(divisor > 0, divisor, 1), tf.shape(delta))
-
-    def _start(self, delta: Tensor) -> Tensor:
-        return self.project(delta) if self.config.projection == "ball" else delta
 
     def _kept(self, values: Tensor) -> Tensor:
         return tf.where(self.keep, values, tf.zeros_like(values))  # a product would keep a NaN
@@ -276,7 +274,7 @@ def margin_gradient(
         gradient = least * tf.where(z < 0, tf.ones_like(z), -tf.ones_like(z))
     else:
         if noise is None:
-            raise ValueError("margin start: squared_error needs noise of the outputs' shape for its sign, got None")
+            raise ValueError(f"margin start: {divergence} needs noise of the outputs' shape for its sign, got None")
         gradient = tf.where(tf.convert_to_tensor(noise) < 0, -tf.ones_like(z), tf.ones_like(z))
     return gradient if mask is None else gradient * tf.cast(as_mask(mask), z.dtype)[..., None]
 

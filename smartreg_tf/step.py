@@ -11,6 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from smartreg.config import SMARTConfig
+from smartreg.divergences import takes_logits
 from smartreg_tf.outputs import Head
 from smartreg_tf.passes import Passes
 from smartreg_tf.perturbation import ascend, floating
@@ -122,10 +123,12 @@ def smart_step(
 
 def _noise(draw: Draw, heads: list[Head], xs: list[Tensor], targets: list[Tensor], config: SMARTConfig) -> list[Any]:
     """Draw what the start needs: nu of the shape of x, or a sign for each output in regression."""
-    if config.start == "gaussian":
+    if not config.needs_clean_graph:
         return [draw(floating(x), run) for run, x in enumerate(xs)]
-    signs = [head.divergence == "squared_error" for head in heads]
-    return [draw(z, i) if sign else None for i, (sign, z) in enumerate(zip(signs, targets, strict=True))]
+    return [
+        None if takes_logits(head.divergence) else draw(z, i)
+        for i, (head, z) in enumerate(zip(heads, targets, strict=True))
+    ]
 
 
 def _unreached(site: Any, gradients: list[Tensor | None]) -> None:

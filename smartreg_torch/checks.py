@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from smartreg.divergences import takes_logits
 from smartreg_torch.outputs import Compared, Head
 
 
@@ -22,11 +23,8 @@ def check_values(compared: Compared, masks_were_found: bool) -> None:
 
 def check_probabilities(z: Tensor, head: Head) -> None:
     """Raise ValueError if an output (n, ..., C) holds probabilities and l_s takes logits."""
-    if head.divergence == "squared_error":
-        return
     z = z.detach()
-    inside = bool(((z >= 0) & (z <= 1)).all())
-    if not inside:
+    if not takes_logits(head.divergence) or not bool(((z >= 0) & (z <= 1)).all()):
         return
     if head.divergence == "symmetric_kl" and bool(((z.sum(-1) - 1).abs() < 1e-2).all()):
         what, mend = (

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from smartreg.config import one_each
-from smartreg.divergences import check_divergence
+from smartreg.divergences import check_divergence, takes_logits
 from smartreg.report import Choice
 from smartreg_torch.inputs import Inputs, Masks, read_inputs, virtual_tokens
 from smartreg_torch.passes import Passes
@@ -263,7 +263,7 @@ def _axis(
             return fitting[0], why
     if before is not None:
         return before.axis, before.why_axis
-    if l_s == "squared_error":
+    if not takes_logits(l_s):
         return -1, "the last axis: nothing says otherwise"
     if hasattr(evidence.config, "model_type") and z.ndim == 3:
         return -1, "Hugging Face's convention"

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from smartreg.config import Granularity, Norm, SMARTConfig
 from smartreg.divergences import check_divergence
-from smartreg.perturbation import climb
+from smartreg.perturbation import climb, start_noise
 from smartreg_torch.divergences import DIVERGENCES
 
 T = TypeVar("T", Tensor, list[Tensor])
@@ -168,11 +168,7 @@ def ascend(
             ).sum()
         return _gradients([total], points)
 
-    if config.start == "gaussian":
-        if noise is None:
-            raise ValueError("ascend: start='gaussian' needs noise of the shape of x, got None")
-        starts = [ball.gaussian_start(nu) for ball, nu in zip(balls, noises, strict=True)]
-    else:
+    if config.needs_clean_graph:
         with torch.enable_grad():
             in_graph = all(point.requires_grad for point in xs) and all(z.requires_grad for z in targets)
             points = xs if in_graph else [point.detach().requires_grad_() for point in xs]
@@ -181,8 +177,10 @@ def ascend(
                 margin_gradient(z, nu, m, name)
                 for z, nu, m, name in zip(outputs, noises or [None] * len(outputs), positions, names, strict=True)
             ]
-        directions = _gradients(outputs, points, upwards, retain_graph=in_graph)
-        starts = [ball.margin_start(direction) for ball, direction in zip(balls, directions, strict=True)]
+        given = _gradients(outputs, points, upwards, retain_graph=in_graph)
+    else:
+        given = start_noise(noises or None, config)
+    starts = [ball.start(value) for ball, value in zip(balls, given, strict=True)]
     deltas = climb(balls, starts, gradient)
     return cast(T, deltas[0] if single else deltas)
 
@@ -202,16 +200,19 @@ class Ball:
         scale = _rms(x, self.keep) if config.scale == "rms" else x.new_ones(len(x))
         self.epsilon, self.sigma, self.eta = (value * scale for value in (config.epsilon, config.sigma, config.eta))
 
-    def gaussian_start(self, noise: Tensor) -> Tensor:
-        """Return delta = nu, nu ~ N(0, sigma^2 I), projected; `noise` is standard normal."""
-        noise = noise.to(self.x)
-        return self._start(self._kept(_each(self.sigma, noise) * noise))
+    def start(self, given: Tensor) -> Tensor:
+        """Return the delta that the ascent begins at.
 
-    def margin_start(self, direction: Tensor) -> Tensor:
-        """Return delta = argmax_{||delta||_p <= epsilon} <direction, delta>, 0 if the direction is 0."""
-        rows = _rows(self._kept(direction), self.config.granularity)
-        unit = NORMS[self.config.norm].steepest(rows).view_as(direction)
-        return self._start(_each(self.epsilon, unit) * unit)
+        Gaussian: nu ~ N(0, sigma^2 I), projected; `given` is standard normal noise. Margin: `given` is a direction g,
+        and delta is argmax_{||delta||_p <= epsilon} <g, delta>; 0 if g is 0.
+        """
+        given = self._kept(given.to(self.x))
+        if self.config.start == "gaussian":
+            delta = _each(self.sigma, given) * given
+        else:
+            rows = _rows(given, self.config.granularity)
+            delta = _each(self.epsilon, given) * NORMS[self.config.norm].steepest(rows).view_as(given)
+        return self.project(delta) if self.config.projection == "ball" else delta
 
     def step(self, delta: Tensor, g: Tensor) -> Tensor:
         """Return Proj( delta + eta g / ||g|| ), or the released code's rescaling of delta + eta g."""
@@ -227,9 +228,6 @@ class Ball:
         rows = _rows(delta, self.config.granularity)
         divisor = _largest(rows) + _each(self.epsilon, rows)
         return (rows / divisor.where(divisor > 0, 1)).view_as(delta)
-
-    def _start(self, delta: Tensor) -> Tensor:
-        return self.project(delta) if self.config.projection == "ball" else delta
 
     def _kept(self, values: Tensor) -> Tensor:
         return values.to(self.x.dtype).where(self.keep, 0)  # a product would keep a NaN
@@ -264,7 +262,7 @@ def margin_gradient(
         gradient = torch.zeros_like(z).scatter(-1, least, towards_0)
     else:
         if noise is None:
-            raise ValueError("margin start: squared_error needs noise of the outputs' shape for its sign, got None")
+            raise ValueError(f"margin start: {divergence} needs noise of the outputs' shape for its sign, got None")
         gradient = torch.where(noise < 0, -1, 1).to(z)
     return gradient if mask is None else gradient * (mask != 0).unsqueeze(-1)
 

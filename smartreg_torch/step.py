@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from smartreg.config import SMARTConfig
+from smartreg.divergences import takes_logits
 from smartreg_torch.checks import check_values, watch_loss
 from smartreg_torch.divergences import DIVERGENCES
 from smartreg_torch.lean import Afterwards, check_backward, check_no_graph
@@ -113,9 +114,9 @@ def proximity(targets: list[Tensor], taught: list[Tensor], compared: Compared, s
 
 def _draw(draw: Noise, xs: list[Tensor], compared: Compared, config: SMARTConfig) -> list[Tensor | None]:
     """Draw what the start needs: nu of the shape of x, or a sign for each output in regression."""
-    if config.start == "gaussian":
+    if not config.needs_clean_graph:
         return [draw(x) for x in xs]
-    if "squared_error" in compared.divergences:
+    if not all(takes_logits(name) for name in compared.divergences):
         return [draw(z) for z in compared.targets]
     return [None] * len(compared.targets)
 

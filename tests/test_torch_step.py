@@ -8,8 +8,9 @@ from paper_settings import papers
 from small_torch import BOTH, R_S, Model, make_batches, train
 from torch import nn
 
+from smartreg import divergences
 from smartreg_torch import SMART
-from smartreg_torch.divergences import symmetric_kl
+from smartreg_torch.divergences import DIVERGENCES, squared_error, symmetric_kl
 from smartreg_torch.step import Noise
 
 
@@ -132,6 +133,19 @@ def test_the_paper_start_and_the_seed_make_a_run_reproducible():
         torch.manual_seed(seed)
         runs.append(train(model, SMART(model, BOTH), batches))
     assert runs[0] == runs[1] != runs[2]
+
+
+def test_a_new_divergence_of_values_gets_signs(ids, monkeypatch):
+    """As squared_error does: nothing but the tables of divergences has its name."""
+    new = divergences.DIVERGENCES["squared_error"]
+    monkeypatch.setitem(divergences.DIVERGENCES, "new", divergences.Divergence(new.value, new.grad))
+    monkeypatch.setitem(DIVERGENCES, "new", squared_error)
+    model, found = Model(), []
+    for name in ("squared_error", "new"):
+        torch.manual_seed(0)
+        SMART(model, papers(mu=0, start="margin"), divergence=name, on_step=found.append)(ids)
+    assert torch.equal(found[0].delta[0], found[1].delta[0])
+    assert found[1].metrics["R_s"] == found[0].metrics["R_s"] > 0
 
 
 def test_the_noise_is_standard_normal():
