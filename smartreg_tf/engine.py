@@ -59,7 +59,7 @@ class Engine:
         self.model, self.config, self.options = model, config, options
         self.penalty = Penalty(model, config, options, recorder)
         self.site, self.passes, self.teacher = self.penalty.site, self.penalty.passes, self.penalty.teacher
-        self.report, self.observers, self.step = self.penalty.report, self.penalty.observers, self.penalty.step
+        self.reports, self.observers, self.step = self.penalty.reports, self.penalty.observers, self.penalty.step
         self.fit: Any = None  # the fit that a `SMARTCallback` is part of
         self.verbose = False  # whether to print `describe()` after the first step
         self._call = call
@@ -90,7 +90,7 @@ class Engine:
         step = self._steps
         moved = last_move(step, self.config)
         beta = {"beta": float(momentum(moved, self.config))} if self.config.mu > 0 and moved > 0 else {}
-        return self.report.means | beta | {"step": float(step), "skipped": float(self.report.skipped)}
+        return self.reports.means | beta | {"step": float(step), "skipped": float(self.reports.skipped)}
 
     # Putting it on the model
 
@@ -184,7 +184,7 @@ class Engine:
         """Take the model's own step, with the penalty in its loss; then move theta~."""
         with self.training_step():
             logs = original(*data)
-        return {**logs, **self.report.logs}
+        return {**logs, **self.reports.logs}
 
     @contextmanager
     def training_step(self) -> Iterator[None]:
@@ -213,11 +213,11 @@ class Engine:
     def reset_metrics(self, original: Callable[..., Any]) -> None:
         """Reset Keras' metrics and SMART's."""
         original()
-        self.report.reset()
+        self.reports.reset()
 
     def _epoch_logs(self, original: Callable[..., Any], logs: Any) -> Any:
         """Make Keras' epoch logs without ours, which are not among the model's metrics; then add ours."""
-        ours = {name: value for name, value in self.report.logs.items() if name in logs}
+        ours = {name: value for name, value in self.reports.logs.items() if name in logs}
         return {**original({name: value for name, value in logs.items() if name not in ours}), **ours}
 
     def save_weights(self, original: Callable[..., Any], filepath: Any, *args: Any, **kwargs: Any) -> Any:
@@ -244,7 +244,7 @@ class Engine:
 
         x, the outputs and what follows from them are known after the first training step.
         """
-        return describe(self.model, self.site, self.options.outputs, self.options.precision, self.report.found)
+        return describe(self.model, self.site, self.options.outputs, self.options.precision, self.reports.found)
 
     def __repr__(self) -> str:
         return self.describe().line(self._call)
@@ -279,7 +279,7 @@ class Engine:
         """
         # after a fit, nothing is on the model
         watch = nullcontext() if self.installed else self.passes.installed()
-        refuse = partial(self.report.refuse, site=self.site)
+        refuse = partial(self.reports.refuse, site=self.site)
         with watch:
             known = self.options.outputs is not None
             return measure(self.model, self.penalty.of_evaluation, refuse, known, (x, y, sample_weight), batch_size)
@@ -304,7 +304,7 @@ class Engine:
     def judge(self) -> None:
         """Show the steps to the observers; raise or warn about what a compiled step could only count, once."""
         self.observers.tell()
-        self.report.judge(lambda: self._steps, self.site)
+        self.reports.judge(lambda: self._steps, self.site)
 
     # The step
 

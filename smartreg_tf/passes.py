@@ -21,7 +21,7 @@ from smartreg_tf.replay import (
     State,
     arguments_of,
     copied,
-    differ,
+    differing,
     kept_variables,
     random_operations,
     traced_random_operations,
@@ -161,7 +161,7 @@ class Passes:
             same = is_theta()
             second = read(self._run().outputs) if other is None else other
             half = any(layer.compute_dtype in _HALF for layer in compat.every_layer(self.site.model))
-            return same & differ(clean, second, positions, half)
+            return same & differing(clean, second, positions, half)
 
         # no variable is assigned in a branch: StatelessScope keeps Keras' own
         differs = tf.cond(first, compare, lambda: tf.constant(False))

@@ -1,4 +1,4 @@
-"""Add lambda_s R_s + mu D_Breg to a Keras model's loss; its passes, theta~ and report are kept here."""
+"""Add lambda_s R_s + mu D_Breg to a Keras model's loss; its passes, theta~ and reports are kept here."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from smartreg_tf.observe import Observers
 from smartreg_tf.options import Options
 from smartreg_tf.outputs import Head, find_heads
 from smartreg_tf.passes import CleanPasses, Passes, passes_of
-from smartreg_tf.report import Report, found_in
+from smartreg_tf.report import Reports, found_in
 from smartreg_tf.site import Site
 from smartreg_tf.step import Step, drawn, smart_step
 from smartreg_tf.teacher import Teacher
@@ -43,7 +43,7 @@ class Penalty:
         self._local = threading.local()
         with model.distribute_strategy.scope():
             self.step, self.draws, self.seen = map(_counter, ("smart_step", "smart_draws", "smart_repeats"))
-            self.report = Report(config)
+            self.reports = Reports(config)
             self.observers = Observers(model, config, options.on_step, recorder)
         self.observers.check()
         self.observers.begin(str(self.site))
@@ -91,12 +91,12 @@ class Penalty:
 
     def _of_training(self, passes: Passes, y: Any, sample_weight: Any) -> Tensor:
         """Return the penalty of a training step, and report it."""
-        step, faults = self._step(passes, y, sample_weight, self._local.lambda_s)
-        observed = self.report.add(step, faults)
+        step, faults = self.take_step(passes, y, sample_weight, self._local.lambda_s)
+        observed = self.reports.add(step, faults)
         if step.delta:
             self.draws.assign_add(1)
         self.seen.assign_add(1)
-        self.report.drawn = step.passes.drawn
+        self.reports.drawn = step.passes.drawn
         if self.observers.active:
             self.observers.begin(str(self.site))  # the default site may have been another before the first pass
             # after everything else, since TensorFlow numbers its own random operations as they come
@@ -105,7 +105,7 @@ class Penalty:
             self.observers.see(step, weights, observed, self.step, self.teacher)
         return step.penalty
 
-    def _step(
+    def take_step(
         self, passes: Passes, y: Any, sample_weight: Any, lambda_s: float, trained: bool = True
     ) -> tuple[Step, dict[str, Tensor]]:
         """Return the step of one mini-batch and its faults; the first step must repeat if `trained`."""
@@ -124,23 +124,23 @@ class Penalty:
                     return [head.repeated(outputs) for head in heads]
 
                 faults["repeat"] = passes.differ(read, step.positions, self.teacher.is_theta, first)
-        self.report.found = found_in(step)
+        self.reports.found = found_in(step)
         return step, faults
 
     def of_evaluation(self, x: Any, y: Any, sample_weight: Any, number: Tensor) -> tuple[Step, dict[str, Tensor]]:
         """Return the step of one batch in eval mode and its faults, with the noise of its number."""
-        found, self._local.measured = self.report.found, number
+        found, self._local.measured = self.reports.found, number
         try:
             with self.passes.recording(self.config.needs_clean_graph) as recorded, keras.StatelessScope():
                 called(self.model, x, training=False)
-            return self._step(recorded[-1], y, sample_weight, 1.0, trained=False)
+            return self.take_step(recorded[-1], y, sample_weight, 1.0, trained=False)
         finally:
-            self.report.found, self._local.measured = found or self.report.found, None
+            self.reports.found, self._local.measured = found or self.reports.found, None
 
     def _heads(self, passes: Passes, y: Any) -> list[Head]:
         heads = find_heads(self.model, passes.clean.outputs, self.options.outputs, passes.masks, y)
-        if y is None and self.report.found is not None:  # the labels of before have shown the axes
-            axes = {head.place: head.axis for head in self.report.found.heads}
+        if y is None and self.reports.found is not None:  # the labels of before have shown the axes
+            axes = {head.place: head.axis for head in self.reports.found.heads}
             heads = [head._replace(axis=axes.get(head.place, head.axis)) for head in heads]
         return heads
 

@@ -229,7 +229,7 @@ def _fill(owner: Any, content: Any) -> None:
         (methods.update if kind in (dict, set) else methods.extend)(owner, content)
 
 
-def differ(clean: list[Tensor], again: list[Tensor], masks: list[Tensor | None], half: bool) -> Tensor:
+def differing(clean: list[Tensor], again: list[Tensor], masks: list[Tensor | None], half: bool) -> Tensor:
     """Tell whether a pass has other outputs than the clean one, by more than the rounding of its kernels.
 
     Args:
@@ -237,9 +237,9 @@ def differ(clean: list[Tensor], again: list[Tensor], masks: list[Tensor | None],
         half: whether the model computes in half precision.
 
     Example:
-        >>> bool(differ([tf.constant([[1.0, np.nan]])], [tf.constant([[1.0 + 1e-6, np.nan]])], [None], False))
+        >>> bool(differing([tf.constant([[1.0, np.nan]])], [tf.constant([[1.0 + 1e-6, np.nan]])], [None], False))
         False
-        >>> bool(differ([tf.constant([[1.0, 2.0]])], [tf.constant([[1.0, 2.1]])], [None], False))
+        >>> bool(differing([tf.constant([[1.0, 2.0]])], [tf.constant([[1.0, 2.1]])], [None], False))
         True
     """
     found = []

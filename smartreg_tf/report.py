@@ -30,7 +30,7 @@ _FAULTS = (*_NOT_FINITE, *_WARNINGS, "unnormalised", "normalised", "shared", "re
 _LOGS = {"R_s": "smoothness", "D_Breg": "proximal"}
 
 
-class Report:
+class Reports:
     """Keep what the training steps of a model found.
 
     Attributes:
@@ -40,10 +40,10 @@ class Report:
         skipped: the steps without a finite penalty.
 
     Example:
-        >>> report = Report(SMARTConfig(mu=0))
-        >>> report.count({"normalised": tf.constant(True)})
+        >>> reports = Reports(SMARTConfig(mu=0))
+        >>> reports.count({"normalised": tf.constant(True)})
         >>> try:
-        ...     report.judge(lambda: 1, site="embed")
+        ...     reports.judge(lambda: 1, site="embed")
         ... except ValueError as error:
         ...     print(str(error)[:39])
         SMART: the outputs should be logits, by

@@ -37,7 +37,7 @@ def by_hand(model, averages, x):
 
 def everything(model, smart):
     values = [*model.variables, *model.optimizer.variables, *model.non_trainable_variables, *smart.averages, smart.step]
-    values += [smart.penalty.draws, smart.penalty.seen, smart.report.faults]
+    values += [smart.penalty.draws, smart.penalty.seen, smart.reports.faults]
     metrics = [*(variable for metric in model.metrics for variable in metric.variables)]
     return [np.array(value) for value in [*values, *metrics]] + [str(smart.metrics)]
 

@@ -10,7 +10,7 @@ from keras import layers
 from paper_settings import papers
 
 from smartreg_tf import SMARTCallback, attach
-from smartreg_tf.replay import differ
+from smartreg_tf.replay import differing
 
 CE = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 N, TOKENS = 8, 5
@@ -228,8 +228,8 @@ def test_the_rounding_that_is_allowed():
     clean = tf.constant([[1.0, -4.0], [np.nan, np.inf]])
     for changed, half, found in ((1e-6, False, False), (1e-3, False, True), (1e-3, True, False), (0.5, True, True)):
         again = clean + tf.constant([[changed, 0.0], [0.0, 0.0]])
-        assert bool(differ([clean], [again], [None], half)) == found
-    assert bool(differ([clean], [tf.where(tf.math.is_nan(clean), 0.0, clean)], [None], False))
+        assert bool(differing([clean], [again], [None], half)) == found
+    assert bool(differing([clean], [tf.where(tf.math.is_nan(clean), 0.0, clean)], [None], False))
     clean = tf.constant([[1.0, -4.0], [2.0, 3.0]])
-    assert not bool(differ([clean], [clean + tf.constant([[0.0], [1.0]])], [tf.constant([1, 0])], False))
-    assert bool(differ([clean], [clean + tf.constant([[1.0], [0.0]])], [tf.constant([1, 0])], False))
+    assert not bool(differing([clean], [clean + tf.constant([[0.0], [1.0]])], [tf.constant([1, 0])], False))
+    assert bool(differing([clean], [clean + tf.constant([[1.0], [0.0]])], [tf.constant([1, 0])], False))

@@ -22,7 +22,7 @@ from smartreg_tf import SMARTCallback, SMARTConfig, attach
 from smartreg_tf.engine import Engine
 from smartreg_tf.passes import CleanPasses, Passes
 from smartreg_tf.penalty import Penalty
-from smartreg_tf.report import Report
+from smartreg_tf.report import Reports
 from smartreg_tf.site import Site
 from smartreg_tf.teacher import Teacher
 
@@ -33,8 +33,8 @@ HOOKS = [f"on_{what}_{when}" for what in ("train", "epoch", "train_batch", "test
 OWN: dict[type, list[str]] = {
     SMARTCallback: ["set_model", "on_train_begin", "on_train_end"],
     Engine: ["__init__", "install", "make_train_function", "train_step", "compute_loss", "reset_metrics", "judge"],
-    Penalty: ["added_to", "_of_training", "_step", "_heads", "_draw"],
-    Report: ["add", "count", "judge"],
+    Penalty: ["added_to", "_of_training", "take_step", "_heads", "_draw"],
+    Reports: ["add", "count", "judge"],
     Teacher: ["follow", "begin", "move", "pairs"],
     CleanPasses: ["install", "_on_call"],
     Passes: ["run_clean", "at", "again", "differ", "_run"],
