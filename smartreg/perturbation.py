@@ -8,7 +8,7 @@ imputes it, is treated like a masked one: delta is 0 there, and no norm or root 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -183,7 +183,7 @@ def climb(balls: Sequence[Any], starts: list[T], gradient: Callable[[list[T]], l
 
 
 class Ball:
-    """The set {delta: ||delta||_p <= epsilon}, and how delta moves in it: one start, then `step` for each gradient.
+    """Move delta in the set {delta: ||delta||_p <= epsilon}: one start, then `step` for each gradient.
 
     Args:
         x: embeddings, (n, ..., d), float32 or wider.
@@ -331,8 +331,10 @@ def _l1_corner(rows: Array) -> Array:
     return corner
 
 
-class _Norm(NamedTuple):
-    """A norm of rows, (..., k). To add one: its name in `smartreg.config.Norm`, these functions, a line of `NORMS`.
+class NormOfRows(NamedTuple, Generic[T]):
+    """Hold a norm of rows, (..., k), of any framework.
+
+    To add one: its name in `smartreg.config.Norm`, and in each package these functions and a line of `NORMS`.
 
     Attributes:
         length: ||row||_p, (..., 1), of rows whose largest entry is 1.
@@ -340,19 +342,19 @@ class _Norm(NamedTuple):
         steepest: argmax_{||u||_p <= 1} <row, u>, 0 if the row is 0.
     """
 
-    length: Callable[[Array], Array]
-    project: Callable[[ArrayLike, ArrayLike, Granularity], Array]
-    steepest: Callable[[Array], Array]
+    length: Callable[[T], T]
+    project: Callable[[Any, Any, Granularity], T]
+    steepest: Callable[[T], T]
 
 
-NORMS: dict[Norm, _Norm] = {
-    "inf": _Norm(_largest, project_linf_ball, np.sign),
-    "2": _Norm(
+NORMS: dict[Norm, NormOfRows[Array]] = {
+    "inf": NormOfRows(_largest, project_linf_ball, np.sign),
+    "2": NormOfRows(
         lambda rows: np.sqrt(np.sum(rows * rows, axis=-1, keepdims=True)),
         project_l2_ball,
         lambda rows: normalize(rows, "2", "token"),
     ),
-    "1": _Norm(lambda rows: np.sum(np.abs(rows), axis=-1, keepdims=True), project_l1_ball, _l1_corner),
+    "1": NormOfRows(lambda rows: np.sum(np.abs(rows), axis=-1, keepdims=True), project_l1_ball, _l1_corner),
 }
 
 

@@ -55,6 +55,13 @@ class Description(dict[str, Choice]):
         return "\n".join(["| | | chosen because |", "|---|---|---|", *rows])
 
 
+# what a training step shows, before the first
+LATER = dict.fromkeys(
+    ("x", "outputs", "l_s", "class axis", "mask", "positions"),
+    Choice("not known yet", "the first training step shows it"),
+)
+
+
 class StepSeen(NamedTuple):
     """One training step as an observer, `on_step=`, sees it.
 

@@ -1,4 +1,4 @@
-"""Giving a model its weights before its first training step is traced."""
+"""Give a model its weights before its first training step is traced."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def is_built(model: Any) -> bool:
 
 
 class Builder:
-    """Builds a model on the shapes of a batch."""
+    """Build a model on the shapes of a batch."""
 
     def __init__(self, model: Any) -> None:
         self._model = model

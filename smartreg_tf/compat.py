@@ -1,7 +1,8 @@
 """Every private name of Keras, TensorFlow and keras_hub that this package uses, and what happens without it.
 
-The docstring of each function says which names are `Private`, in which releases they were `Seen`, what they are `For`,
-and what happens `Without` them. tests/test_upstream.py tries each of them. This module imports nothing of smartreg.
+The docstring of each function says which names are `Private`, in which releases they were `Seen` (if that is not
+`SEEN`), what they are `For`, and what happens `Without` them. tests/test_upstream.py tries each of them. This module
+imports nothing of smartreg.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import keras
 import tensorflow as tf
 
 Tensor = Any
+SEEN = "Keras 3.12 to 3.15.1"
 
 
 # The layers of a model
@@ -25,7 +27,6 @@ def every_layer(model: Any) -> list[Any]:
     """List a model and the layers inside it at every depth.
 
     Private: keras.Layer._flatten_layers; the public Model.layers has the first level alone
-    Seen: Keras 3.12 to 3.15.1
     For: the site, precision, replay, and whether a model is built
     Without: RuntimeError
     """
@@ -37,7 +38,6 @@ def names_of_keras() -> frozenset[str]:
     """Return the names of the attributes that Keras itself keeps in a layer or a model, but for the losses of a pass.
 
     Private: keras.Layer._losses and keras.Layer._loss_ids, which add_loss fills
-    Seen: Keras 3.12 to 3.15.1
     For: putting back what a pass has changed in a layer, and no more
     Without: the losses of a repeated pass stay in model.losses
     """
@@ -49,7 +49,6 @@ def is_of_keras(value: Any) -> bool:
     """Tell whether Keras defines this function, or the class of this object.
 
     Private: the module keras.src, by its first part alone
-    Seen: Keras 3.12 to 3.15.1
     For: telling Keras' own losses, containers and variables from the user's
     Without: no loss is recognised, and the error asks for outputs=
     """
@@ -60,7 +59,6 @@ def set_dtype_policy(layer: Any, policy: Any) -> None:
     """Give a layer another dtype policy, of any class, and do nothing else.
 
     Private: keras.Layer._dtype_policy; the public setter would quantize the layer
-    Seen: Keras 3.12 to 3.15.1
     For: passes in float32 under mixed precision
     Without: RuntimeError
     """
@@ -75,7 +73,6 @@ def mask_of(x: Any) -> Tensor | None:
     """Return the mask that Keras keeps on a tensor, or None.
 
     Private: keras.src.backend.get_keras_mask
-    Seen: Keras 3.12 to 3.15.1
     For: leaving padding out of the perturbation and of the means
     Without: RuntimeError
     """
@@ -86,7 +83,6 @@ def set_mask(x: Any, mask: Tensor) -> None:
     """Let Keras keep a mask on a tensor.
 
     Private: keras.src.backend.set_keras_mask
-    Seen: Keras 3.12 to 3.15.1
     For: the layers that come after a perturbed tensor
     Without: RuntimeError
     """
@@ -97,7 +93,6 @@ def logits_of(probabilities: Any) -> Tensor | None:
     """Return the logits that a softmax or sigmoid layer keeps on its output, or None.
 
     Private: tf.Tensor._keras_logits, which Keras' losses read too
-    Seen: Keras 3.12 to 3.15.1
     For: R_s and D_Breg of probabilities near 0 or 1, which have lost digits
     Without: None; the logarithm of the probabilities is taken
     """
@@ -108,7 +103,6 @@ def has_value(variable: Any) -> bool:
     """Tell whether a Keras variable has its first value; reading its `value` would make one.
 
     Private: keras.Variable._value
-    Seen: Keras 3.12 to 3.15.1
     For: theta~ of a model that is built in the trace of its first step
     Without: True; the error asks to call the model on a batch first
     """
@@ -119,7 +113,6 @@ def default_seed() -> Any:
     """Return the variable of the seeds that keras.random draws with if it is given none; None before its first use.
 
     Private: global_seed_generator, in the state that keras.src.backend.common.global_state keeps
-    Seen: Keras 3.12 to 3.15.1
     For: the same dropout masks in every pass if a layer draws without a seed
     Without: None; the check of the first step raises if a pass then does not repeat
     """
@@ -145,7 +138,6 @@ def training_now() -> bool | None:
     """Return the `training` that the model was called with; None outside a call.
 
     Private: current_call_ctx, in the state that keras.src.backend.common.global_state keeps
-    Seen: Keras 3.12 to 3.15.1
     For: dropout in the repeated passes of a model whose `call` has no `training`
     Without: None; the check of the first step raises if a pass then does not repeat
     """
@@ -157,7 +149,6 @@ def build_on(model: Any, batch: Any) -> None:
     """Build a model, its compiled loss and its metrics on the shapes of a batch.
 
     Private: keras.Model._symbolic_build
-    Seen: Keras 3.12 to 3.15.1
     For: the fit of a model that is not built
     Without: RuntimeError, unless the model is built before
     """
@@ -168,7 +159,6 @@ def compilation(model: Any) -> Any:
     """Return an object that each `compile` makes anew, or None before the first.
 
     Private: keras.Model._compile_config
-    Seen: Keras 3.12 to 3.15.1
     For: a `compile` between SMART's beginning and its end, whose training step has to stay
     Without: None; such a `compile` needs another one after SMART's end
     """
@@ -179,7 +169,6 @@ def loss_container(model: Any) -> Any:
     """Return what holds the compiled losses, with `built` and `build(y, y_pred)`; None if there is no loss.
 
     Private: keras.Model._compile_loss
-    Seen: Keras 3.12 to 3.15.1
     For: the kind of the outputs before the first step
     Without: None; the error asks for outputs=
     """
@@ -193,7 +182,6 @@ def compiled_losses(model: Any, outputs: Any) -> list[tuple[int, tuple[Any, ...]
     structures, the `keras.losses.Loss`, and its `loss_weights`.
 
     Private: _flat_losses and _y_pred_build_structure of keras.Model._compile_loss
-    Seen: Keras 3.12 to 3.15.1
     For: the kind, the weight, the reduction and the class axis of each output
     Without: RuntimeError
     """
@@ -213,7 +201,6 @@ def loss_options(loss: Any) -> dict[str, Any]:
     """Return the options with which a loss calls its function, from_logits, axis and ignore_class among them.
 
     Private: _fn_kwargs of Keras' own losses; a sparse cross-entropy has no public axis
-    Seen: Keras 3.12 to 3.15.1
     For: the kind of an output, and its class axis
     Without: RuntimeError
     """
@@ -229,7 +216,6 @@ def epoch_logs(model: Any) -> Any:
     """Return the method, of the name EPOCH_LOGS, that makes an epoch's logs from those of its last step; or None.
 
     Private: keras.Model._get_metrics_result_or_logs
-    Seen: Keras 3.12 to 3.15.1
     For: smoothness and proximal of all replicas in the logs of an epoch
     Without: the logs of the last step
     """
@@ -240,7 +226,6 @@ def frames_of_keras(thread: int) -> Iterator[Any]:
     """Yield Keras' own frames on the stack of a thread, the innermost first.
 
     Private: the module keras.src; sys._current_frames of CPython
-    Seen: Keras 3.12 to 3.15.1
     For: the end of a fit that an exception broke off, of which Keras tells no callback
     Without: none, as in a loop of the user's own; such a model needs another fit to be as before
     """

@@ -210,7 +210,7 @@ def _take(values: Tensor, at: Tensor) -> Tensor:
 
 
 def _symmetric_kl_terms(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Callable[[Tensor], Tensor]]:
-    """J (n, ...), p, q, p - q, and a - b less its value at a class, each to nearly full relative precision."""
+    """Return J (n, ...), p, q, p - q, and a - b less its value at a class, to nearly full relative precision."""
     # Logits beyond 1e37 are moved to where no difference of two overflows, which changes no probability. A class that
     # is -inf in both then has d = 0 and p = q = 0; any other infinity or NaN makes `distance`, and with it J, so.
     huge, zero = a.dtype.max / 16, tf.zeros_like(a)
@@ -259,7 +259,7 @@ def _softmax(a: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _bernoulli_terms(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """d = a - b and sigma(a) - sigma(b) = sigma(max) sigma(-min) (1 - exp(-|d|)) sign(d), which cancels nothing."""
+    """Return d = a - b, and sigma(a) - sigma(b) = sigma(max) sigma(-min) (1 - exp(-|d|)) sign(d): nothing cancels."""
     huge, zero = a.dtype.max, tf.zeros_like(a)
     masked = tf.math.is_inf(a) & (a < 0) & tf.math.is_inf(b) & (b < 0)
     a, b = tf.where(masked, zero, a), tf.where(masked, zero, b)

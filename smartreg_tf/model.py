@@ -1,4 +1,4 @@
-"""A Keras model that has SMART in its training step, and saves its settings and theta~ (paper: Algorithm 1)."""
+"""Wrap a Keras model: SMART is in its training step, its settings and theta~ are saved (paper: Algorithm 1)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from smartreg_tf.outputs import Outputs
 
 @keras.saving.register_keras_serializable("smartreg")
 class SMARTModel(keras.Model):  # type: ignore[misc]
-    """A model that has SMART in its training step, and is saved and loaded with its settings and theta~.
+    """Train a model with SMART in its training step; save and load it with its settings and theta~.
 
     Args:
         model: the model to train, a functional or Sequential one, or one that is built.

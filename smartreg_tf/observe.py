@@ -59,9 +59,7 @@ class Observers:
         if self._recorder is not None:
             weakref.finalize(self, self._recorder.write)  # if a fit broke off and no other one follows
         if self.active:
-            self._count = keras.Variable(
-                np.int64(0), dtype="int64", trainable=False, name="smart_seen", aggregation="only_first_replica"
-            )
+            self._count = counter("smart_seen")
 
     @property
     def active(self) -> bool:
@@ -139,7 +137,7 @@ class Observers:
                 self._on_step(seen)
 
     def close(self) -> None:
-        """No more steps will come: let the recorder write those that it has."""
+        """End the observation: let the recorder write the steps that it has."""
         if self._recorder is not None:
             self._on_step = None
             self.tell()
@@ -155,3 +153,8 @@ class Observers:
     def _keep(self, layout: _Layout, index: Any, *values: Any) -> Any:
         self._waiting.append((int(index), layout, [np.array(value) for value in values]))  # the memory is used again
         return index
+
+
+def counter(name: str) -> Any:
+    """Make a variable that counts steps."""
+    return keras.Variable(np.int64(0), dtype="int64", trainable=False, name=name, aggregation="only_first_replica")

@@ -8,13 +8,12 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import keras
-import numpy as np
 import tensorflow as tf
 
 from smartreg.checking.recording import Recorder
 from smartreg.config import SMARTConfig
 from smartreg_tf.inputs import called
-from smartreg_tf.observe import Observers
+from smartreg_tf.observe import Observers, counter
 from smartreg_tf.options import Options
 from smartreg_tf.outputs import Head, find_heads
 from smartreg_tf.passes import CleanPasses, Passes, passes_of
@@ -42,7 +41,7 @@ class Penalty:
         self.teacher = Teacher(model, config)
         self._local = threading.local()
         with model.distribute_strategy.scope():
-            self.step, self.draws, self.seen = map(_counter, ("smart_step", "smart_draws", "smart_repeats"))
+            self.step, self.draws, self.seen = map(counter, ("smart_step", "smart_draws", "smart_repeats"))
             self.reports = Reports(config)
             self.observers = Observers(model, config, options.on_step, recorder)
         self.observers.check()
@@ -148,9 +147,3 @@ class Penalty:
         measured = getattr(self._local, "measured", None)  # the number of the batch
         step = tf.convert_to_tensor(self.draws.value) if measured is None else measured
         return drawn(like, run, step, self.options.seed, self.options.noise)
-
-
-def _counter(name: str) -> Any:
-    return keras.Variable(
-        np.int64(0), dtype="int64", trainable=False, name=name, aggregation="only_first_replica", synchronization="auto"
-    )

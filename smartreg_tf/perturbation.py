@@ -7,13 +7,13 @@ axes but the batch ("example"), or the last one ("token"). `smartreg.perturbatio
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import tensorflow as tf
 
 from smartreg.config import Granularity, Norm, SMARTConfig
 from smartreg.divergences import check_divergence
-from smartreg.perturbation import climb, start_noise
+from smartreg.perturbation import NormOfRows, climb, start_noise
 from smartreg_tf.divergences import DIVERGENCES, as_mask
 
 Tensor = Any
@@ -349,28 +349,14 @@ def _l1_corner(rows: Tensor) -> Tensor:
     return tf.one_hot(tf.argmax(tf.abs(rows), -1), tf.shape(rows)[-1], dtype=rows.dtype) * tf.sign(rows)
 
 
-class _Norm(NamedTuple):
-    """A norm of rows, (..., k). To add one: its name in `smartreg.config.Norm`, these functions, a line of `NORMS`.
-
-    Attributes:
-        length: ||row||_p, (..., 1), of rows whose largest entry is 1.
-        project: the projection onto the ball, called as `project_linf_ball`.
-        steepest: argmax_{||u||_p <= 1} <row, u>, 0 if the row is 0.
-    """
-
-    length: Callable[[Tensor], Tensor]
-    project: Callable[[Tensor, Tensor, Granularity], Tensor]
-    steepest: Callable[[Tensor], Tensor]
-
-
-NORMS: dict[Norm, _Norm] = {
-    "inf": _Norm(_largest, project_linf_ball, tf.sign),
-    "2": _Norm(
+NORMS: dict[Norm, NormOfRows[Tensor]] = {
+    "inf": NormOfRows(_largest, project_linf_ball, tf.sign),
+    "2": NormOfRows(
         lambda rows: tf.sqrt(tf.reduce_sum(rows * rows, -1, keepdims=True)),
         project_l2_ball,
         lambda rows: normalize(rows, "2", "token"),
     ),
-    "1": _Norm(lambda rows: tf.reduce_sum(tf.abs(rows), -1, keepdims=True), project_l1_ball, _l1_corner),
+    "1": NormOfRows(lambda rows: tf.reduce_sum(tf.abs(rows), -1, keepdims=True), project_l1_ball, _l1_corner),
 }
 
 

@@ -1,4 +1,4 @@
-"""What a model keeps from one pass to the next, put back for a pass of the same batch; and whether that was all.
+"""Put back what a model keeps from one pass to the next, for a pass of the same batch; tell whether that was all.
 
 A repeated pass gets Keras' variables by a `keras.StatelessScope`. This file is about everything else: attributes of
 layers, lists and arrays in them, raw TensorFlow variables and generators, Python's and NumPy's streams.
@@ -79,7 +79,7 @@ def arguments_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[A
 
 
 class State:
-    """What the layers of a model hold at one moment besides Keras' variables; and Python's and NumPy's streams.
+    """Keep what the layers of a model hold at one moment besides Keras' variables; and Python's and NumPy's streams.
 
     Example:
         >>> layer = keras.layers.Identity()
@@ -235,12 +235,6 @@ def differing(clean: list[Tensor], again: list[Tensor], masks: list[Tensor | Non
     Args:
         clean, again: the outputs of both, (n, ..., C). masks: of their positions.
         half: whether the model computes in half precision.
-
-    Example:
-        >>> bool(differing([tf.constant([[1.0, np.nan]])], [tf.constant([[1.0 + 1e-6, np.nan]])], [None], False))
-        False
-        >>> bool(differing([tf.constant([[1.0, 2.0]])], [tf.constant([[1.0, 2.1]])], [None], False))
-        True
     """
     found = []
     for a, b, mask in zip(clean, again, masks, strict=True):
@@ -266,10 +260,6 @@ def random_operations(run: Callable[[], Any]) -> tuple[Any, list[str]]:
     """Return what `run` does, and the operations that it adds to the graph and that draw anew whenever they run.
 
     In eager mode there are none.
-
-    Example:
-        >>> random_operations(lambda: 2)
-        (2, [])
     """
     if tf.executing_eagerly():
         return run(), []

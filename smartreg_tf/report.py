@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from smartreg.config import SMARTConfig, SMARTWarning
-from smartreg.report import STILL, Choice, Description, not_finite, suspicions, too_small
+from smartreg.report import LATER, STILL, Choice, Description, not_finite, suspicions, too_small
 from smartreg_tf.candidates import not_the_batch
 from smartreg_tf.outputs import Head
 from smartreg_tf.passes import half_precision_layers
@@ -20,8 +20,6 @@ from smartreg_tf.site import Site
 from smartreg_tf.step import Step, shifted
 
 Tensor = Any
-_LATER = Choice("not known yet", "it is seen in the first training step")
-
 
 # What may go wrong in a compiled step: passes in which something is not finite, what is warned of, what raises.
 _NOT_FINITE = ("clean", "perturbed", "teacher")
@@ -38,15 +36,6 @@ class Reports:
         found: what the last traced step chose; None before the first.
         drawn: the operations of the step that draw anew in every pass.
         skipped: the steps without a finite penalty.
-
-    Example:
-        >>> reports = Reports(SMARTConfig(mu=0))
-        >>> reports.count({"normalised": tf.constant(True)})
-        >>> try:
-        ...     reports.judge(lambda: 1, site="embed")
-        ... except ValueError as error:
-        ...     print(str(error)[:39])
-        SMART: the outputs should be logits, by
     """
 
     def __init__(self, config: SMARTConfig) -> None:
@@ -196,18 +185,17 @@ def describe(model: Any, site: Site, outputs: Any, precision: str, found: Found 
     """
     description = Description(site=Choice(str(site), site.why))
     if found is None:
-        description |= dict.fromkeys(("x", "outputs", "l_s", "class axis", "mask", "positions"), _LATER)
+        description |= LATER
     else:
-        description["x"] = Choice(_each(_shape(x) for x in found.xs), "the runs of the site in a training step")
-        description["outputs"] = Choice(
-            _each(_named(model, head) for head in found.heads), _why_outputs(outputs, found.heads)
-        )
-        description["l_s"] = Choice(
-            _each(head.divergence for head in found.heads), "it follows from the kind of output"
-        )
-        description["class axis"] = Choice(
-            _each(map(_axis, found.heads)), "the loss's axis, else the one that its labels lack, else the last"
-        )
+        heads = found.heads
+        axes = ["none: one value a token" if head.axis is None else str(head.axis) for head in heads]
+        columns = {
+            "x": (map(_shape, found.xs), "the runs of the site in a training step"),
+            "outputs": ((_named(model, head) for head in heads), _why_outputs(outputs, heads)),
+            "l_s": ((head.divergence for head in heads), "it follows from the kind of output"),
+            "class axis": (axes, "the loss's axis, else the one that its labels lack, else the last"),
+        }
+        description |= {name: Choice(", ".join(values), why) for name, (values, why) in columns.items()}
         description["mask"] = _masked(found.masks, "Keras' mask, or the padding mask among the inputs", "x has no mask")
         description["positions"] = _masked(
             found.positions, "the mask of the outputs, or that of x", "no mask fits the outputs"
@@ -224,10 +212,6 @@ def _why_outputs(outputs: Any, heads: Sequence[Head]) -> str:
     return ", ".join(dict.fromkeys(said))
 
 
-def _axis(head: Head) -> str:
-    return "none: one value a token" if head.axis is None else str(head.axis)
-
-
 def _named(model: Any, head: Head) -> str:
     names = getattr(model, "output_names", None) or []
     return f"{names[head.place]}: {head.kind}" if len(names) > 1 else head.kind
@@ -239,7 +223,7 @@ def _shapes(masks: Sequence[Tensor | None]) -> list[Any]:
 
 def _masked(masks: Sequence[Any], why: str, without: str) -> Choice:
     shapes = ["all" if mask is None else _shape(mask) for mask in masks]
-    return Choice("all", without) if set(shapes) == {"all"} else Choice(_each(shapes), why)
+    return Choice("all", without) if set(shapes) == {"all"} else Choice(", ".join(shapes), why)
 
 
 def _precision(model: Any, precision: str) -> Choice:
@@ -252,7 +236,3 @@ def _precision(model: Any, precision: str) -> Choice:
 def _shape(shape: Any) -> str:
     sizes = ["n" if size is None else str(size) for size in shape]
     return f"({', '.join(sizes)}{',' * (len(sizes) == 1)})"
-
-
-def _each(values: Any) -> str:
-    return ", ".join(values)

@@ -1,4 +1,4 @@
-"""The file beside a checkpoint from which a run goes on: theta~, the step and the states of all seeds."""
+"""Write and read the file beside a checkpoint from which a run goes on: theta~, the step, the states of all seeds."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
-"""Where the perturbation enters a Keras model: where x is, and how another x is put there.
+"""Find where x is in a Keras model, and put another x there.
 
 A site is the output of one or more layers (the token embeddings), or the model's floating-point inputs. The layers'
-`call` is wrapped on the instances, once, and does nothing outside a training step. What a training step needs to
-remember is kept by thread: the replicas of a MirroredStrategy are threads.
+`call` is wrapped as the model's is, see `passes.py`.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ class Call(NamedTuple):
 
 
 class Patches:
-    """Puts attributes on instances without Keras' tracking, and takes them away again."""
+    """Put attributes on instances without Keras' tracking, and take them away again."""
 
     def __init__(self) -> None:
         self._undo: list[tuple[Any, str, Any]] = []
@@ -53,7 +52,7 @@ class Patches:
 
 
 class Site:
-    """Where x is in one model.
+    """Read x in one model, and put another x there.
 
     Args:
         model: a Keras model, built or not.
@@ -90,7 +89,7 @@ class Site:
 
     @property
     def why(self) -> str:
-        """Why this is the site."""
+        """Say why this is the site."""
         return self._candidates[0].why
 
     def install(self) -> None:
@@ -181,9 +180,8 @@ class Site:
         if not asked or not args:
             return args
         flat = inputs.flat_inputs(self.model, args[0])
-        names = [
-            name for name, x in flat if is_embeddings(x) and name not in inputs.PADDING_MASKS and _asked(name, asked[0])
-        ]
+        names = [name for name, x in flat if is_embeddings(x) and name not in inputs.PADDING_MASKS]
+        names = [name for name in names if name in asked[0]] if asked[0] else names
         unlabelled = [name for name in names if asked[0] or not inputs.is_label(name)]
         if names and not unlabelled:
             self._unfit[None] = ValueError(
@@ -268,10 +266,6 @@ class Site:
         if kept is not None:
             compat.set_mask(moved, kept)
         return moved
-
-
-def _asked(name: str, names: frozenset[str]) -> bool:
-    return not names or name in names
 
 
 def _argument(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Any:

@@ -93,7 +93,9 @@ class Teacher:
 
     def distance(self) -> Tensor:
         """Return max|theta - theta~|, theta~ in the dtype in which its pass has it."""
-        return tf.reduce_max([_distance(weight.value, average.value) for weight, average in self.pairs()])
+        pairs = [(tf.convert_to_tensor(weight.value), average.value) for weight, average in self.pairs()]
+        each = [tf.reduce_max(tf.abs(weight - tf.cast(average, weight.dtype))) for weight, average in pairs]
+        return tf.reduce_max([tf.cast(largest, tf.float64) for largest in each])
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
@@ -120,8 +122,3 @@ def _average(weight: Any) -> Any:
         name="smart_average",
         aggregation="only_first_replica",
     )
-
-
-def _distance(weight: Tensor, average: Tensor) -> Tensor:
-    weight = tf.convert_to_tensor(weight)
-    return tf.cast(tf.reduce_max(tf.abs(weight - tf.cast(average, weight.dtype))), tf.float64)

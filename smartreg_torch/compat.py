@@ -1,7 +1,8 @@
 """Every private name of torch, accelerate and transformers that this package uses, and what happens without it.
 
-The docstring of each function says which names are `Private`, in which releases they were `Seen`, what they are `For`,
-and what happens `Without` them. tests/test_upstream.py tries each of them. This module imports nothing of smartreg.
+The docstring of each function says which names are `Private`, in which releases they were `Seen` (if that is not
+`SEEN`), what they are `For`, and what happens `Without` them. tests/test_upstream.py tries each of them. This module
+imports nothing of smartreg.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+SEEN = "torch 2.6 to 2.13"
+_INSTALL = "pip install 'torch>=2.6,<=2.13'"
 _REQUIRED = {
     "torch.Tensor": (Tensor, ("_version", "_backward_hooks", "_post_accumulate_grad_hooks")),
     "torch.nn.Module": (nn.Module(), ("_parameters", "_buffers", "_modules")),
@@ -22,7 +25,7 @@ _missing = [f"{of}.{name}" for of, (owner, names) in _REQUIRED.items() for name 
 if _missing:
     raise ImportError(
         f"smartreg_torch needs {', '.join(_missing)}, which torch {torch.__version__} does not have. Install a release "
-        "in which it was seen: pip install 'torch>=2.6,<=2.13'"
+        f"in which it was seen: {_INSTALL}"
     )
 
 
@@ -63,7 +66,6 @@ def forward_hooks(module: nn.Module) -> tuple[Callable[..., Any], ...]:
     """Return the hooks of a module's forward.
 
     Private: torch.nn.Module._forward_pre_hooks, torch.nn.Module._forward_hooks
-    Seen: torch 2.6 to 2.13
     For: finding what a hook keeps outside of its module, to be the same in every pass
     Without: hooks are not looked into; the check of the first step raises if a pass then does not repeat
     """
@@ -86,7 +88,6 @@ def has_gradient_hooks(weight: Tensor) -> bool:
     """Tell whether a weight has hooks that see its gradient before it is added to `.grad`.
 
     Private: torch.Tensor._backward_hooks
-    Seen: torch 2.6 to 2.13
     For: refusing lean=True, under which a hook would see each of two parts of a gradient alone
     Without: ImportError when this module is imported
     """
@@ -97,7 +98,6 @@ def has_accumulation_hooks(weight: Tensor) -> bool:
     """Tell whether a weight has hooks that are called after its `.grad` has changed.
 
     Private: torch.Tensor._post_accumulate_grad_hooks
-    Seen: torch 2.6 to 2.13
     For: refusing lean=True with such hooks, and layers that fill `.grad` in a backward of their own
     Without: ImportError when this module is imported
     """
@@ -108,14 +108,13 @@ def fills_every_grad() -> bool:
     """Tell, inside a backward, whether it is loss.backward(): it adds to the `.grad` of every weight.
 
     Private: torch.autograd._is_checkpoint_valid
-    Seen: torch 2.6 to 2.13
     For: refusing torch.autograd.grad and backward(inputs=...) with lean=True, which would lose gradients
     Without: RuntimeError in the first backward with lean=True
     """
     if not hasattr(torch.autograd, "_is_checkpoint_valid"):
         raise RuntimeError(
             f"SMART: lean=True needs torch.autograd._is_checkpoint_valid, which torch {torch.__version__} does not "
-            "have. Say lean=False, or install 'torch>=2.6,<=2.13'"
+            f"have. Say lean=False, or {_INSTALL}"
         )
     return bool(torch.autograd._is_checkpoint_valid())  # type: ignore[no-untyped-call]
 
@@ -154,7 +153,6 @@ def is_compiled(module: nn.Module) -> bool:
     """Tell whether torch.compile(module) made this module, or module.compile() was called on it.
 
     Private: torch._dynamo.OptimizedModule._orig_mod, torch.nn.Module._compiled_call_impl
-    Seen: torch 2.6 to 2.13
     For: compiling anew after the site's hook was put on, and refusing float32 copies of half-precision weights
     Without: False; a model that was compiled and run before SMART is made then needs torch.compiler.reset()
     """
@@ -165,7 +163,6 @@ def compiled_call(module: nn.Module) -> Any:
     """Return what module.compile() has put in place of the module's call, or None.
 
     Private: torch.nn.Module._compiled_call_impl
-    Seen: torch 2.6 to 2.13
     For: the Trainer's call of the model, which SMART takes the place of once a step
     Without: None
     """
@@ -176,7 +173,6 @@ def set_compiled_call(module: nn.Module, call: Any) -> None:
     """Put this in place of the module's call, as module.compile() does; None takes it away.
 
     Private: torch.nn.Module._compiled_call_impl
-    Seen: torch 2.6 to 2.13
     For: the Trainer's call of the model, which SMART takes the place of once a step
     Without: nothing; torch.compile then goes through SMART's code as well, which is slow
     """
@@ -188,7 +184,6 @@ def frames_compiled() -> int:
     """Return how often torch.compile has compiled something in this process.
 
     Private: torch._dynamo.utils.counters
-    Seen: torch 2.6 to 2.13
     For: the warning that a model is compiled anew in batch after batch
     Without: 0, and no warning
     """
@@ -200,7 +195,6 @@ def may_compile() -> bool:
     """Tell whether anything can have been compiled in this process.
 
     Private: torch._dynamo
-    Seen: torch 2.6 to 2.13
     For: not importing torch._dynamo, which takes seconds, to switch off what nobody uses
     Without: False; what asks the task loss then runs compiled, and compiles once more
     """
@@ -211,7 +205,6 @@ def mixed_precision_policy(sharded: Any) -> Any:
     """Return the MixedPrecisionPolicy that fully_shard was given.
 
     Private: torch.distributed.fsdp.FSDPModule._get_fsdp_state, FSDPState._mp_policy
-    Seen: torch 2.6 to 2.13
     For: refusing a policy in half precision, in which R_s at a small radius is lost
     Without: RuntimeError when SMART is made with precision="float32"
     """
@@ -220,7 +213,7 @@ def mixed_precision_policy(sharded: Any) -> Any:
     except AttributeError as error:
         raise RuntimeError(
             f"SMART: fully_shard's mixed precision policy cannot be read with torch {torch.__version__}: {error}. "
-            "Say SMART(..., precision='model') if it is float32, or install 'torch>=2.6,<=2.13'"
+            f"Say SMART(..., precision='model') if it is float32, or {_INSTALL}"
         ) from error
 
 
@@ -228,7 +221,6 @@ def says(error: BaseException, what: str) -> bool:
     """Tell whether an error of torch's says this: "compiler disabled", "no leaf" or "reentrant".
 
     Private: the words of three messages
-    Seen: torch 2.6 to 2.13
     For: saying what to do with fullgraph=True, requires_grad at the site, and reentrant checkpointing
     Without: torch's own message
     """

@@ -250,7 +250,7 @@ def _difference(a: Tensor, b: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def _softmax(z: Tensor) -> tuple[Tensor, Tensor]:
-    """Probabilities and logarithms. torch's own adds up 50,000 classes in a row on some CPUs, and loses a digit."""
+    """Return p and log p. torch's own adds up 50,000 classes in a row on some CPUs, and loses a digit."""
     shifted = z - z.amax(-1, keepdim=True)
     exp = shifted.exp()
     total = exp.sum(-1, keepdim=True)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from smartreg.config import one_each
 from smartreg.divergences import check_divergence, takes_logits
-from smartreg.report import Choice
+from smartreg.report import LATER, Choice
 from smartreg_torch.inputs import Inputs, Masks, read_inputs, virtual_tokens
 from smartreg_torch.passes import Passes
 from smartreg_torch.perturbation import output_mask
@@ -109,7 +109,9 @@ def chosen(output: Any, outputs: Outputs | None) -> dict[str, Any]:
     """
     if callable(outputs):
         found = outputs(output)
-        return {"outputs=": found} if isinstance(found, Tensor) else _numbered("outputs=", found)
+        if isinstance(found, Tensor):
+            return {"outputs=": found}
+        return {f"outputs=[{i}]": z for i, z in enumerate(found)}
     if isinstance(output, Tensor):
         if outputs is not None:
             raise ValueError(f"SMART: the model returns one tensor; outputs={outputs!r} chooses nothing in it")
@@ -143,10 +145,6 @@ def chosen(output: Any, outputs: Outputs | None) -> dict[str, Any]:
         f"SMART: cannot tell which of the model's outputs {list(fields)} ({type(output).__name__}) to compare: say "
         "outputs='logits', outputs=1, a list of them, or a function from the model's output to the tensor"
     )
-
-
-def _numbered(name: str, found: Sequence[Any]) -> dict[str, Any]:
-    return {f"{name}[{i}]": z for i, z in enumerate(found)}
 
 
 def check_output(z: Any, n: int | None) -> None:
@@ -390,21 +388,16 @@ class Reader:
 
     def describe(self) -> dict[str, Choice]:
         """Say what is compared, and why."""
-        later = Choice("not known yet", "the first training step shows it")
-        known = dict.fromkeys(("outputs", "l_s", "class axis", "mask", "positions"), later)
-        if self.heads:
-            said = "outputs=" if self.outputs is not None else "what the model returns"
-            known["outputs"] = Choice(", ".join(head.name for head in self.heads), said)
-            for key, values, whys in (
-                ("l_s", [head.divergence for head in self.heads], [head.why_divergence for head in self.heads]),
-                (
-                    "class axis",
-                    ["none" if head.axis is None else str(head.axis) for head in self.heads],
-                    [head.why_axis for head in self.heads],
-                ),
-            ):
-                known[key] = Choice(", ".join(dict.fromkeys(values)), ", ".join(dict.fromkeys(whys)))
-        return {"x": later} | known | self.choices
+        if not self.heads:
+            return LATER | self.choices
+        said = "outputs=" if self.outputs is not None else "what the model returns"
+        l_s = [(head.divergence, head.why_divergence) for head in self.heads]
+        axes = [("none" if head.axis is None else str(head.axis), head.why_axis) for head in self.heads]
+        known = {"outputs": Choice(", ".join(head.name for head in self.heads), said)}
+        for name, found in (("l_s", l_s), ("class axis", axes)):
+            value, why = (", ".join(dict.fromkeys(texts)) for texts in zip(*found, strict=True))
+            known[name] = Choice(value, why)
+        return LATER | known | self.choices
 
 
 def _describe_batch(compared: Compared, calls: Sequence[Call]) -> dict[str, Choice]:

@@ -8,14 +8,14 @@ imputes it, is treated like a masked one: delta is 0 there, and no norm or root 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from smartreg.config import Granularity, Norm, SMARTConfig
 from smartreg.divergences import check_divergence
-from smartreg.perturbation import climb, start_noise
+from smartreg.perturbation import NormOfRows, climb, start_noise
 from smartreg_torch.divergences import DIVERGENCES
 
 T = TypeVar("T", Tensor, list[Tensor])
@@ -186,7 +186,7 @@ def ascend(
 
 
 class Ball:
-    """The set {delta: ||delta||_p <= epsilon}, and how delta moves in it: one start, then `step` for each gradient.
+    """Move delta in the set {delta: ||delta||_p <= epsilon}: one start, then `step` for each gradient.
 
     Args:
         x: embeddings, (n, ..., d).
@@ -346,28 +346,14 @@ def _l1_corner(rows: Tensor) -> Tensor:
     return torch.zeros_like(rows).scatter(-1, at, _sign(rows.gather(-1, at)))
 
 
-class _Norm(NamedTuple):
-    """A norm of rows, (..., k). To add one: its name in `smartreg.config.Norm`, these functions, a line of `NORMS`.
-
-    Attributes:
-        length: ||row||_p, (..., 1), of rows whose largest entry is 1.
-        project: the projection onto the ball, called as `project_linf_ball`.
-        steepest: argmax_{||u||_p <= 1} <row, u>, 0 if the row is 0.
-    """
-
-    length: Callable[[Tensor], Tensor]
-    project: Callable[[Tensor, Tensor | float, Granularity], Tensor]
-    steepest: Callable[[Tensor], Tensor]
-
-
-NORMS: dict[Norm, _Norm] = {
-    "inf": _Norm(_largest, project_linf_ball, _sign),
-    "2": _Norm(
+NORMS: dict[Norm, NormOfRows[Tensor]] = {
+    "inf": NormOfRows(_largest, project_linf_ball, _sign),
+    "2": NormOfRows(
         lambda rows: rows.square().sum(-1, keepdim=True).sqrt(),
         project_l2_ball,
         lambda rows: normalize(rows, "2", "token"),
     ),
-    "1": _Norm(lambda rows: rows.abs().sum(-1, keepdim=True), project_l1_ball, _l1_corner),
+    "1": NormOfRows(lambda rows: rows.abs().sum(-1, keepdim=True), project_l1_ball, _l1_corner),
 }
 
 

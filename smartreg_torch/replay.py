@@ -92,7 +92,8 @@ class State:
                 for name, value in before.items()
                 if not alike(parameters.get(name), value)
             }
-        if first and (self._changed_buffers() or self.kept.moved()):
+        moved = (not alike(now.get(name), z) for now, before in self._buffers for name, z in before.items())
+        if first and (any(moved) or self.kept.moved()):
             self._keep_set_up(run)
         return lost
 
@@ -169,11 +170,6 @@ class State:
                 found.append((own, before))
         return found
 
-    def _changed_buffers(self) -> bool:
-        return any(
-            not alike(buffers.get(name), value) for buffers, before in self._buffers for name, value in before.items()
-        )
-
     @contextmanager
     def replayed(self, convert: Callable[[Any], Any] | None = None) -> Iterator[Given]:
         """Yield the arguments as before the clean pass, for one pass; `convert` is applied to their tensors."""
@@ -186,7 +182,7 @@ class State:
                 for buffers, before in self._buffers:
                     buffers.update({name: _copy(buffer, copies) for name, buffer in before.items()})
                 for parameters, before in self._frozen:
-                    parameters.update({name: _parameter(value, copies) for name, value in before.items()})
+                    parameters.update({name: _copy(value, copies, frozen=True) for name, value in before.items()})
                 self._set_modes(self._modes)
                 with self.kept.as_before(convert) as given:
                     yield given
@@ -244,16 +240,10 @@ def _is_plainly_frozen(weight: Tensor) -> bool:
     return plain and not weight.requires_grad and not weight.is_meta
 
 
-def _copy(value: Tensor, copies: dict[int, Tensor]) -> Tensor:
-    """Copy a tensor: once, if two modules share it."""
+def _copy(value: Tensor, copies: dict[int, Tensor], frozen: bool = False) -> Tensor:
+    """Copy a tensor, as a frozen parameter if asked: once, if two modules share it."""
     if id(value) not in copies:
-        copies[id(value)] = clone(value)
-    return copies[id(value)]
-
-
-def _parameter(value: Tensor, copies: dict[int, Tensor]) -> Tensor:
-    if id(value) not in copies:
-        copies[id(value)] = nn.Parameter(value.clone(), requires_grad=False)
+        copies[id(value)] = nn.Parameter(value.clone(), requires_grad=False) if frozen else clone(value)
     return copies[id(value)]
 
 

@@ -494,21 +494,10 @@ def _from_before(state: dict[str, Any]) -> dict[str, Any]:
     noise.__setstate__(vars(noise) | {"generator": old["generator"]})
     loop = Loop(reports.warn)
     loop.calls, loop.idle, loop.compiled = old["calls_since_update"], old["idle"], old["calls_compiled"]
+    same = "model precision step _lean _site_asked _site _config _removed _optimizer_hooks"
     made: dict[str, Any] = {"_reader": reader, "_runner": runner, "_reports": reports, "_noise": noise, "_loop": loop}
     made |= {"_teacher": Teacher(old["teacher"], old["beta"]), "_on_step": None, "_recorder": None}
-    for name in (
-        "model",
-        "precision",
-        "step",
-        "_lean",
-        "_site_asked",
-        "_site",
-        "_config",
-        "_removed",
-        "_optimizer_hooks",
-    ):
-        made[name] = state[name]
-    return made
+    return made | {name: state[name] for name in same.split()}
 
 
 def _zero(model: nn.Module) -> Tensor:

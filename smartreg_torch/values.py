@@ -20,7 +20,7 @@ Put = Callable[[Any, Any], None]
 
 
 class Slot:
-    """A container or an object, and what was in it before the clean pass.
+    """Keep what was in a container or an object before the clean pass.
 
     Attributes:
         key: the attribute that leads to it, (module, name); if it is `named`, the module, whose names lead on.
@@ -56,7 +56,7 @@ class Slot:
 
 
 class Value:
-    """A tensor or array, and a copy of it from before the clean pass.
+    """Keep a copy of a tensor or an array from before the clean pass.
 
     Attributes:
         written: whether the clean pass wrote into it.
@@ -88,7 +88,7 @@ class Value:
 
 
 class Generator:
-    """A random generator, and its state before the clean pass."""
+    """Keep the state of a random generator before the clean pass."""
 
     def __init__(self, generator: Any) -> None:
         self._generator = generator

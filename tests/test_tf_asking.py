@@ -124,7 +124,7 @@ def test_describe(capsys):
 def test_describe_before_and_without_a_step():
     with attach(tagger(), papers(total_steps=9), site="words", outputs="logits") as smart:
         assert smart.describe()["site"].why == "named by site="
-        assert smart.describe()["x"] == ("not known yet", "it is seen in the first training step")
+        assert smart.describe()["x"] == ("not known yet", "the first training step shows it")
         smart.measure(IDS)
         assert smart.describe()["outputs"] == ("logits", "outputs=")
         assert repr(smart).startswith("attach(site=")

@@ -44,7 +44,8 @@ def said(function):
     """What the docstring of a function says: its private names, where they were seen, what for, and what without."""
     lines = inspect.getdoc(function) or ""
     parts = {part: re.search(rf"^{part}: (.+(?:\n    .+)*)", lines, re.MULTILINE) for part in PARTS}
-    return {part: found and " ".join(found[1].split()) for part, found in parts.items()}
+    found = {part: found and " ".join(found[1].split()) for part, found in parts.items()}
+    return found | {"Seen": found["Seen"] or inspect.unwrap(function).__globals__["SEEN"]}
 
 
 PARTS = ("Private", "Seen", "For", "Without")
