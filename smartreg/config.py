@@ -18,6 +18,7 @@ Granularity = Literal["example", "token"]
 Start = Literal["gaussian", "margin"]
 Scale = Literal["absolute", "rms"]
 Projection = Literal["ball", "rescale"]
+Dropout = Literal["shared", "independent"]
 NonFinite = Literal["raise", "skip"]
 Precision = Literal["float32", "model"]
 T = TypeVar("T")
@@ -33,6 +34,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "start": get_args(Start),
     "scale": get_args(Scale),
     "projection": get_args(Projection),
+    "dropout": get_args(Dropout),
     "non_finite": get_args(NonFinite),
 }
 # name: (lowest, highest, whether the lowest itself is allowed)
@@ -102,6 +104,9 @@ class SMARTConfig:
         scale: the unit of epsilon, sigma and eta, see above.
         projection: "ball" (the paper's), or "rescale": the released code's
             delta <- (delta + eta g) / (||delta + eta g||_inf + epsilon), in which epsilon is not a radius.
+        dropout: "shared": all passes have the clean pass's dropout masks, so R_s is due to delta alone. "independent":
+            each pass at x + delta draws masks of its own, as R-Drop, R3F and the released code do. The one at theta~
+            still has the clean pass's.
         smoothness_steps: K; R_s is computed in the first of every K optimiser steps, with K times its weight. This
             saves passes (docs/performance.md) and is not in the paper.
         proximal_steps: S; theta~ moves once every S optimiser steps.
@@ -131,6 +136,7 @@ class SMARTConfig:
     start: Start = "margin"
     scale: Scale = "rms"
     projection: Projection = "ball"
+    dropout: Dropout = "shared"
     smoothness_steps: int = 1
     proximal_steps: int = 1
     beta_early: float = 0.99
@@ -167,7 +173,7 @@ class SMARTConfig:
                 raise ValueError(f"SMARTConfig: {name} must be at least {least}, got {got!r}")
             if not isinstance(got, _Followed):
                 object.__setattr__(self, name, int(got))
-        if self.lambda_s > 0 and self.start == "gaussian" and self.sigma == 0:
+        if self.lambda_s > 0 and self.start == "gaussian" and self.sigma == 0 and self.dropout == "shared":
             warnings.warn(
                 "SMARTConfig: with sigma=0 and start='gaussian' the ascent begins at x itself, where the divergence "
                 "is stationary: R_s stays 0 for ever. Give sigma > 0 or start='margin'.",
@@ -234,7 +240,8 @@ class SMARTConfig:
         """Return the settings of the released code (mt-dnn): max|delta| rescaled to 1 a token, no ball, no D_Breg.
 
         delta <- (delta + eta g) / (||delta + eta g||_inf + 1e-6), g being the plain gradient. The released code takes
-        g of a one-sided KL, by an approximate formula. This preset takes g of the symmetrised KL, exactly.
+        g of a one-sided KL, by an approximate formula. This preset takes g of the symmetrised KL, exactly. Its passes
+        share their dropout masks; the released code's do not: `mtdnn(dropout="independent")`.
 
         Example:
             >>> SMARTConfig.mtdnn().projection

@@ -15,7 +15,7 @@ from torch.func import functional_call
 from smartreg_torch import compat
 from smartreg_torch.replay import Given, Known, State, device_of, differing, first_differing_module
 from smartreg_torch.sharding import HALF, fully_sharded, reshard
-from smartreg_torch.site import Call, Site
+from smartreg_torch.site import Call, Site, shift
 from smartreg_torch.teacher import Teacher, in_model
 
 Outputs = dict[str, Tensor]  # those that are compared, by name, as the model gives them
@@ -108,7 +108,8 @@ class Pass(NamedTuple):
 class Passes:
     """Run a model on one mini-batch.
 
-    `again` and `at` have the dropout masks, the buffers and the states of the clean pass, and change none of them.
+    `again` and `at` have the buffers and the states of the clean pass, and change none of them. They have its dropout
+    masks, too, if they are not given a seed.
 
     Args:
         runner: of the model, after its `look`.
@@ -183,25 +184,30 @@ class Passes:
             teacher.see(averages)
         return taught
 
-    def at(self, points: list[Tensor], graph: bool = True) -> Outputs:
+    def at(self, points: list[Tensor], seed: int | None = None, graph: bool = True) -> Outputs:
         """Return the outputs if the k-th run of the site gives points[k].
 
         Args:
+            seed: of the pass's own dropout masks; None: the clean pass's masks.
             graph: False detaches them, and keeps no activation either.
         """
         assert self.site is not None
         if graph:
             with self.site.replaced(points):
-                return self._run()
+                return self._run(seed=seed)
         with self._frozen(), self.site.replaced([x.detach() for x in points]):
             # a head in outputs= may have weights of its own
-            return {name: z.detach() for name, z in self._run().items()}
+            return {name: z.detach() for name, z in self._run(seed=seed).items()}
 
-    def shifted(self, deltas: list[Tensor]) -> Outputs:
-        """Return f(x + delta) with a graph of its own below the site, too."""
+    def shifted(self, deltas: list[Tensor], seed: int | None = None) -> Outputs:
+        """Return f(x + delta) with a graph of its own below the site, too; `seed` is as in `at`."""
         assert self.site is not None
-        with self.site.shifted(deltas):
-            return self._run()
+        if seed is None:
+            with self.site.shifted(deltas):
+                return self._run()
+        with self.site.recording(differentiable=False) as calls:  # the layers below x have the clean pass's masks
+            self._run()
+        return self.at([shift(call.own, delta) for call, delta in zip(calls, deltas, strict=True)], seed)
 
     def without_clean(self) -> Passes:
         """Copy this without the clean pass, whose graph it would hold."""
@@ -217,15 +223,15 @@ class Passes:
         return [x.detach() for x in xs] if self._runner.has_static_graph else xs
 
     @contextmanager
-    def ascending(self) -> Iterator[Callable[[list[Tensor]], Outputs]]:
+    def ascending(self) -> Iterator[Callable[[list[Tensor], int | None], Outputs]]:
         """Yield `at` for the ascent: no graph is built for the weights, and no `.grad` or random stream changes."""
         frozen = ExitStack()
 
-        def at(points: list[Tensor]) -> Outputs:
+        def at(points: list[Tensor], seed: int | None) -> Outputs:
             # freeze in the first pass of the ascent: the margin start first needs the clean graph, which checkpointed
             # layers rebuild as it was
             frozen.enter_context(self._frozen())
-            return self.at(points)
+            return self.at(points, seed)
 
         try:
             # autocast off: a backward under it rounds its products; the passes have the caller's
@@ -310,10 +316,10 @@ class Passes:
         if any(a is not None and b is not None and differing([a], [b], [None]) for a, b in both):
             raise RuntimeError(_ONE_BACKWARD)
 
-    def _run(self, averages: Mapping[str, Tensor] | None = None) -> Outputs:
+    def _run(self, averages: Mapping[str, Tensor] | None = None, seed: int | None = None) -> Outputs:
         """Run the model as in the clean pass, half-precision weights with these values if given."""
         runner = self._runner
-        with self._state.replayed(None if self._float32 is None else _widened) as (args, kwargs):
+        with self._state.replayed(None if self._float32 is None else _widened, seed) as (args, kwargs):
             if self._float32 is None:
                 return runner.choose(runner.called(*args, **kwargs))
             return self._float32(averages or {}, args, kwargs)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import random
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -23,7 +23,8 @@ __all__ = ["Given", "Known", "State", "device_of", "differing", "first_differing
 class State:
     """Keep what a forward in training mode changes, as it was before the clean pass, and replay it in the others.
 
-    - The global random streams (torch's, NumPy's and Python's): the dropout masks are the same in all passes.
+    - The global random streams (torch's, NumPy's and Python's): the dropout masks are the same in all passes, but for
+      those that are given a seed of their own.
     - Buffers: BatchNorm's statistics move once a step. The other passes get copies, which their graphs may keep.
     - The arguments, and what modules and their hooks keep: counters, hidden states, caches, lists, generators.
     - Autocast, and whether each module is in training mode.
@@ -49,8 +50,7 @@ class State:
         kind = device_of(model).type
         self._autocast = kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
         devices = {parameter.device for parameter in theta.values()} - {torch.device("cpu")}
-        self._devices = {device: torch.get_device_module(device).get_rng_state(device) for device in devices}
-        self._streams = (torch.get_rng_state(), np.random.get_state(), random.getstate())  # noqa: NPY002
+        self._streams = _Streams.now(devices)
         self._drawn = True  # whether the clean pass has drawn from NumPy's or Python's stream
         self._modules = list(model.modules()) if modules is None else modules
         self._modes = [module.training for module in self._modules]
@@ -171,12 +171,17 @@ class State:
         return found
 
     @contextmanager
-    def replayed(self, convert: Callable[[Any], Any] | None = None) -> Iterator[Given]:
-        """Yield the arguments as before the clean pass, for one pass; `convert` is applied to their tensors."""
+    def replayed(self, convert: Callable[[Any], Any] | None = None, seed: int | None = None) -> Iterator[Given]:
+        """Yield the arguments as before the clean pass, for one pass.
+
+        Args:
+            convert: is applied to the arguments' tensors.
+            seed: of the random streams in this pass; None replays the clean pass's.
+        """
         own = [(buffers, dict(buffers)) for buffers, _ in self._buffers]  # the clean pass may have put others in
         frozen = [(parameters, dict(parameters)) for parameters, _ in self._frozen]
         modes = [module.training for module in self._modules]
-        with self._streams_replayed():
+        with self._streams_replayed(seed):
             try:
                 copies: dict[int, Tensor] = {}
                 for buffers, before in self._buffers:
@@ -194,28 +199,30 @@ class State:
     @contextmanager
     def kept_streams(self) -> Iterator[None]:
         """Put torch's random streams back after the block: a backward may draw, too."""
-        kind = next((device.type for device in self._devices), "cuda")
-        with torch.random.fork_rng(list(self._devices), device_type=kind):
+        devices = list(self._streams.devices)
+        kind = next((device.type for device in devices), "cuda")
+        with torch.random.fork_rng(devices, device_type=kind):
             yield
 
     def _has_drawn(self) -> bool:
         """Tell whether NumPy's or Python's stream has moved. To read and write NumPy's takes 0.1 ms in every pass."""
-        now, before = np.random.get_state(), self._streams[1]  # noqa: NPY002
-        if not isinstance(now, tuple) or random.getstate() != self._streams[2]:  # a dict: another bit generator
+        now, before = np.random.get_state(), self._streams.numpy  # noqa: NPY002
+        if not isinstance(now, tuple) or random.getstate() != self._streams.python:  # a dict: another bit generator
             return True
         return not all(map(np.array_equal, now, before))
 
     @contextmanager
-    def _streams_replayed(self) -> Iterator[None]:
+    def _streams_replayed(self, seed: int | None = None) -> Iterator[None]:
+        before = self._streams if seed is None else _Streams.seeded(seed, self._streams.devices)
         streams = (np.random.get_state(), random.getstate()) if self._drawn else None  # noqa: NPY002
         with self.kept_streams(), torch.autocast(*self._autocast):
             try:
-                torch.set_rng_state(self._streams[0])
-                for device, state in self._devices.items():
+                torch.set_rng_state(before.cpu)
+                for device, state in before.devices.items():
                     torch.get_device_module(device).set_rng_state(state, device)
                 if streams is not None:
-                    np.random.set_state(self._streams[1])  # noqa: NPY002
-                    random.setstate(self._streams[2])
+                    np.random.set_state(before.numpy)  # noqa: NPY002
+                    random.setstate(before.python)
                 yield
             finally:
                 if streams is not None:
@@ -226,6 +233,28 @@ class State:
         for module, mode in zip(self._modules, modes, strict=True):
             if module.training != mode:  # model.eval() between a forward and its backward
                 module.training = mode
+
+
+class _Streams(NamedTuple):
+    """Hold states of the global random streams: torch's on the CPU and on these devices, NumPy's and Python's."""
+
+    cpu: Tensor
+    devices: dict[torch.device, Tensor]
+    numpy: Any
+    python: Any
+
+    @classmethod
+    def now(cls, devices: Iterable[torch.device]) -> Self:
+        """Read the states."""
+        states = {device: torch.get_device_module(device).get_rng_state(device) for device in devices}
+        return cls(torch.get_rng_state(), states, np.random.get_state(), random.getstate())  # noqa: NPY002
+
+    @classmethod
+    def seeded(cls, seed: int, devices: Iterable[torch.device]) -> Self:
+        """Make states from a seed, and leave the streams alone: manual_seed() would reach all devices."""
+        states = {device: torch.Generator(device).manual_seed(seed).get_state() for device in devices}
+        numpy = type(np.random.get_bit_generator())(seed).state  # type: ignore[attr-defined]
+        return cls(torch.Generator().manual_seed(seed).get_state(), states, numpy, random.Random(seed).getstate())
 
 
 def _refill(own: list[tuple[dict[str, Any], dict[str, Any]]]) -> None:

@@ -35,9 +35,10 @@ class SMART:
 
     F(theta) = L(theta) + lambda_s R_s(theta) + mu D_Breg(theta, theta~)
 
-    The model stays as it is, but for one idle hook. All passes over a batch use the same dropout masks. BatchNorm
-    statistics, other buffers and the global random streams are after a step as plain training leaves them. Make it
-    after the model is on its device and before the first optimiser step: theta~ starts as the weights are then.
+    The model stays as it is, but for one idle hook. All passes over a batch use the same dropout masks, unless
+    `config.dropout` is "independent". BatchNorm statistics, other buffers and the global random streams are after a
+    step as plain training leaves them. Make it after the model is on its device and before the first optimiser step:
+    theta~ starts as the weights are then.
 
     Args:
         model: any module. In DistributedDataParallel only the clean pass runs through the wrapper. After `fully_shard`

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, NamedTuple
@@ -65,11 +66,15 @@ def smart_step(
     """
     targets, masks = compared.targets, compared.inputs.masks  # f(x; theta), and which positions of x are real
     stages, terms = {"clean": targets}, dict[str, Tensor]()
+
+    def masks_of_its_own() -> int | None:
+        return draw.seed_of_masks(targets[0].device) if config.dropout == "independent" else None
+
     if lambda_s > 0:
         with passes.ascending() as at:
             nu = _draw(draw, passes.starts, compared, config)
             delta = stages["ascent"] = ascend(  # lines 6 to 10
-                lambda points: compared.arranged(at(points)),
+                lambda points: compared.arranged(at(points, masks_of_its_own())),
                 *(passes.starts, targets, config, nu, masks, compared.divergences, compared.positions),
             )
         if first and config.needs_clean_graph:
@@ -80,12 +85,14 @@ def smart_step(
     if lambda_s > 0:
         # the clean pass's x, so that the layers below are back-propagated through once
         points = [shift(call.own, moved) for call, moved in zip(passes.clean.calls, delta, strict=True)]
-        perturbed = stages["perturbed"] = compared.arranged(passes.at(points, graph=later is None))  # f(x + delta)
+        seed = masks_of_its_own()
+        perturbed = compared.arranged(passes.at(points, seed, graph=later is None))  # f(x + delta; theta)
+        stages["perturbed"] = perturbed
         terms["R_s"] = smoothness(perturbed, targets, compared, sample_weight)
     weights = {"R_s": lambda_s, "D_Breg": config.mu}
     penalty = _total(weight * terms[name] for name, weight in weights.items() if name in terms)
     step = Step(penalty, terms, stages, passes, compared, sample_weight)  # line 11 is the optimiser's, on L + penalty
-    return step if later is None else _deferred(step, lambda_s, later)
+    return step if later is None else _deferred(step, lambda_s, seed, later)
 
 
 def smoothness(
@@ -121,14 +128,14 @@ def _draw(draw: Noise, xs: list[Tensor], compared: Compared, config: SMARTConfig
     return [None] * len(compared.targets)
 
 
-def _deferred(step: Step, lambda_s: float, later: Afterwards) -> Step:
+def _deferred(step: Step, lambda_s: float, seed: int | None, later: Afterwards) -> Step:
     """Let the penalty's backward run the perturbed pass again, with its graph, after the clean graph is freed."""
     delta, sample_weight, passes = step.stages["ascent"], step.sample_weight, step.passes.without_clean()
     fixed = [z.detach() for z in step.compared.targets]
     compared = step.compared._replace(targets=fixed)  # nothing holds the clean graph
 
     def other_side() -> Tensor:
-        return lambda_s * smoothness(compared.arranged(passes.shifted(delta)), fixed, compared, sample_weight)
+        return lambda_s * smoothness(compared.arranged(passes.shifted(delta, seed)), fixed, compared, sample_weight)
 
     later.backward_of(other_side)
     penalty = step.penalty + later.zero.to(step.penalty.device)
@@ -208,10 +215,25 @@ class Noise:
                     f"SMART: noise must give a tensor of shape {tuple(like.shape)}, got {tuple(drawn.shape)}"
                 )
             return drawn
+        generator = self._stream(like.device)
+        drawn = torch.randn(like.shape, generator=generator, dtype=like.dtype, device=generator.device)
+        return drawn.to(like.device)
+
+    def seed_of_masks(self, device: torch.device) -> int:
+        """Draw the seed of a pass that has dropout masks of its own.
+
+        It is a hash of the generator's state, which the host has: a number that a GPU draws would be waited for.
+        """
+        generator = self._stream(device)
+        state = generator.get_state().numpy().tobytes()
+        torch.rand(1, generator=generator, device=generator.device)  # the next seed is another one
+        return int.from_bytes(hashlib.blake2b(state, digest_size=8).digest(), "little") >> 1
+
+    def _stream(self, device: torch.device) -> torch.Generator:
+        """Return the generator; make it on this device if there is none."""
         if self.generator is None:
-            self.generator = torch.Generator(like.device).manual_seed(self.seed)
-        device = self.generator.device
-        return torch.randn(like.shape, generator=self.generator, dtype=like.dtype, device=device).to(like.device)
+            self.generator = torch.Generator(device).manual_seed(self.seed)
+        return self.generator
 
     def restored(self, seed: int, stream: Any, device: torch.device) -> Noise:
         """Return this noise with another seed and generator state, or None; ValueError if it cannot be loaded."""

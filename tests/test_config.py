@@ -113,6 +113,7 @@ def test_is_frozen_and_replaceable():
     [
         ({"lambda_s": -1}, ValueError, r"lambda_s must be a finite number >= 0, got -1"),
         ({"lambda_s": math.nan}, ValueError, r"lambda_s must be a finite number >= 0, got nan"),
+        ({"dropout": "fresh"}, ValueError, r"dropout must be one of 'shared', 'independent', got 'fresh'"),
         ({"mu": math.inf}, ValueError, r"mu must be a finite number >= 0, got inf"),
         ({"epsilon": 0}, ValueError, r"epsilon must be a finite number > 0, got 0"),
         ({"eta": 0}, ValueError, r"eta must be a finite number > 0, got 0"),
@@ -183,6 +184,7 @@ def test_warns_where_a_term_would_do_nothing():
         warnings.simplefilter("error")
         SMARTConfig(sigma=0)
         SMARTConfig(sigma=0, start="gaussian", lambda_s=0)
+        SMARTConfig(sigma=0, start="gaussian", dropout="independent")  # R_s at x is that of two masks
         SMARTConfig(beta_early=0, beta_late=0, proximal_steps=3)
         SMARTConfig(beta_early=0, beta_late=0, mu=0)
 
@@ -205,3 +207,11 @@ def test_total_steps_is_needed_where_beta_is_scheduled(settings, needed):
             config.check_total_steps("caller")
     else:
         config.check_total_steps("caller")
+
+
+def test_settings_of_before_share_their_dropout_masks():
+    """JSON files that were written before there was the setting."""
+    old = {name: value for name, value in SMARTConfig().to_dict().items() if name != "dropout"}
+    assert SMARTConfig.from_dict(old).dropout == "shared"
+    assert {SMARTConfig.paper().dropout, SMARTConfig.mtdnn().dropout} == {"shared"}
+    assert SMARTConfig.mtdnn(dropout="independent").dropout == "independent"
