@@ -1,12 +1,17 @@
-"""What tests/test_torch_distributed.py trains, in one process and in two: `python distributed_torch.py FOLDER`."""
+"""What test_torch_distributed.py trains in one process, and in two: `python distributed_torch.py FOLDER SCRIPT ...`."""
 
 import gc
+import json
+import os
+import runpy
+import socket
 import sys
 from collections import defaultdict
 from contextlib import nullcontext
-from pathlib import Path
+from functools import partial
 
 import torch
+import torch._dynamo  # once for all forks
 import torch.distributed.nn  # before there is a group, see docs/distributed.md
 from notes import Notes
 from paper_settings import papers
@@ -148,7 +153,7 @@ def ddp():
     }
 
 
-def fsdp(folder):
+def fsdp():
     found = {}
     for name, (wrapping, config, micro) in FSDP.items():
         smart, _, history = train(shard(make(), **wrapping), config, micro)
@@ -157,7 +162,7 @@ def fsdp(folder):
     return found | {
         "shards": {name: (t.to_local().numel(), t.numel()) for name, t in teacher.items()},
         "frozen": passes_with_weights(),
-        "resumed": resumed(folder),
+        "resumed": resumed(),
         "evaluated": evaluated(),
         "half": half(),
         "refused": refused(),
@@ -179,11 +184,11 @@ def passes_with_weights():
     return seen
 
 
-def resumed(folder):
+def resumed():
     """The largest difference between an unbroken run and one that was saved and loaded in between."""
     unbroken = train(shard(make()), CONFIG)[0]
     smart, optimizer, _ = train(shard(make()), CONFIG, steps=range(2))
-    file = Path(folder, f"state_{distributed.get_rank()}.pt")
+    file = f"resumed_{distributed.get_rank()}.pt"
     parts = {"model": smart.model, "smart": smart, "optimizer": optimizer}
     torch.save({name: part.state_dict() for name, part in parts.items()}, file)
     state = torch.load(file, weights_only=True)
@@ -255,12 +260,40 @@ def refused():
     return said
 
 
-if __name__ == "__main__":
-    folder = sys.argv[1]
+def train_all():
+    """Train in every way, in one of two processes, and keep what was found."""
     distributed.init_process_group("gloo")
     seed = SMART(make(), CONFIG).state_dict()["seed"]
-    found = {"ddp": ddp() | {"seed": seed}, "fsdp": fsdp(folder) | {"seed": seed}}
-    torch.save(found, Path(folder, f"found_{distributed.get_rank()}.pt"))
+    found = {"ddp": ddp() | {"seed": seed}, "fsdp": fsdp() | {"seed": seed}}
+    torch.save(found, f"found_{distributed.get_rank()}.pt")
     gc.collect()
     distributed.barrier()
     distributed.destroy_process_group()
+
+
+def fork_two(name, job):
+    """Do a job in two forks of this process, started as torchrun starts processes. Return their exit codes.
+
+    A fork has imported PyTorch already. What it prints goes to NAME_RANK.log.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    children = []
+    for rank in map(str, range(2)):
+        children.append(os.fork())
+        if children[-1] == 0:
+            place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+            os.environ.update(place, RANK=rank, LOCAL_RANK=rank)
+            log = os.open(f"{name}_{rank}.log", os.O_WRONLY | os.O_CREAT)
+            os.dup2(log, 1)
+            os.dup2(log, 2)
+            job()
+            sys.exit()
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+
+if __name__ == "__main__":
+    os.chdir(sys.argv[1])
+    jobs = {script: partial(runpy.run_path, script, run_name="__main__") for script in sys.argv[2:]}
+    print(json.dumps({name: fork_two(name, job) for name, job in {"train_all": train_all, **jobs}.items()}))

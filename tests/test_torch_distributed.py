@@ -1,8 +1,9 @@
 """Two processes (gloo, on a CPU) are one process with the whole batch: DistributedDataParallel and fully_shard."""
 
+import json
 import os
 import re
-import socket
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
+SCRIPTS = ("ddp.py", "fsdp.py")
 REFUSED = {
     "policy": r"mixed precision policy has torch\.bfloat16.*use torch\.autocast.*precision='model'",
     "output": r"mixed precision policy has torch\.bfloat16",
@@ -24,34 +26,45 @@ REFUSED = {
 }
 
 
-def environment():
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests")))}
+@pytest.fixture(scope="module")
+def left(tmp_path_factory):
+    """The folder of everything that ran in two processes, the docs' scripts too, and the exit codes."""
+    folder = tmp_path_factory.mktemp("processes")
+    text = (ROOT / "docs" / "distributed.md").read_text()
+    for script in SCRIPTS:
+        (code,) = re.findall(rf"^```python {re.escape(script)}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+        (folder / script).write_text(code)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests")))}
+    started = subprocess.Popen(
+        [sys.executable, "-W", "error", tests.__file__, str(folder), *SCRIPTS],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        codes, errors = started.communicate(timeout=300)
+    except subprocess.TimeoutExpired:
+        os.killpg(started.pid, signal.SIGKILL)  # its forks, too
+        raise
+    assert started.returncode == 0, errors
+    return folder, json.loads(codes)
+
+
+def logs(left, name):
+    """What each process printed, if both ended without an error."""
+    folder, codes = left
+    printed = [(folder / f"{name}_{rank}.log").read_text() for rank in range(2)]
+    assert codes[name] == [0, 0], "".join(printed)
+    return printed
 
 
 @pytest.fixture(scope="module")
-def processes(tmp_path_factory):
-    """What each of two processes found, started as torchrun would start them."""
-    folder = tmp_path_factory.mktemp("processes")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {**environment(), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-W", "error", tests.__file__, str(folder)],
-            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        errors = [process.communicate(timeout=200)[1] for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    assert [process.returncode for process in started] == [0, 0], errors
-    return [torch.load(folder / f"found_{rank}.pt", weights_only=True) for rank in range(2)]
+def processes(left):
+    """What each of two processes found."""
+    logs(left, "train_all")
+    return [torch.load(left[0] / f"found_{rank}.pt", weights_only=True) for rank in range(2)]
 
 
 def assert_are_one(first, second, modes):
@@ -110,19 +123,12 @@ def test_fully_shard(processes):
         assert re.search(message, first["refused"][name]), name
 
 
-@pytest.mark.parametrize("script", ["ddp.py", "fsdp.py"])
-def test_the_scripts_of_the_docs_run_with_torchrun(script, tmp_path):
-    text = (ROOT / "docs" / "distributed.md").read_text()
-    (code,) = re.findall(rf"^```python {re.escape(script)}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    (tmp_path / script).write_text(code)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script]
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, timeout=200, cwd=tmp_path, env=environment()
-    )
-    assert done.returncode == 0, done.stderr
-    found = [re.search(rf"rank {rank}: R_s ([\d.e-]+),", done.stdout) for rank in range(2)]
-    assert all(row is not None and float(row[1]) > 0 for row in found), done.stdout
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_scripts_of_the_docs_run(script, left):
+    printed = logs(left, script)
+    found = [re.search(rf"rank {rank}: R_s ([\d.e-]+),", log) for rank, log in enumerate(printed)]
+    assert all(row is not None and float(row[1]) > 0 for row in found), printed
     assert found[0][1] != found[1][1]  # rows and noise of its own in each process
     if script == "fsdp.py":
-        states = [torch.load(tmp_path / f"state_{rank}.pt", weights_only=False)["smart"] for rank in range(2)]
+        states = [torch.load(left[0] / f"state_{rank}.pt", weights_only=False)["smart"] for rank in range(2)]
         assert [state["step"] for state in states] == [16, 16]

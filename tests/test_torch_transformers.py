@@ -1024,11 +1024,16 @@ WAYS = {
 }
 PROCESS = """
 import gc
+import os
 import sys
 import warnings
 import torch
 import test_torch_transformers as tests
 
+child = os.fork()  # the libraries are imported once
+os.environ["RANK"] = os.environ["LOCAL_RANK"] = "0" if child else "1"
+if child == 0:
+    os.dup2(os.open(sys.argv[1] + "/1.log", os.O_WRONLY | os.O_CREAT), 2)
 gc.freeze()  # as in conftest.py
 for name, way in tests.WAYS.items():
     warnings.simplefilter("always" if "ignores" in name else "error", tests.SMARTWarning)
@@ -1041,6 +1046,8 @@ for name, way in tests.WAYS.items():
     torch.save(found, f"{sys.argv[1]}/{name}_{trainer.args.process_index}.pt")
 torch.distributed.barrier()  # the threads of the last all-reduce are done: see docs/distributed.md
 torch.distributed.destroy_process_group()
+if child:
+    sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
 
 
@@ -1062,18 +1069,20 @@ def test_two_processes_are_one_with_the_whole_batch(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROCESS, str(tmp_path)],
-            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    errors = [process.communicate(timeout=300)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], errors
+    started = subprocess.Popen(
+        [sys.executable, "-c", PROCESS, str(tmp_path)],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        errors = [started.communicate(timeout=300)[1], (tmp_path / "1.log").read_text()]
+    finally:
+        if started.returncode is None:
+            os.killpg(started.pid, signal.SIGKILL)  # its fork, too
+    assert started.returncode == 0, errors
     assert all("and 2 process(es) it is 2 times what one large batch gives" in error for error in errors)
     for name, way in [*WAYS.items()][:-1]:
         settings = {key: value for key, value in way.items() if "label" in key or key == "accepts"}
