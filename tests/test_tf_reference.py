@@ -81,22 +81,6 @@ class Adam(keras.optimizers.Adam):
         variable.assign(variable - m * alpha / (tf.sqrt(v) + self.epsilon))
 
 
-class Recorder:
-    """Variables into which a compiled step writes what it would otherwise throw away."""
-
-    def __init__(self):
-        self.slots = {}
-
-    def put(self, name, value):
-        if name not in self.slots:
-            with tf.init_scope():
-                self.slots[name] = tf.Variable(tf.zeros(value.shape, value.dtype))
-        self.slots[name].assign(value)
-
-    def __getitem__(self, name):
-        return self.slots[name].numpy()
-
-
 def make_batches(rng, divergence, pooled, weighted):
     batches = []
     for _ in range(STEPS):
@@ -130,20 +114,23 @@ def compare(
         theta, batches, config, noise, divergence=divergence, optimizer=optimizer, learning_rate=0.01, pooled=pooled
     )
 
-    record = Recorder()
+    model = Network(theta, divergence, pooled)
+    names = ("E", "W1", "b1", "W2", "b2")
+    # what is created in the first step makes TensorFlow trace it twice
+    gradients = [tf.Variable(tf.zeros_like(weight)) for weight in model.trainable_variables]
     base = keras.optimizers.SGD if optimizer == "sgd" else Adam
 
     class Optimizer(base):
         def apply(self, grads, trainable_variables=None):
             # dense: of a token that comes twice, Keras 3.15's Adam adds the squares of the two slices of the gradient
             grads = [tf.convert_to_tensor(g) for g in grads]
-            for name, g in zip(("E", "W1", "b1", "W2", "b2"), grads, strict=True):
-                record.put(f"gradient {name}", g)
+            for gradient, g in zip(gradients, grads, strict=True):
+                gradient.assign(g)
             return super().apply(grads, trainable_variables)
 
-    model = Network(theta, divergence, pooled)
     options = {"epsilon": 1e-8} if base is Adam else {}
     model.compile(Optimizer(0.01, **options), jit_compile=mode == "xla")
+    model.optimizer.build(model.trainable_variables)
     draws = tf.constant(noise[:: config.smoothness_steps])
     seen = []
     given = {"outputs": KINDS[divergence], "noise": lambda step, like: tf.gather(draws, step)}
@@ -167,12 +154,9 @@ def compare(
                 expected |= {"delta": step.delta, "outputs": step.outputs}
             if config.mu > 0:
                 got["D_Breg"], expected["D_Breg"] = logs["proximal"], step.D_Breg
-            for i, name in enumerate(("E", "W1", "b1", "W2", "b2")):
+            for i, name in enumerate(names):
                 got[name], expected[name] = model.weights[i].numpy(), step.theta[name]
-                got[f"gradient {name}"], expected[f"gradient {name}"] = (
-                    record[f"gradient {name}"],
-                    step.gradients[name],
-                )
+                got[f"gradient {name}"], expected[f"gradient {name}"] = gradients[i].numpy(), step.gradients[name]
                 if config.mu > 0:
                     got[f"{name}~"], expected[f"{name}~"] = smart.averages[i].numpy(), step.teacher[name]
             for name, value in expected.items():
