@@ -7,11 +7,8 @@ try:
     import tensorflow as _tensorflow  # noqa: F401
 except ImportError as error:
     _named = _os.environ.get("KERAS_BACKEND", "tensorflow")
-    _other = (
-        f", and KERAS_BACKEND={_named}, which must be tensorflow before Keras is imported"
-        if _named != "tensorflow"
-        else ""
-    )
+    _other = f", and KERAS_BACKEND={_named}, which must be tensorflow before Keras is imported"
+    _other = "" if _named == "tensorflow" else _other
     raise ImportError(f"smartreg_tf needs TensorFlow and Keras 3: pip install 'smartreg[tf]'{_other}") from error
 
 if _keras.config.backend() != "tensorflow":

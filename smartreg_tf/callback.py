@@ -191,12 +191,10 @@ class SMARTCallback(keras.callbacks.Callback):  # type: ignore[misc]
             self.engine.remove()
 
     def on_test_begin(self, logs: Any = None) -> None:
-        """Stop watching load_weights: fit, or evaluate alone, has begun."""
+        """Stop watching load_weights: fit, or evaluate or predict alone, has begun."""
         _stop_listening(self.model)
 
-    def on_predict_begin(self, logs: Any = None) -> None:
-        """Stop watching load_weights."""
-        _stop_listening(self.model)
+    on_predict_begin = on_test_begin
 
     def _complete(self) -> SMARTConfig:
         """Return the configuration with `total_steps`, the optimiser steps of the whole fit."""

@@ -226,16 +226,14 @@ class Engine:
         self.save_state(filepath)
         return saved
 
+    save = save_weights  # of the whole model
+
     def load_weights(self, original: Callable[..., Any], filepath: Any, *args: Any, **kwargs: Any) -> Any:
         """Load the weights, and theta~, the step and the seeds if they lie beside them."""
         loaded = original(filepath, *args, **kwargs)
         if os.path.exists(f"{filepath}{resume.SUFFIX}"):
             self.load_state(filepath)
         return loaded
-
-    def save(self, original: Callable[..., Any], filepath: Any, *args: Any, **kwargs: Any) -> Any:
-        """Save the whole model, as `save_weights`."""
-        return self.save_weights(original, filepath, *args, **kwargs)
 
     # What can be asked
 
@@ -244,7 +242,7 @@ class Engine:
 
         x, the outputs and what follows from them are known after the first training step.
         """
-        return describe(self.model, self.site, self.options.outputs, self.options.precision, self.reports.found)
+        return describe(self.model, self.site, self.options.precision, self.reports.found)
 
     def __repr__(self) -> str:
         return self.describe().line(self._call)

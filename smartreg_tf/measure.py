@@ -124,9 +124,5 @@ def _sliced(arrays: Any, batch_size: int) -> Iterator[Any]:
         lambda part: part if part is None or tf.is_tensor(part) else np.asarray(part), arrays
     )
     n = min(len(part) for part in keras.tree.flatten(arrays) if part is not None)
-    for start in range(0, n, batch_size):
-        yield keras.tree.map_structure(partial(_rows, start, batch_size), arrays)
-
-
-def _rows(start: int, size: int, part: Any) -> Any:
-    return None if part is None else part[start : start + size]
+    for rows in (slice(start, start + batch_size) for start in range(0, n, batch_size)):
+        yield keras.tree.map_structure(lambda part, rows=rows: None if part is None else part[rows], arrays)

@@ -131,8 +131,6 @@ class Observers:
             if self._recorder is not None:
                 scalars = seen.metrics | own | {"step": seen.step - 1}
                 self._recorder.add(seen.tensors(), scalars, layout.dtypes, layout.outputs, index)
-                if self._recorder.full:
-                    self._recorder.write()
             if self._on_step is not None:
                 self._on_step(seen)
 

@@ -123,7 +123,7 @@ class Penalty:
                     return [head.repeated(outputs) for head in heads]
 
                 faults["repeat"] = passes.differ(read, step.positions, self.teacher.is_theta, first)
-        self.reports.found = found_in(step)
+        self.reports.found = found_in(step, self.options.outputs)
         return step, faults
 
     def of_evaluation(self, x: Any, y: Any, sample_weight: Any, number: Tensor) -> tuple[Step, dict[str, Tensor]]:

@@ -139,24 +139,27 @@ class Reports:
 
 
 class Found(NamedTuple):
-    """Hold what `describe` says of a training step.
+    """Keep of a training step which outputs were compared, and what `describe` says of it."""
 
-    Attributes:
-        xs: the shape of each run of the site.
-        heads: the outputs that are compared.
-        masks: the shape of the mask of each run of the site, or None. positions: of each head.
-    """
-
-    xs: Sequence[Any]
     heads: Sequence[Head]
-    masks: Sequence[Any]
-    positions: Sequence[Any]
+    choices: dict[str, Choice]
 
 
-def found_in(step: Step) -> Found:
-    """Keep what `describe` needs."""
-    xs = [call.x.shape for call in step.passes.clean.calls]
-    return Found(xs, step.heads, _shapes(step.mask), _shapes(step.positions))
+def found_in(step: Step, outputs: Any) -> Found:
+    """Say what was perturbed and compared in a step; `outputs` is the argument of that name."""
+    heads, passes = step.heads, step.passes
+    axes = ["none: one value a token" if head.axis is None else str(head.axis) for head in heads]
+    columns = {
+        "x": ((_shape(call.x) for call in passes.clean.calls), "the runs of the site in a training step"),
+        "outputs": ((_named(passes.site.model, head) for head in heads), _why_outputs(outputs, heads)),
+        "l_s": ((head.divergence for head in heads), "it follows from the kind of output"),
+        "class axis": (axes, "the loss's axis, else the one that its labels lack, else the last"),
+    }
+    choices = {name: Choice(", ".join(values), why) for name, (values, why) in columns.items()}
+    choices["mask"] = _masked(step.mask, "Keras' mask, or the padding mask among the inputs", "x has no mask")
+    of_outputs = "the mask of the outputs, or that of x"
+    choices["positions"] = _masked(step.positions, of_outputs, "no mask fits the outputs")
+    return Found(heads, choices)
 
 
 def observe(step: Step) -> dict[str, Tensor]:
@@ -172,36 +175,16 @@ def observe(step: Step) -> dict[str, Tensor]:
     }
 
 
-def describe(model: Any, site: Site, outputs: Any, precision: str, found: Found | None) -> Description:
+def describe(model: Any, site: Site, precision: str, found: Found | None) -> Description:
     """Say what was chosen and why, by the names that every backend has.
-
-    Args:
-        outputs, precision: the arguments.
 
     Example:
         >>> model = keras.Sequential([keras.Input([3]), keras.layers.Dense(2)])
-        >>> describe(model, Site(model), None, "float32", None)["site"]
+        >>> describe(model, Site(model), "float32", None)["site"]
         Choice(value="the model's float inputs", why='no token Embedding or Masking layer makes one x an example')
     """
-    description = Description(site=Choice(str(site), site.why))
-    if found is None:
-        description |= LATER
-    else:
-        heads = found.heads
-        axes = ["none: one value a token" if head.axis is None else str(head.axis) for head in heads]
-        columns = {
-            "x": (map(_shape, found.xs), "the runs of the site in a training step"),
-            "outputs": ((_named(model, head) for head in heads), _why_outputs(outputs, heads)),
-            "l_s": ((head.divergence for head in heads), "it follows from the kind of output"),
-            "class axis": (axes, "the loss's axis, else the one that its labels lack, else the last"),
-        }
-        description |= {name: Choice(", ".join(values), why) for name, (values, why) in columns.items()}
-        description["mask"] = _masked(found.masks, "Keras' mask, or the padding mask among the inputs", "x has no mask")
-        description["positions"] = _masked(
-            found.positions, "the mask of the outputs, or that of x", "no mask fits the outputs"
-        )
-    description["precision"] = _precision(model, precision)
-    return Description(description)
+    known = {"site": Choice(str(site), site.why)} | LATER | ({} if found is None else found.choices)
+    return Description(known | {"precision": _precision(model, precision)})
 
 
 def _why_outputs(outputs: Any, heads: Sequence[Head]) -> str:
@@ -217,12 +200,8 @@ def _named(model: Any, head: Head) -> str:
     return f"{names[head.place]}: {head.kind}" if len(names) > 1 else head.kind
 
 
-def _shapes(masks: Sequence[Tensor | None]) -> list[Any]:
-    return [None if mask is None else tf.convert_to_tensor(mask).shape for mask in masks]
-
-
-def _masked(masks: Sequence[Any], why: str, without: str) -> Choice:
-    shapes = ["all" if mask is None else _shape(mask) for mask in masks]
+def _masked(masks: Sequence[Tensor | None], why: str, without: str) -> Choice:
+    shapes = ["all" if mask is None else _shape(tf.convert_to_tensor(mask)) for mask in masks]
     return Choice("all", without) if set(shapes) == {"all"} else Choice(", ".join(shapes), why)
 
 
@@ -233,6 +212,6 @@ def _precision(model: Any, precision: str) -> Choice:
     return Choice(model.compute_dtype, "precision='model'" if half else "the model's own")
 
 
-def _shape(shape: Any) -> str:
-    sizes = ["n" if size is None else str(size) for size in shape]
+def _shape(x: Tensor) -> str:
+    sizes = ["n" if size is None else str(size) for size in x.shape]
     return f"({', '.join(sizes)}{',' * (len(sizes) == 1)})"

@@ -16,6 +16,7 @@ Masks = str | Callable[..., Tensor | Sequence[Tensor | None]]
 # Masks by other names than attention_mask: what is true there is for the user to say.
 _MASKS = re.compile(r"(^|_)(masks?|pad|padding|valid)(_|$)", re.IGNORECASE)
 _OTHER_MASKS = re.compile(r"head|special|global|label|decoder|cross|span|masked|sample|class|type|indices", re.I)
+_IN_FRONT = ("PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING")  # PEFT's, whose tokens come first
 
 
 class Inputs(NamedTuple):
@@ -135,9 +136,5 @@ def virtual_tokens(model: Any) -> int:
     """Return how many tokens PEFT's prompt tuning puts in front of a batch."""
     settings = getattr(model, "peft_config", None)
     active = settings.get(getattr(model, "active_adapter", None)) if isinstance(settings, dict) else None
-    in_front = str(getattr(active, "peft_type", "")).rpartition(".")[2] in (
-        "PROMPT_TUNING",
-        "P_TUNING",
-        "MULTITASK_PROMPT_TUNING",
-    )
-    return int(getattr(active, "num_virtual_tokens", 0) or 0) if in_front else 0
+    kind = str(getattr(active, "peft_type", "")).rpartition(".")[2]
+    return int(getattr(active, "num_virtual_tokens", 0) or 0) if kind in _IN_FRONT else 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -151,16 +151,15 @@ class Passes:
             differentiable: whether the graph of the outputs has to reach x.
         """
         args, kwargs = self._given
-        with ExitStack() as stack:
-            site = self.site if self._float32 is None else None
-            calls = stack.enter_context(site.recording(differentiable)) if site else []
+        none: Any = nullcontext([])
+        recording = self.site.recording(differentiable) if self.site else none
+        with recording if self._float32 is None else none as calls:
             self.output = self._call(*args, **kwargs)
         self.lost = self._state.settle(self._runner.called)
         if self._float32 is None:
             self.clean = Pass(self._runner.choose(self.output), calls)
             return
-        with ExitStack() as stack:  # once more: the rounding of the model's own pass is far above R_s
-            calls = stack.enter_context(self.site.recording(differentiable)) if self.site else []
+        with recording as calls:  # once more: the rounding of the model's own pass is far above R_s
             self.clean = Pass(self._run(), calls)
 
     @contextmanager

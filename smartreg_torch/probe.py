@@ -80,7 +80,7 @@ class Probe:
             return counted
         if self._positions is not None:
             return self._positions.mask(marks)
-        return label_mask(smart.model, {"labels": marks}) if self._state == "nothing" else None
+        return Positions(likely_offset(smart.model)).mask(marks) if self._state == "nothing" else None
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the loss has said so far: a resumed run need not ask again, of another batch."""
@@ -129,7 +129,7 @@ class Probe:
         num_items: Any,
         labels: Tensor,
     ) -> Tensor | None:
-        first = _offset(smart.model)
+        first = likely_offset(smart.model)
         answer, counted = _Answer("nothing"), None
         found = _outputs_and_gradients(trainer, smart, compute_loss, inputs, num_items)
         if found is None:
@@ -191,14 +191,6 @@ class Probe:
             smart._reader.divergence = self._divergence = divergence
         if axis is not None and smart._reader.class_axis is None:
             smart._reader.class_axis = self._axis = axis
-
-
-def label_mask(model: Any, inputs: Mapping[str, Any]) -> Tensor | None:
-    """Return which positions have a label, by the class of the model: it is taken until the loss was asked."""
-    labels = inputs.get("labels")
-    if not isinstance(labels, Tensor) or labels.ndim < 2:
-        return None
-    return Positions(_offset(model)).mask(labels)
 
 
 @contextmanager
@@ -370,7 +362,7 @@ def _classes(model: nn.Module) -> int | None:
     return getattr(getattr(model, "config", None), "num_labels", None)
 
 
-def _offset(model: Any) -> int:
+def likely_offset(model: Any) -> int:
     """Return -1 if a model of this class most likely has the next token's label at each position, else 0."""
     base = getattr(model, "get_base_model", None)  # PEFT's
     model = base() if callable(base) else model

@@ -158,7 +158,7 @@ def see(step: Step, report: Report, beta: float | None) -> StepSeen:
 
 
 def record(recorder: Recorder, distance: float | None, seen: StepSeen) -> None:
-    """Copy a step into main memory for the recorder, half precision as float32, and write when all steps are there.
+    """Copy a step into main memory for the recorder, half precision as float32.
 
     Args:
         distance: max|theta - theta~|; None if mu = 0.
@@ -174,5 +174,3 @@ def record(recorder: Recorder, distance: float | None, seen: StepSeen) -> None:
         {name: str(z.dtype).removeprefix("torch.") for name, z in tensors.items()},
         [{"divergence": name, "weight": 1.0, "by_weights": False} for name in seen.divergences],
     )
-    if recorder.full:
-        recorder.write()

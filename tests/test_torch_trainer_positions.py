@@ -27,7 +27,7 @@ from transformers.modeling_outputs import CausalLMOutput, TokenClassifierOutput
 from smartreg.report import Choice, Description
 from smartreg_torch import SMART, SMARTWarning
 from smartreg_torch.labels import Positions, find_divergence, find_positions
-from smartreg_torch.probe import Probe, label_mask
+from smartreg_torch.probe import Probe, likely_offset
 from smartreg_torch.transformers import SMARTMixin
 
 cross_entropy = nn.functional.cross_entropy
@@ -211,10 +211,9 @@ def test_by_hand_behind_PEFT(tmp_path):
 )
 def test_what_is_taken_before_the_loss_was_asked(kind, shifted):
     labels = torch.tensor([[-100, -100, 5, 6, -100]])
-    mask = label_mask(object.__new__(kind), {"labels": labels})
+    mask = Positions(likely_offset(object.__new__(kind))).mask(labels)
     assert torch.equal(mask, (next_token if shifted else own_token)(labels))
-    assert label_mask(lora(), {"labels": labels}).tolist() == next_token(labels).tolist()
-    assert label_mask(object.__new__(kind), {"labels": torch.tensor([1, 2])}) is None
+    assert Positions(likely_offset(lora())).mask(labels).tolist() == next_token(labels).tolist()
 
 
 # outputs at other places than the labels

@@ -84,7 +84,7 @@ class Recorder:
         outputs: Sequence[Mapping[str, Any]],
         index: int | None = None,
     ) -> None:
-        """Add one complete step.
+        """Add one complete step; write the file when all are there.
 
         Args:
             arrays: as `StepSeen.tensors` names them.
@@ -103,11 +103,8 @@ class Recorder:
         kept |= {name: np.asarray(value, np.float64) for name, value in reported.items()}
         heads = [dict(output) for output in outputs]
         self._recorded[index] = (kept, {"names": sorted(kept), "dtypes": dict(dtypes), "outputs": heads})
-
-    @property
-    def full(self) -> bool:
-        """Tell whether all steps are there."""
-        return len(self._recorded) >= self.steps
+        if len(self._recorded) >= self.steps:
+            self.write()
 
     def write(self) -> None:
         """Write what there is, once. A failure gives a warning and no exception, because training matters more."""
