@@ -67,14 +67,7 @@ class Runner:
         if not self.modules or list(map(_held, self.modules)) != self._held:
             self.sharded = fully_sharded(self.model)
             reshard(self.sharded)
-            self.modules, self.theta = [], {}
-            known: set[nn.Parameter] = set()
-            for prefix, module in self.model.named_modules():
-                self.modules.append(module)
-                for name, parameter in compat.own_parameters(module).items():
-                    if parameter is not None and parameter not in known:
-                        known.add(parameter)
-                        self.theta[f"{prefix}.{name}" if prefix else name] = parameter
+            self.modules, self.theta = list(self.model.modules()), dict(self.model.named_parameters())
             self._held = list(map(_held, self.modules))
         return self.theta
 
