@@ -1,4 +1,4 @@
-"""Every private name of Keras, TensorFlow and keras_hub that this package uses, and what happens without it.
+"""Keep every private name of Keras, TensorFlow and keras_hub that this package uses; say what happens without it.
 
 The docstring of each function says which names are `Private`, in which releases they were `Seen` (if that is not
 `SEEN`), what they are `For`, and what happens `Without` them. tests/test_upstream.py tries each of them. This module

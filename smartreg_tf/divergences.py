@@ -1,4 +1,4 @@
-"""The divergences l_s of the paper in TensorFlow, with analytic gradients; `smartreg.divergences` line by line.
+"""Compute the divergences l_s in TensorFlow, with analytic gradients; `smartreg.divergences` line by line.
 
 Every function takes outputs of shape (n, ..., C), the last axis being the classes, labels or values, and gives one
 number an example, (n,): the sum over the last axis, averaged over the positions between (those the mask leaves).

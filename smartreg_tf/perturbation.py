@@ -1,4 +1,4 @@
-"""The inner maximum of R_s in TensorFlow: norms, projections and Algorithm 1's projected ascent.
+"""Find the inner maximum of R_s in TensorFlow: norms, projections and Algorithm 1's projected ascent.
 
 A perturbation delta has the shape of the embeddings x, (n, ..., d). `granularity` says what one norm runs over: all
 axes but the batch ("example"), or the last one ("token"). `smartreg.perturbation` line by line.

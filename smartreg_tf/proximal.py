@@ -1,4 +1,4 @@
-"""The Bregman proximal point term and its momentum in TensorFlow (paper: section 3.2, equations 3 and 4)."""
+"""Compute the Bregman proximal point term and its momentum in TensorFlow (paper: section 3.2, equations 3 and 4)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `smartreg.checking` calls of this backend: its functions, a conversion and gradients."""
+"""Give `smartreg.checking` what it calls of this backend: its functions, a conversion and gradients."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the values of outputs, masks and gradients say against what was chosen. Reading them waits for the device."""
+"""Check the values of outputs, masks and gradients against what was chosen. Reading them waits for the device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The divergences l_s of the paper for PyTorch: `smartreg.divergences`, differentiable (docs/math.md).
+"""Compute the divergences l_s of the paper in PyTorch: `smartreg.divergences`, differentiable (docs/math.md).
 
 Every function takes outputs of shape (n, ..., C), the last axis being the classes, labels or values, and gives one
 number an example, (n,): the sum over the last axis, averaged over the positions between (those the mask leaves).

@@ -1,4 +1,4 @@
-"""What a model was given: its arguments by name, and which positions of x they say are real."""
+"""Find what a model was given: its arguments by name, and which positions of x they say are real."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a forward has changed, and how every other pass finds it as it was before."""
+"""Keep what a forward has changed, and let every other pass find it as it was before."""
 
 from __future__ import annotations
 

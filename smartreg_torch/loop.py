@@ -1,4 +1,4 @@
-"""What is noticed of the user's training loop: steps that are not counted, eval mode, a model that is compiled anew."""
+"""Watch the user's training loop for steps that are not counted, eval mode, a model that is compiled anew."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which of a model's outputs are compared, by which l_s, where their classes are, and which positions count."""
+"""Decide which outputs of a model are compared, by which l_s, where their classes are, which positions count."""
 
 from __future__ import annotations
 

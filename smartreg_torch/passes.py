@@ -1,4 +1,4 @@
-"""How a model is run on one mini-batch: the clean pass, the pass again, the pass at other points."""
+"""Run a model on one mini-batch: the clean pass, the pass again, the pass at other points."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The inner maximum of R_s for PyTorch: `smartreg.perturbation`, native (docs/math.md).
+"""Find the inner maximum of R_s in PyTorch: `smartreg.perturbation`, native (docs/math.md).
 
 A perturbation delta has the shape of the embeddings x, (n, ..., d). `granularity` says what one norm runs over: all
 axes but the batch ("example"), or the last one ("token"). An entry of x that is NaN or infinite, because the model

@@ -37,7 +37,7 @@ _SCALE = 2.0**10  # else the gradient of a mean over many tokens is rounded to 0
 
 
 class _Answer(NamedTuple):
-    """What the gradient of one batch says.
+    """Hold what the gradient of one batch says.
 
     `state` is "nothing" if there was no gradient; "all" if each output counts and has a label, so that the next batch
     may say more; "told"; or "each" if the labels do not lie beside the outputs, and only each batch's gradient can say.

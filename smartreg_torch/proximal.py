@@ -1,4 +1,4 @@
-"""The Bregman proximal point term for PyTorch: `smartreg.proximal`, native (paper: section 3.2, equations 3 and 4)."""
+"""Compute the Bregman proximal point term in PyTorch: `smartreg.proximal`, native (paper: section 3.2)."""
 
 from __future__ import annotations
 

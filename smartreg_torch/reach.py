@@ -1,4 +1,4 @@
-"""What a forward can reach and change: its arguments, attributes of modules, what hooks keep."""
+"""Find what a forward can reach and change: its arguments, attributes of modules, what hooks keep."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ _POSITIONAL = re.compile(r"position|segment|token_type|(^|_)(pos|wpe)(_|emb|$)",
 
 
 class Call:
-    """One call of the site in the clean pass.
+    """Hold one call of the site in the clean pass.
 
     Attributes:
         own: what the site gave, the x of the paper, on the clean pass's graph.
@@ -38,7 +38,7 @@ class Call:
 
 
 class Site:
-    """The place in a module where x is read and x + delta is put in.
+    """Read x in a module, and put x + delta in.
 
     Args:
         model: any module. The hooks are installed here and stay until `remove`, or until nothing holds this Site.
@@ -223,7 +223,7 @@ class Site:
 
 
 class _Hook:
-    """A forward hook (of the model's own arguments, a pre-hook) that does nothing before a pass arms it.
+    """Hook into a forward (at the model's own arguments, before it); do nothing until a pass arms it.
 
     All that torch.compile sees is the flag. If it is set, the compiled graph ends at the site. So x is on autograd's
     own graph, and all passes run the same code behind the site, with the same rounding.

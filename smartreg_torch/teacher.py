@@ -1,4 +1,4 @@
-"""theta~, the averaged weights, by name: it follows the model, moves, is put into the model, saved and loaded."""
+"""Keep theta~, the averaged weights, by name: it follows the model, moves, is put into the model, saved and loaded."""
 
 from __future__ import annotations
 

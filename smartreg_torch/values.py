@@ -1,4 +1,4 @@
-"""What can be put back: containers, tensors, arrays and random generators, each beside what it was before the pass."""
+"""Keep containers, tensors, arrays and random generators beside what they were before the pass, and put that back."""
 
 from __future__ import annotations
 
