@@ -19,7 +19,7 @@ IDS, Y = RNG.integers(20, size=(16, 5)), RNG.integers(3, size=16)
 NOISE, WEIGHTS = RNG.normal(size=(16, 5, 4)), RNG.uniform(0.5, 2.0, size=16)
 
 
-def run(strategy, start, path, policy, reduction):
+def run(strategy, start, path, policy, reduction, **settings):
     keras.utils.set_random_seed(1)
     keras.config.set_dtype_policy(policy)
     with strategy.scope():
@@ -44,7 +44,7 @@ def run(strategy, start, path, policy, reduction):
         return tf.gather(tf.constant(NOISE), first + tf.range(n, dtype=tf.int64))
 
     config = papers(epsilon=0.3, sigma=0.3, beta_early=0.5, proximal_steps=2, start=start)
-    callback = SMARTCallback(config, noise=noise)
+    callback = SMARTCallback(config, noise=noise, **settings)
     saves = keras.callbacks.ModelCheckpoint(path + "{epoch}.weights.h5", save_weights_only=True)
     history = model.fit(
         IDS,
@@ -90,4 +90,7 @@ for policy, start, reduction in (
     largest = max(np.abs(value).max() for value in one[1])
     for got, want in zip(two[1] + two[2], one[1] + one[2], strict=True):
         np.testing.assert_allclose(got, want, rtol=0, atol=ulp * largest)
-print("equal")
+try:
+    run(mirrored, "gaussian", f"{sys.argv[1]}/none", "float32", mean, record=f"{sys.argv[1]}/run.npz")
+except ValueError as error:
+    print("equal, and", error)

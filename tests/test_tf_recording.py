@@ -1,9 +1,6 @@
 """Recording a Keras run: it changes nothing, the file passes compare_run, and what is wrong in a run shows."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import keras
@@ -286,26 +283,6 @@ def test_xla_is_refused_before_training(tmp_path, monkeypatch):
         model.compile("sgd", CE, jit_compile=True)
         with pytest.raises(ValueError, match=message):
             model.train_on_batch(IDS, Y)
-
-
-def test_several_replicas_are_refused(tmp_path):
-    """In a process of its own, as devices are configured before TensorFlow starts."""
-    code = f"""
-import keras, numpy as np, tensorflow as tf
-from smartreg_tf import SMARTCallback, SMARTConfig
-tf.config.set_logical_device_configuration(
-    tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 2
-)
-with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope():
-    model = keras.Sequential([keras.Input([3]), keras.layers.Dense(2)])
-    model.compile("sgd", "mse")
-callback = SMARTCallback(SMARTConfig(), record={str(tmp_path / "run.npz")!r})
-model.fit(np.ones((4, 3)), np.ones((4, 2)), verbose=0, callbacks=[callback])
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False, env=dict(os.environ)
-    )
-    assert "ValueError: SMART: record= needs one device, and this MirroredStrategy has 2." in done.stderr
 
 
 def test_a_broken_formula_shows(tmp_path, monkeypatch):
