@@ -24,7 +24,7 @@ _PROBLEM_TYPES = {
     "multi_label_classification": "bernoulli_symmetric_kl",
     "regression": "squared_error",
 }
-_SPANS = ("start_logits", "end_logits")  # a softmax over the positions
+SPANS = ("start_logits", "end_logits")  # a softmax over the positions
 
 
 class Head(NamedTuple):
@@ -130,7 +130,7 @@ def chosen(output: Any, outputs: Outputs | None) -> dict[str, Any]:
         if missing:
             raise ValueError(f"SMART: the model's output has no {missing[0]!r}; it has {list(fields)}")
         return {str(key): fields[key] for key in keys}
-    for wanted in (("logits",), _SPANS):
+    for wanted in (("logits",), SPANS):
         if all(isinstance(fields.get(name), Tensor) for name in wanted):
             return {name: fields[name] for name in wanted}
     if "logits" in fields and fields["logits"] is None:
@@ -218,7 +218,7 @@ def _divergence(name: str, z: Tensor, evidence: Evidence) -> tuple[str, str]:
     if name == "predicted_depth":
         return "squared_error", "its name"
     whole = isinstance(labels, Tensor) and not labels.is_floating_point()
-    if whole and name not in _SPANS and z.ndim == 2 and labels.shape == z.shape:
+    if whole and name not in SPANS and z.ndim == 2 and labels.shape == z.shape:
         return "bernoulli_symmetric_kl", "the labels, one for each output"
     return "symmetric_kl", DEFAULT
 
@@ -229,7 +229,7 @@ def _axis(
     """Decide which axis has the classes, None if each entry is an output of its own, and say why."""
     if z.ndim == 1:
         return None, "one value an example"
-    if name in _SPANS:
+    if name in SPANS:
         return -1, "its name: a softmax over the positions"
     shape = tuple(z.shape)
     each = [why for why, positions in evidence.positions() if shape[1:] in positions]

@@ -241,12 +241,10 @@ class SMART:
         The weights, the mode of each module, random streams, buffers and every `.grad` stay as they are. So does the
         noise of training: a fresh stream with the same seed is drawn from, so that two measurements can be compared.
 
-        Args: as `__call__`.
+        Args, Raises: as `__call__`.
 
         Returns:
             "R_s" if lambda_s > 0, "D_Breg" if mu > 0.
-
-        Raises: as `__call__`.
 
         Example:
             >>> model = nn.Sequential(nn.Embedding(9, 4), nn.Flatten(), nn.Linear(8, 2))
@@ -254,24 +252,32 @@ class SMART:
             >>> sorted(smart.measure(torch.tensor([[1, 2], [3, 4]])))
             ['D_Breg', 'R_s']
         """
-        kwargs = self._arguments("measure()", kwargs, sample_weight)
-        if torch.is_inference_mode_enabled():
-            raise RuntimeError("SMART: measure() takes gradients: call it outside of torch.inference_mode()")
-        config, runner, theta = self.config, self._runner, self._look()
-        if not config.active:
+        if not self.config.active:
+            self._refuse_removed("measure()")
             return {}
+        asked = sample_weight, label_mask, "measure()"
+        step = self.evaluated(copy.copy(self._reader), (args, kwargs), *asked)
+        return {name: float(term.detach()) for name, term in step.terms.items()}
+
+    def evaluated(
+        self, reader: Reader, given: Given, sample_weight: Tensor | None, label_mask: Tensor | None, call: str
+    ) -> Step:
+        """Do what `measure` does for `call`, and return the whole step; `reader` says how the outputs are compared."""
+        given = given[0], self._arguments(call, given[1], sample_weight)
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError(f"SMART: {call} takes gradients: call it outside of torch.inference_mode()")
+        config, runner, theta = self.config, self._runner, self._look()
         if config.mu > 0:
             self._teacher.follow(theta)
-        outside = State(self.model, theta, (args, kwargs), modules=runner.modules)
+        outside = State(self.model, theta, given, modules=runner.modules)
         outside.kept.settle(everything=True)
         weights = [] if runner.sharded else theta.values()
-        reader, noise = copy.copy(self._reader), Noise(self._noise.seed, self._noise.function)
+        noise = Noise(self._noise.seed, self._noise.function)
         with torch.enable_grad(), outside.replayed() as given, untouched_gradients(weights):
             self.model.eval()
             passes = self._passes(runner.called, given, config.lambda_s)
             asked = sample_weight, label_mask, self._reports.warn
-            step = take_step(passes, reader, self._teacher, config, config.lambda_s, noise, *asked)
-        return {name: float(term.detach()) for name, term in step.terms.items()}
+            return take_step(passes, reader, self._teacher, config, config.lambda_s, noise, *asked)
 
     def describe(self) -> Description:
         """Say what SMART perturbs and compares, and why; the shapes are those of the last training step.

@@ -11,8 +11,8 @@ from paper_settings import papers
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import smartreg_torch.report
 from smartreg_torch import SMART
+from smartreg_torch.report import Report
 
 STARTS = {"gaussian": {"start": "gaussian", "ascent_steps": 1}, "margin": {"start": "margin", "ascent_steps": 0}}
 READS = {"_local_scalar_dense", "is_nonzero", "equal", "nonzero", "item"}
@@ -33,7 +33,7 @@ class Operations(TorchDispatchMode):
 @pytest.fixture
 def late(monkeypatch):
     """As on a GPU: what a step found is not here yet when the step ends."""
-    monkeypatch.setattr(smartreg_torch.report.Report, "is_here", property(lambda self: False))
+    monkeypatch.setattr(Report, "is_here", property(lambda self: False))
 
 
 @pytest.fixture(params=STARTS)
