@@ -47,6 +47,7 @@ _REALS: dict[str, tuple[float, float, bool]] = {
     "beta_early": (0.0, 1.0, True),
     "beta_late": (0.0, 1.0, True),
     "early_fraction": (0.0, 1.0, True),
+    "memory": (0.0, math.inf, False),
 }
 _INTEGERS = {"ascent_steps": 0, "smoothness_steps": 1, "proximal_steps": 1, "total_steps": 1}
 
@@ -110,9 +111,12 @@ class SMARTConfig:
         smoothness_steps: K; R_s is computed in the first of every K optimiser steps, with K times its weight. This
             saves passes (docs/performance.md) and is not in the paper.
         proximal_steps: S; theta~ moves once every S optimiser steps.
-        beta_early, beta_late, early_fraction: beta is `beta_early` for the first `early_fraction` of
-            `total_steps`, then `beta_late`.
-        total_steps: optimiser steps of the whole training run; needed if beta is scheduled and mu > 0.
+        memory: how long theta~ remembers, as a fraction of the run: theta~ is the mean of theta_0, theta_1, ... until
+            memory * `total_steps`, then a moving average over so many steps. So a short run and a long one, and a new
+            head, need no other value. Not in the paper.
+        beta_early, beta_late, early_fraction: the paper's beta instead of `memory`, if one of the first two is given:
+            `beta_early` (0.99) for the first `early_fraction` of `total_steps`, then `beta_late` (0.999).
+        total_steps: optimiser steps of the whole training run; needed if mu > 0, unless beta is the same all along.
         non_finite: a NaN or infinite penalty raises ("raise"), or counts as 0 for that step ("skip").
 
     Raises:
@@ -139,8 +143,9 @@ class SMARTConfig:
     dropout: Dropout = "shared"
     smoothness_steps: int = 1
     proximal_steps: int = 1
-    beta_early: float = 0.99
-    beta_late: float = 0.999
+    memory: float = 0.3
+    beta_early: float | None = None
+    beta_late: float | None = None
     early_fraction: float = 0.1
     total_steps: int | None = None
     non_finite: NonFinite = "raise"
@@ -151,8 +156,14 @@ class SMARTConfig:
             if got not in choices:
                 options = ", ".join(map(repr, choices))
                 raise ValueError(f"SMARTConfig: {name} must be one of {options}, got {got!r}")
+        if not self.beta_early is self.beta_late is None:  # one alone: the other is the published one
+            for name, published in (("beta_early", 0.99), ("beta_late", 0.999)):
+                if getattr(self, name) is None:
+                    object.__setattr__(self, name, published)
         for name, (low, high, closed) in _REALS.items():
             got = getattr(self, name)
+            if got is None and name in ("beta_early", "beta_late"):
+                continue
             if isinstance(got, bool) or not isinstance(got, Real):
                 raise TypeError(f"SMARTConfig: {name} must be a number, got {got!r}")
             value = float(got)
@@ -203,7 +214,8 @@ class SMARTConfig:
     @property
     def needs_total_steps(self) -> bool:
         """Tell whether beta changes during training, so that `total_steps` must be known."""
-        return self.mu > 0 and self.beta_early != self.beta_late and 0 < self.early_fraction < 1
+        scheduled = self.beta_early != self.beta_late and 0 < self.early_fraction < 1
+        return self.mu > 0 and (self.beta_early is None or scheduled)
 
     def smoothness_weight(self, steps: int) -> float:
         """Return the weight of R_s after that many optimiser steps: K lambda_s in the first of every K, else 0.
@@ -218,9 +230,13 @@ class SMARTConfig:
     def check_total_steps(self, call: str) -> None:
         """Raise ValueError, naming `call`, if beta is scheduled and `total_steps` is not known."""
         if self.needs_total_steps and self.total_steps is None:
+            follows = f"theta~ remembers {self.memory:g} of the run"
+            if self.beta_early is not None:
+                follows = (
+                    f"beta changes from {self.beta_early:g} to {self.beta_late:g} after {self.early_fraction:g} of it"
+                )
             raise ValueError(
-                f"{call}: mu > 0 and beta changes from {self.beta_early:g} to {self.beta_late:g} after "
-                f"{self.early_fraction:g} of the training, so total_steps is needed, got None. Give "
+                f"{call}: mu > 0 and {follows}, so total_steps is needed, got None. Give "
                 "SMARTConfig(total_steps=<optimiser steps of the whole run>), or beta_early == beta_late, or mu=0."
             )
 
@@ -232,8 +248,9 @@ class SMARTConfig:
             >>> SMARTConfig.paper(total_steps=1000, lambda_s=3).eta
             0.001
         """
-        published: dict[str, Any] = {"scale": "absolute", "epsilon": 1e-5, "sigma": 1e-5, "eta": 1e-3}
-        return cls(**{**published, "start": "gaussian", "lambda_s": 1.0, "total_steps": total_steps, **changes})
+        published: dict[str, Any] = {"scale": "absolute", "epsilon": 1e-5, "sigma": 1e-5, "eta": 1e-3, "mu": 1.0}
+        published |= {"start": "gaussian", "lambda_s": 1.0, "beta_early": 0.99, "beta_late": 0.999}
+        return cls(**{**published, "total_steps": total_steps, **changes})
 
     @classmethod
     def mtdnn(cls, **changes: Any) -> SMARTConfig:

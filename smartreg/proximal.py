@@ -17,22 +17,46 @@ Array = NDArray[Any]
 
 
 def momentum(step: int, config: SMARTConfig) -> float:
-    """Return beta at an optimiser step: `beta_early` for the first `early_fraction` of `total_steps`, then `beta_late`.
+    """Return beta at an optimiser step: by `memory`, or the paper's two values.
+
+    By `memory`: beta = 1 - S / min(t + S, memory T) at step t of T, S = `proximal_steps`: theta~ is the mean of what it
+    saw until it has seen memory T steps, then a moving average over so many (ours). Else beta is `beta_early` for the
+    first `early_fraction` of T, then `beta_late` (the paper's).
 
     Args:
         step: optimiser steps taken so far, this one included: 1, 2, ...
 
     Raises:
-        ValueError: mu > 0, beta is scheduled and `config.total_steps` is None.
+        ValueError: mu > 0, beta changes and `config.total_steps` is None.
 
     Source: paper, section 4.1.
 
     Example:
-        >>> config = SMARTConfig(total_steps=100)
+        >>> config = SMARTConfig(beta_early=0.99, beta_late=0.999, total_steps=100)
         >>> momentum(10, config), momentum(11, config)
         (0.99, 0.999)
+        >>> config = SMARTConfig(memory=0.1, total_steps=100)
+        >>> momentum(1, config), momentum(4, config), momentum(50, config)
+        (0.5, 0.8, 0.9)
     """
+    if config.beta_early is None or config.beta_late is None:
+        steps = config.proximal_steps
+        return 1 - steps / max(steps, min(step + steps, memory_steps(config)))
     return config.beta_early if step <= last_early_step(config) else config.beta_late
+
+
+def memory_steps(config: SMARTConfig) -> float:
+    """Return the number of optimiser steps that theta~ remembers: `memory` times `total_steps`.
+
+    Raises:
+        ValueError: as `momentum`.
+
+    Example:
+        >>> memory_steps(SMARTConfig(memory=0.25, total_steps=100))
+        25.0
+    """
+    config.check_total_steps("momentum")
+    return config.memory * (config.total_steps or 0)
 
 
 def last_early_step(config: SMARTConfig) -> float:
@@ -42,7 +66,7 @@ def last_early_step(config: SMARTConfig) -> float:
         ValueError: as `momentum`.
 
     Example:
-        >>> last_early_step(SMARTConfig(early_fraction=0.29, total_steps=100))
+        >>> last_early_step(SMARTConfig.paper(early_fraction=0.29, total_steps=100))
         29.0
     """
     if config.early_fraction in (0, 1):  # of any number of steps

@@ -236,7 +236,7 @@ def fit_reference(
         >>> rng = np.random.default_rng(0)
         >>> theta = init_parameters(rng, vocabulary=9, d=4, hidden=5, outputs=2)
         >>> batch = Batch(ids=rng.integers(9, size=(3, 6)), y=np.array([0, 1, 1]))
-        >>> steps = fit_reference(theta, [batch] * 2, SMARTConfig(total_steps=2), rng.normal(size=(2, 3, 6, 4)))
+        >>> steps = fit_reference(theta, [batch] * 2, SMARTConfig.paper(total_steps=2), rng.normal(size=(2, 3, 6, 4)))
         >>> [step.beta for step in steps]
         [0.999, 0.999]
     """

@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from smartreg.config import SMARTConfig
 from smartreg.divergences import check_divergence
-from smartreg.proximal import last_early_step
+from smartreg.proximal import last_early_step, memory_steps
 from smartreg_tf.divergences import DIVERGENCES
 from smartreg_tf.perturbation import output_mask
 
@@ -17,21 +17,25 @@ Tensor = Any
 
 
 def momentum(step: Tensor, config: SMARTConfig) -> Tensor:
-    """Return beta at an optimiser step: `beta_early` for the first `early_fraction` of `total_steps`, then `beta_late`.
+    """Return beta at an optimiser step: by `memory`, 1 - S / min(t + S, memory T), or the paper's two values.
 
     Args:
         step: optimiser steps taken so far, this one included: 1, 2, ...; a tensor, or a number.
 
     Raises:
-        ValueError: mu > 0, beta is scheduled and `config.total_steps` is None.
+        ValueError: mu > 0, beta changes and `config.total_steps` is None.
 
     Source: paper, section 4.1.
 
     Example:
-        >>> config = SMARTConfig(total_steps=100)
-        >>> [round(float(momentum(step, config)), 3) for step in (10, 11)]
-        [0.99, 0.999]
+        >>> config = SMARTConfig(memory=0.1, total_steps=100)
+        >>> [round(float(momentum(step, config)), 3) for step in (1, 4, 50)]
+        [0.5, 0.8, 0.9]
     """
+    if config.beta_early is None or config.beta_late is None:
+        steps = tf.constant(config.proximal_steps, tf.float64)
+        seen = tf.minimum(tf.cast(step, tf.float64) + steps, memory_steps(config))
+        return 1 - steps / tf.maximum(steps, seen)
     early = tf.cast(step, tf.float64) <= last_early_step(config)
     return tf.where(early, tf.constant(config.beta_early, tf.float64), config.beta_late)
 

@@ -81,8 +81,20 @@ def ema_update(teacher: np.ndarray, theta: np.ndarray, beta: float, digits: int)
         return [(1 - beta) * new + beta * old for old, new in zip(_exact(teacher), _exact(theta), strict=True)]
 
 
-def momentum(step: int, total_steps: int, beta_early: float, beta_late: float, early_fraction: float) -> float:
+def momentum(
+    step: int,
+    total_steps: int,
+    beta_early: float = 0.99,
+    beta_late: float = 0.999,
+    early_fraction: float = 0.1,
+    memory: float | None = None,
+    proximal_steps: int = 1,
+) -> Any:
     """`early_fraction` is the decimal number that was written: the float 0.29 is a little less than 29/100."""
+    if memory is not None:
+        seen = min(Fraction(step + proximal_steps), Fraction(memory) * total_steps)
+        beta = 1 - proximal_steps / max(seen, Fraction(proximal_steps))
+        return mpmath.mpf(beta.numerator) / beta.denominator
     return beta_early if step <= Fraction(str(early_fraction)) * total_steps else beta_late
 
 

@@ -6,4 +6,6 @@ from smartreg import SMARTConfig
 
 
 def papers(**settings: Any) -> SMARTConfig:
-    return SMARTConfig(**{"start": "gaussian", "ascent_steps": 1, "lambda_s": 1.0, **settings})
+    published = {"lambda_s": 1.0, "mu": 1.0, "beta_early": 0.99, "beta_late": 0.999}
+    radii = {"epsilon": 0.01, "sigma": 0.01, "start": "gaussian", "ascent_steps": 1}
+    return SMARTConfig(**{**published, **radii, **settings})

@@ -53,7 +53,10 @@ def test_every_trajectory_uses_what_it_is_for():
         assert min(step.R_s for step in steps) > 0
         assert max(step.D_Breg for step in steps) > 0
         betas = {step.beta for step in steps} - {None}
-        assert betas == ({0} if "beta_late" in changes else {0.5, 0.9})
+        if "memory" in changes:  # the mean of the first 20 steps, of 2 each, then so many of the last
+            assert betas == {1 - 2 / min(step + 2, 20) for step in range(2, len(steps) + 1, 2)}
+        else:
+            assert betas == ({0} if "beta_late" in changes else {0.5, 0.9})
         limit = changes.get("epsilon", 0.2)
         if changes.get("scale") == "absolute" and "projection" not in changes:
             assert np.isclose([np.abs(step.delta).max() for step in steps], limit).all()  # the radius binds

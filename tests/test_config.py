@@ -189,21 +189,32 @@ def test_warns_where_a_term_would_do_nothing():
         SMARTConfig(beta_early=0, beta_late=0, mu=0)
 
 
+def test_one_beta_alone_takes_the_published_other_one():
+    assert (SMARTConfig().beta_early, SMARTConfig().beta_late) == (None, None)
+    config = SMARTConfig(beta_early=0.9)
+    assert (config.beta_early, config.beta_late) == (0.9, 0.999)
+    assert SMARTConfig(beta_late=0.5).beta_early == 0.99
+    assert SMARTConfig.from_dict(config.to_dict()) == config
+    back = config.replace(beta_early=None, beta_late=None)
+    assert (back.beta_early, back.memory) == (None, 0.3)
+
+
 @pytest.mark.parametrize(
     ("settings", "needed"),
     [
-        ({}, True),
-        ({"mu": 0}, False),
-        ({"beta_early": 0.9, "beta_late": 0.9}, False),
-        ({"early_fraction": 0}, False),
-        ({"early_fraction": 1}, False),
+        ({}, "theta~ remembers 0.3 of the run"),
+        ({"beta_early": 0.99}, "beta changes from 0.99 to 0.999 after 0.1 of it"),
+        ({"mu": 0}, None),
+        ({"beta_early": 0.9, "beta_late": 0.9}, None),
+        ({"beta_late": 0.9, "early_fraction": 0}, None),
+        ({"beta_late": 0.9, "early_fraction": 1}, None),
     ],
 )
 def test_total_steps_is_needed_where_beta_is_scheduled(settings, needed):
-    config = SMARTConfig(**settings)
-    assert config.needs_total_steps == needed
+    config = SMARTConfig(**{"mu": 1, **settings})
+    assert config.needs_total_steps == (needed is not None)
     if needed:
-        with pytest.raises(ValueError, match="caller: mu > 0 and beta changes from 0.99 to 0.999"):
+        with pytest.raises(ValueError, match=f"caller: mu > 0 and {needed}, so total_steps is needed"):
             config.check_total_steps("caller")
     else:
         config.check_total_steps("caller")

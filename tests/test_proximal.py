@@ -4,6 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from paper_settings import papers
 
+from smartreg import SMARTConfig
 from smartreg.checking import Face, Problem
 from smartreg.proximal import bregman_divergence, ema_update, mean_examples, momentum
 
@@ -24,6 +25,18 @@ def test_momentum_edges():
     assert momentum(5, papers(beta_early=0.5, beta_late=0.5)) == 0.5
     with pytest.raises(ValueError, match="momentum: .* total_steps is needed, got None"):
         momentum(1, papers())
+
+
+@given(total=st.integers(1, 10_000), memory=st.floats(1e-3, 1), steps=st.integers(1, 5))
+def test_momentum_by_memory_is_a_mean_and_then_forgets(total, memory, steps):
+    config = SMARTConfig(memory=memory, total_steps=total, proximal_steps=steps, mu=1)
+    moments = range(steps, total + 1, steps)  # when theta~ moves
+    betas = [momentum(step, config) for step in moments]
+    assert betas == sorted(betas)
+    assert all(0 <= beta < 1 for beta in betas)
+    remembered = max(1.0, memory * total / steps)
+    for moves, beta in enumerate(betas, start=1):  # the mean of theta_0 and of theta after each of the moves
+        assert 1 / (1 - beta) == pytest.approx(min(moves + 1, remembered))
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.25, 0.999, 1.0])

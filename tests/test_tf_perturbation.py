@@ -165,9 +165,21 @@ def test_what_ascend_needs_is_said():
         perturbation.normalize(tf.zeros([3]))
 
 
-@pytest.mark.parametrize("changes", [{}, {"early_fraction": 0}, {"early_fraction": 1}, {"beta_early": 0.999}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"early_fraction": 0},
+        {"early_fraction": 1},
+        {"beta_early": 0.999},
+        {"memory": 0.3},
+        {"memory": 0.3, "proximal_steps": 3},
+    ],
+)
 def test_momentum_equals_numpy_at_every_step(changes):
     config = papers(total_steps=100, **{"early_fraction": 0.29, **changes})
+    if "memory" in changes:
+        config = config.replace(beta_early=None, beta_late=None)
     run = tf.function(lambda step: proximal.momentum(step, config))
     got = [float(run(tf.constant(t))) for t in range(1, 101)]
     assert got == [reference_proximal.momentum(t, config) for t in range(1, 101)]

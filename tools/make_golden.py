@@ -290,6 +290,10 @@ def momentum_cases() -> Iterator[Case]:
     config = {"total_steps": 10, "early_fraction": 0.5, "beta_early": 0.0, "beta_late": 1.0}
     for step in (5, 6):
         yield f"step {step} of 10, beta 0 and 1", "momentum", {"step": step, "config": config}
+    for memory, steps in ((0.25, 1), (0.3, 4), (0.001, 1), (1.0, 1)):
+        for step in (1, 2, 24, 25, 26, 100):
+            config = {"total_steps": 100, "memory": memory, "proximal_steps": steps}
+            yield f"step {step} of 100, memory {memory:g}, S = {steps}", "momentum", {"step": step, "config": config}
 
 
 def answer(function: str, arguments: dict[str, Any], digits: int) -> dict[str, Any]:

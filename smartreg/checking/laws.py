@@ -311,8 +311,13 @@ def make_schedule(early: float, late: float, percent: int, total: int) -> SMARTC
 
 
 def momentum_laws(face: Face, config: SMARTConfig) -> Iterator[Law]:
-    """Check beta_early up to the step early_fraction T and beta_late after it, in whole numbers without rounding."""
+    """Check beta_early up to the step early_fraction T and beta_late after it, in whole numbers without rounding.
+
+    And by `memory`: theta~ of a constant 1 after theta_0 = 0 is t / (t + 1) while it is the mean of all.
+    """
     assert config.total_steps is not None
+    assert config.beta_early is not None
+    assert config.beta_late is not None
     last = round(100 * config.early_fraction) * config.total_steps // 100
     steps = {1, max(last, 1), last + 1, config.total_steps}
     wrong = [
@@ -321,6 +326,14 @@ def momentum_laws(face: Face, config: SMARTConfig) -> Iterator[Law]:
         if step <= config.total_steps
     ]
     yield "the step of the switch", worst(wrong), bound("schedule", face.dtype)
+    mean = SMARTConfig(memory=1, total_steps=config.total_steps)
+    average, wrong = 0.0, []
+    for step in range(1, min(config.total_steps, 20)):
+        average += (1 - face.momentum(step, mean)) * (1 - average)
+        wrong.append(average - step / (step + 1))
+    late = face.momentum(config.total_steps, SMARTConfig(memory=0.5, total_steps=config.total_steps))
+    wrong.append(late - max(0.0, 1 - 2 / config.total_steps))
+    yield "the mean, then the memory", worst(wrong), bound("schedule", face.dtype)
 
 
 def ema_laws(face: Face, pair: Pair) -> Iterator[Law]:

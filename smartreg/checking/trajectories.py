@@ -1,4 +1,4 @@
-"""Algorithm 1 in 11 settings, from one file of weights, batches and noise: compare every intermediate of a run."""
+"""Algorithm 1 in 12 settings, from one file of weights, batches and noise: compare every intermediate of a run."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ TRAJECTORIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "multi-label": ({"norm": "2"}, {"divergence": "bernoulli_symmetric_kl"}),
     "regression": ({"ascent_steps": 2}, {"divergence": "squared_error", "optimizer": "sgd"}),
     "positions": ({"granularity": "token", "norm": "2"}, {"pooled": False}),
+    "memory": ({"beta_early": None, "beta_late": None, "memory": 0.4, "proximal_steps": 2}, {}),
     "released code": (
         {"projection": "rescale", "scale": "absolute", "epsilon": 1e-3, "granularity": "token"},
         {},
@@ -70,7 +71,7 @@ def load_trajectory(name: str, dtype: str = "float64") -> Trajectory:
         stored = dict(np.load(file))
     arrays = {key: value.astype(dtype) if value.dtype.kind == "f" else value for key, value in stored.items()}
     settings: dict[str, Any] = {"epsilon": 0.2, "sigma": 0.2, "eta": 0.2, "total_steps": len(arrays["ids"])}
-    settings |= {"start": "gaussian", "ascent_steps": 1, "lambda_s": 1.0}
+    settings |= {"start": "gaussian", "ascent_steps": 1, "lambda_s": 1.0, "mu": 1.0}
     settings |= {"beta_early": 0.5, "beta_late": 0.9, "early_fraction": 0.3}
     config = SMARTConfig(**settings | changes)
     pooled = options.get("pooled", True)
