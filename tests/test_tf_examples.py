@@ -9,7 +9,9 @@ from pathlib import Path
 
 import keras
 import keras_hub
+import numpy as np
 import pytest
+from rich.console import Console
 
 SCRIPT = Path(__file__).parent.parent / "examples" / "finetune_keras.py"
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "this", "is", "good", "bad"]
@@ -57,15 +59,38 @@ def test_it_compares_the_methods_and_keeps_the_model(finetune_keras, monkeypatch
     monkeypatch.setattr(keras.Model, "compile", functools.partialmethod(keras.Model.compile, run_eagerly=True))
     finetune_keras.main()
     found = json.loads((tmp_path / "result.json").read_text())
-    assert [result["method"] for result in found] == ["plain", "smart"]
-    table = capsys.readouterr().out.split("x first")[1]
-    for result in found:
-        assert result["method"] in table
+    assert list(found) == ["plain", "smart"]
+    shown = capsys.readouterr().out.split("x first")[1]
+    for method, (result,) in found.items():
+        assert method in shown
         assert 0 <= result["accuracy"] <= 1
         assert result["ms"] > 0
-    assert found[1]["R_s"] > 0
+    assert found["smart"][0]["R_s"] > 0
     with zipfile.ZipFile(tmp_path / "model.keras") as saved:
         assert "BertTextClassifier" in saved.read("config.json").decode()
+
+
+def test_what_is_measured_by_hand(finetune_keras):
+    logits = np.log([[0.9, 0.1], [0.9, 0.1], [0.3, 0.7]])
+    found = finetune_keras.measured(logits, np.array([0, 1, 1]))
+    assert found["accuracy"] == pytest.approx(2 / 3)
+    assert found["NLL"] == pytest.approx(-np.log([0.9, 0.1, 0.7]).mean())
+    assert found["ECE"] == pytest.approx((2 * abs(0.5 - 0.9) + abs(1 - 0.7)) / 3)
+    assert finetune_keras.measured(np.array([[800.0, 0.0]]), np.array([0]))["ECE"] == 0
+
+
+def test_the_table_has_the_paired_difference(finetune_keras):
+    runs = [
+        {"accuracy": 0.5, "NLL": 1.0, "ECE": 0.2, "ms": 10.0},
+        {"accuracy": 0.75, "NLL": 0.5, "ECE": 0.1, "ms": 10.0},
+    ]
+    better = [{**one, "accuracy": one["accuracy"] + 0.125, "ms": 25.0} for one in runs]
+    console = Console(width=120, record=True)
+    console.print(finetune_keras.table({"plain": runs, "smart": better}))
+    shown = console.export_text()
+    assert "0.625 (0.18)" in shown
+    assert "+0.125 ± 0.000" in shown
+    assert "2.50" in shown
 
 
 @pytest.mark.parametrize(
