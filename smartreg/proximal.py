@@ -40,8 +40,8 @@ def momentum(step: int, config: SMARTConfig) -> float:
         (0.5, 0.8, 0.9)
     """
     if config.beta_early is None or config.beta_late is None:
-        steps = config.proximal_steps
-        return 1 - steps / max(steps, min(step + steps, memory_steps(config)))
+        seen = max(config.proximal_steps, min(step + config.proximal_steps, memory_steps(config)))
+        return (seen - config.proximal_steps) / seen
     return config.beta_early if step <= last_early_step(config) else config.beta_late
 
 

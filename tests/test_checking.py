@@ -54,7 +54,7 @@ def test_every_trajectory_uses_what_it_is_for():
         assert max(step.D_Breg for step in steps) > 0
         betas = {step.beta for step in steps} - {None}
         if "memory" in changes:  # the mean of the first 20 steps, of 2 each, then so many of the last
-            assert betas == {1 - 2 / min(step + 2, 20) for step in range(2, len(steps) + 1, 2)}
+            assert betas == {(min(step, 18)) / min(step + 2, 20) for step in range(2, len(steps) + 1, 2)}
         else:
             assert betas == ({0} if "beta_late" in changes else {0.5, 0.9})
         limit = changes.get("epsilon", 0.2)
