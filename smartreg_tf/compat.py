@@ -120,6 +120,16 @@ def default_seed() -> Any:
     return None if seeds is None else seeds.state
 
 
+def is_seed(variable: Any) -> bool:
+    """Tell whether a Keras variable is the state of a SeedGenerator.
+
+    Private: the name seed_generator_state, which keras.random.SeedGenerator gives it
+    For: dropout masks that a pass draws itself, dropout="independent"
+    Without: False; all passes have the clean pass's masks
+    """
+    return bool(variable.name == "seed_generator_state")
+
+
 def default_graph() -> Any:
     """Return the graph that is being traced.
 

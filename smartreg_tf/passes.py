@@ -26,6 +26,7 @@ from smartreg_tf.replay import (
     random_operations,
     traced_random_operations,
     values_of,
+    with_own_seeds,
 )
 from smartreg_tf.site import Call, Patches, Site, is_symbolic
 
@@ -50,7 +51,8 @@ class Pass(NamedTuple):
 class Passes:
     """Run a model on one mini-batch, as often as it is needed.
 
-    `again` and `at` have the dropout masks, the counters and the states of the clean pass, and change no state.
+    `again` and `at` have the counters and the states of the clean pass, and change no state. They have its dropout
+    masks, too, if they are not given a key.
 
     Attributes:
         clean: f(x; theta), the pass that the training step itself makes.
@@ -125,9 +127,14 @@ class Passes:
         self._again = again.outputs
         return again.outputs
 
-    def at(self, points: list[Tensor], weights: Iterable[Any] = ()) -> Any:
-        """Return the outputs if the i-th run of the site returns points[i]."""
-        at, self.drawn = random_operations(lambda: self._run(weights, points))
+    def at(self, points: list[Tensor], weights: Iterable[Any] = (), key: Tensor | None = None) -> Any:
+        """Return the outputs if the i-th run of the site returns points[i].
+
+        Args:
+            weights: as `again` takes them.
+            key: of the pass's own dropout masks; None: the clean pass's masks.
+        """
+        at, self.drawn = random_operations(lambda: self._run(weights, points, key=key))
         return at.outputs
 
     def differ(
@@ -170,10 +177,15 @@ class Passes:
         return differs
 
     def _run(
-        self, weights: Iterable[Any] = (), points: list[Tensor] | None = None, differentiable: bool = False
+        self,
+        weights: Iterable[Any] = (),
+        points: list[Tensor] | None = None,
+        differentiable: bool = False,
+        key: Tensor | None = None,
     ) -> Pass:
         tape = tf.GradientTape(watch_accessed_variables=False) if differentiable else None
-        scope = keras.StatelessScope([*self._variables, *weights])  # the dropout masks of the clean pass, and theta~
+        kept = self._variables if key is None else with_own_seeds(self._variables, key)
+        scope = keras.StatelessScope([*kept, *weights])  # the dropout masks, and theta~
         args, kwargs = copied(self._given)
         site = self.site
         with self._state.replayed(site.model), scope, site.replaced(points, tape) as calls, tape or nullcontext():

@@ -19,7 +19,7 @@ from smartreg_tf.outputs import Head, find_heads
 from smartreg_tf.passes import CleanPasses, Passes, passes_of
 from smartreg_tf.report import Reports, found_in
 from smartreg_tf.site import Site
-from smartreg_tf.step import Step, drawn, smart_step
+from smartreg_tf.step import Step, drawn, own_key, smart_step
 from smartreg_tf.teacher import Teacher
 
 Tensor = Any
@@ -113,7 +113,8 @@ class Penalty:
         self.teacher.follow()
         with passes.in_float32() if self.options.precision == "float32" else nullcontext(passes) as passes:
             heads = self._heads(passes, y)
-            step = smart_step(passes, heads, y, sample_weight, self.teacher, self.config, lambda_s, self._draw)
+            own = self._draw, self._key_of_masks
+            step = smart_step(passes, heads, y, sample_weight, self.teacher, self.config, lambda_s, *own)
             wrong = [head.wrong_kind(passes.clean.outputs) for head in heads]
             faults = step.faults | {name: tf.reduce_any([each[name] for each in wrong]) for name in wrong[0]}
             if trained:
@@ -144,6 +145,12 @@ class Penalty:
         return heads
 
     def _draw(self, like: Tensor, run: int) -> Tensor:
-        measured = getattr(self._local, "measured", None)  # the number of the batch
-        step = tf.convert_to_tensor(self.draws.value) if measured is None else measured
-        return drawn(like, run, step, self.options.seed, self.options.noise)
+        return drawn(like, run, self._number(), self.options.seed, self.options.noise)
+
+    def _key_of_masks(self, number: int) -> Tensor:
+        return own_key(-1 - number, self._number(), self.options.seed)
+
+    def _number(self) -> Tensor:
+        """Return how many steps have drawn before this one; in `measure`, the number of the batch."""
+        measured = getattr(self._local, "measured", None)
+        return tf.convert_to_tensor(self.draws.value) if measured is None else measured

@@ -49,6 +49,21 @@ def values_of(variables: list[Any]) -> list[tuple[Any, Tensor]]:
     return [(variable, tf.identity(variable.value)) for variable in variables]
 
 
+def with_own_seeds(values: list[tuple[Any, Tensor]], key: Tensor) -> list[tuple[Any, Tensor]]:
+    """Return the variables with their values, but the states of seed generators as a key makes them of those.
+
+    Args:
+        key: int64, (2,), of the pass whose dropout masks are drawn.
+    """
+    return [(variable, _own_seed(value, key) if compat.is_seed(variable) else value) for variable, value in values]
+
+
+def _own_seed(state: Tensor, key: Tensor) -> Tensor:
+    for word in tf.unstack(tf.cast(state, tf.int64)):  # so that two generators stay apart
+        key = tf.random.experimental.stateless_fold_in(key, word, alg="philox")
+    return tf.random.stateless_uniform([2], key, None, None, state.dtype, alg="philox")
+
+
 def seed_states(model: Any) -> list[Any]:
     """Return the variables that hold the states of the model's seed generators: Keras counts them among no weights."""
     weights = {id(variable) for variable in model.weights}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -20,6 +21,7 @@ from smartreg_tf.teacher import Teacher
 Tensor = Any
 Noise = Callable[[Tensor, Tensor], Tensor]  # (step, like) -> standard normal of the shape of `like`
 Draw = Callable[[Tensor, int], Tensor]  # (like, run of the site or head) -> standard normal of the shape of `like`
+Key = Callable[[int], Tensor]  # the number of a pass at x + delta in its step -> the key of its own dropout masks
 
 
 class Step(NamedTuple):
@@ -60,6 +62,7 @@ def smart_step(
     config: SMARTConfig,
     lambda_s: float,
     draw: Draw,
+    key_of_masks: Key,
 ) -> Step:
     """Compute lambda_s R_s + mu D_Breg of one mini-batch.
 
@@ -93,15 +96,16 @@ def smart_step(
     if lambda_s > 0:
         x = [call.x for call in clean.calls]
         scales = [head.scale(z, mask, y) for head, z, mask in zip(heads, targets, positions, strict=True)]
+        keys = map(key_of_masks if config.dropout == "independent" else lambda number: None, itertools.count())
         delta = ascend(  # lines 6 to 10
-            lambda points: read(passes.at(points)),
+            lambda points: read(passes.at(points, key=next(keys))),
             *(x, targets, config, _noise(draw, heads, x, targets, config), masks),
             *([head.divergence for head in heads], positions, scales, clean.tape, partial(_unreached, passes.site)),
         )
         # the clean pass's x, so that the layers below are back-propagated through once
         points = [shifted(gate(own), by) for own, by in zip(x, delta, strict=True)]
         gated = [(weight, gate(weight.value)) for weight in passes.site.model.trainable_variables]
-        perturbed = read(passes.at(points, gated))  # f(x + delta; theta)
+        perturbed = read(passes.at(points, gated, next(keys)))  # f(x + delta; theta)
         terms["R_s"] = mean(perturbed)
         penalty += lambda_s * terms["R_s"]
         # if the model imputes NaN, its outputs are finite although delta is not
@@ -198,12 +202,25 @@ def drawn(like: Tensor, run: int, step: Tensor, seed: int, noise: Noise | None =
         if not given.shape.is_compatible_with(like.shape):
             raise ValueError(f"SMART: noise must give a tensor of shape {like.shape}, got {given.shape}")
         return tf.cast(given, like.dtype)
+    return tf.random.stateless_normal(tf.shape(like), own_key(run, step, seed), dtype=like.dtype, alg="philox")
+
+
+def own_key(number: int, step: Tensor, seed: int) -> Tensor:
+    """Return a key of our own stream: from 0 up for noise, and below 0 for the dropout masks of a pass.
+
+    Args:
+        step: as `drawn` takes it.
+
+    Example:
+        >>> own_key(-1, tf.constant(0, tf.int64), 0).shape
+        TensorShape([2])
+    """
     context = tf.distribute.get_replica_context()
     replica = 0 if context is None else context.replica_id_in_sync_group
     key = tf.stack([tf.constant(seed, tf.int64), step])
-    for number in (run, replica):
-        key = tf.random.experimental.stateless_fold_in(key, tf.cast(number, tf.int64), alg="philox")
-    return tf.random.stateless_normal(tf.shape(like), key, dtype=like.dtype, alg="philox")
+    for part in (number, replica):
+        key = tf.random.experimental.stateless_fold_in(key, tf.cast(part, tf.int64), alg="philox")
+    return key
 
 
 def shifted(x: Tensor, delta: Tensor) -> Tensor:

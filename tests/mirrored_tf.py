@@ -2,6 +2,7 @@
 
 import os
 import sys
+import warnings
 
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -12,7 +13,8 @@ import tensorflow as tf
 from keras import layers
 from paper_settings import papers
 
-from smartreg_tf import SMARTCallback
+from smartreg_tf import SMARTCallback, SMARTWarning
+from smartreg_tf.step import own_key
 
 RNG = np.random.default_rng(0)
 IDS, Y = RNG.integers(20, size=(16, 5)), RNG.integers(3, size=16)
@@ -90,6 +92,22 @@ for policy, start, reduction in (
     largest = max(np.abs(value).max() for value in one[1])
     for got, want in zip(two[1] + two[2], one[1] + one[2], strict=True):
         np.testing.assert_allclose(got, want, rtol=0, atol=ulp * largest)
+
+# dropout masks of their own: each replica's, so that with sigma = 0 R_s is theirs alone
+keys = mirrored.experimental_local_results(mirrored.run(own_key, (-1, tf.constant(0, tf.int64), 0)))
+assert np.any(keys[0] != keys[1])
+keras.config.set_dtype_policy("float32")
+for dropout in ("independent", "shared"):
+    with mirrored.scope():
+        upper = [layers.Embedding(20, 4), layers.Flatten(), layers.Dropout(0.25), layers.Dense(3)]
+        model = keras.Sequential([keras.Input([5], dtype="int32"), *upper])
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        model.compile(keras.optimizers.SGD(0.1), loss, jit_compile=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore" if dropout == "shared" else "error", SMARTWarning)
+        config = papers(sigma=0, ascent_steps=0, mu=0, dropout=dropout)
+        found = model.fit(IDS, Y, batch_size=8, verbose=0, callbacks=[SMARTCallback(config)]).history["smoothness"][0]
+    assert found > 1e-6 if dropout == "independent" else found < 1e-12, (dropout, found)
 try:
     run(mirrored, "gaussian", f"{sys.argv[1]}/none", "float32", mean, record=f"{sys.argv[1]}/run.npz")
 except ValueError as error:

@@ -42,7 +42,7 @@ def test_one_mini_batch_by_hand(start):
         with watch.recording(differentiable=start == "margin") as recorded:
             model(X, training=True)
         draw = partial(drawn, step=tf.constant(0, tf.int64), seed=0)
-        step = smart_step(recorded[0], [Head(0, "regression")], None, None, teacher, config, 2.0, draw)
+        step = smart_step(recorded[0], [Head(0, "regression")], None, None, teacher, config, 2.0, draw, None)
     (delta,) = step.delta
     np.testing.assert_allclose(np.abs(delta).max(1), 0.5, rtol=1e-6)
     np.testing.assert_allclose(step.perturbed[0], (X + delta) @ (W + 1) + b, rtol=1e-5, atol=1e-5)

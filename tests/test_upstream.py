@@ -469,6 +469,20 @@ def the_seed_of_keras_random_moves():
     assert (np.array(compat.default_seed()) != before).any()
 
 
+@trial("tf", "is_seed")
+def the_states_of_seed_generators_have_one_name():
+    import keras
+
+    from smartreg_tf import compat
+
+    keras.random.normal([2])
+    assert compat.is_seed(compat.default_seed())
+    model = keras.Sequential([keras.Input([2]), keras.layers.Dropout(0.5), keras.layers.BatchNormalization()])
+    assert sum(map(compat.is_seed, model.non_trainable_variables)) == 1
+    assert not any(map(compat.is_seed, model.weights))
+    assert compat.is_seed(keras.random.SeedGenerator(1, name="mine").state)
+
+
 @trial("tf", "default_graph")
 def the_graph_is_that_of_its_tensors():
     import tensorflow as tf
