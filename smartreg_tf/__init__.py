@@ -20,5 +20,6 @@ if _keras.config.backend() != "tensorflow":
 from smartreg.config import SMARTConfig, SMARTWarning
 from smartreg_tf.callback import SMARTCallback, attach
 from smartreg_tf.model import SMARTModel
+from smartreg_tf.quality import report  # the function; the module of that name is imported by `from`
 
-__all__ = ["SMARTCallback", "SMARTConfig", "SMARTModel", "SMARTWarning", "attach"]
+__all__ = ["SMARTCallback", "SMARTConfig", "SMARTModel", "SMARTWarning", "attach", "report"]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Generator, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -49,35 +50,61 @@ def measure(
         kinds_known: whether the kinds of the outputs are known without the compiled loss.
         data: x, y and the sample weights.
     """
-    if not is_built(model):
-        raise ValueError("SMART: measure() needs a model that has weights; call it on a batch, or fit it, before")
     sums: dict[str, Any] = {}
     examples: Any = 0.0
+    for found in over_batches("measure()", model, partial(_measured, run), refuse, kinds_known, data, batch_size):
+        examples = examples + np.array(found.examples, np.float64)
+        for name, terms in found.sums.items():
+            sums[name] = sums.get(name, 0.0) + np.array(terms, np.float64)
+    return {name: float((total / np.maximum(examples, 1)).sum()) for name, total in sums.items()}
+
+
+def over_batches(
+    call: str,
+    model: Any,
+    one: Callable[..., Any],
+    refuse: Callable[[dict[str, bool]], None],
+    kinds_known: bool,
+    data: tuple[Any, Any, Any],
+    batch_size: int,
+    batches: int | None = None,
+) -> Generator[Any, None, None]:
+    """Yield what `one` finds in each batch, which has faults; at the end the model's layers are as they were.
+
+    Args:
+        call: what the user called, for messages.
+        one: gives what one batch gives, from x, y, the sample weights and the batch's number.
+        batches: how many are read at most.
+        refuse, kinds_known, data: as `measure`.
+    """
+    if not is_built(model):
+        raise ValueError(f"SMART: {call} needs a model that has weights; call it on a batch, or fit it, before")
     before = State(model)
+    one = one if model.run_eagerly else tf.function(one, reduce_retracing=True, autograph=False)
     try:
-        one: Any = partial(_measured, run)
-        one = one if model.run_eagerly else tf.function(one, reduce_retracing=True, autograph=False)
-        for number, batch in enumerate(_batches(model, *data, batch_size)):
+        for number, batch in enumerate(itertools.islice(_batches(model, *data, batch_size), batches)):
             inputs, labels, weights = keras.utils.unpack_x_y_sample_weight(batch)
             if not kinds_known:
-                _know_the_loss(model, inputs, labels)
+                _know_the_loss(call, model, inputs, labels)
             found = one(inputs, labels, weights, tf.constant(number, tf.int64))
             refuse({name: bool(fault) for name, fault in found.faults.items()})
-            examples = examples + np.array(found.examples, np.float64)
-            for name, terms in found.sums.items():
-                sums[name] = sums.get(name, 0.0) + np.array(terms, np.float64)
+            yield found
     finally:
         before.restore()
-    return {name: float((total / np.maximum(examples, 1)).sum()) for name, total in sums.items()}
 
 
 def _measured(run: Callable[..., Any], x: Any, y: Any, sample_weight: Any, number: Tensor) -> Measured:
     step, faults = run(x, y, sample_weight, number)
+    return summed("measure()", step, faults, y, sample_weight)
+
+
+def summed(call: str, step: Step, faults: dict[str, Tensor], y: Any, sample_weight: Any) -> Measured:
+    """Sum R_s and D_Breg of a batch over its examples."""
     heads = [head._replace(reduction="sum_over_batch_size") for head in step.heads]
     left_out = next((head.ignore_class for head in heads if head.ignore_class is not None), None)
     if y is None and left_out is not None:
         raise ValueError(
-            f"SMART: measure() needs y: the loss leaves out the label {left_out} by its ignore_class, and so do R_s "
+            f"SMART: {call} needs y: the loss leaves out the label {left_out} by its ignore_class, and so do R_s "
             "and D_Breg"
         )
     examples = [head.examples(target, y) for head, target in zip(heads, step.outputs, strict=True)]
@@ -92,13 +119,13 @@ def _measured(run: Callable[..., Any], x: Any, y: Any, sample_weight: Any, numbe
     return Measured(sums, examples, faults)
 
 
-def _know_the_loss(model: Any, x: Any, y: Any) -> None:
+def _know_the_loss(call: str, model: Any, x: Any, y: Any) -> None:
     """Let Keras see which output each compiled loss is of, as its first step would."""
     losses = compat.loss_container(model)
     if losses is None or losses.built:
         return
     if y is None:
-        raise ValueError("SMART: measure() needs y before the first step, or outputs=, to know what the outputs are")
+        raise ValueError(f"SMART: {call} needs y before the first step, or outputs=, to know what the outputs are")
     with keras.StatelessScope():
         y_pred = called(model, x, training=False)
     losses.build(y, y_pred)

@@ -10,7 +10,9 @@ from test_tf_reference import STEPS, Network, float64, make_batches
 
 from smartreg.reference import init_parameters
 from smartreg_tf import attach
+from smartreg_tf import report as report_tf
 from smartreg_torch import SMART
+from smartreg_torch import report as report_torch
 
 
 class TorchNetwork(torch.nn.Module):
@@ -71,3 +73,28 @@ def test_fifty_steps(start):
                     np.testing.assert_allclose(got, want, rtol=1e-9, atol=atol, err_msg=name)
             assert logs["smoothness"] > 1e-4
             assert logs["proximal"] > 1e-6
+
+
+@pytest.mark.parametrize(("kind", "norm"), [("symmetric_kl", "2"), ("bernoulli_symmetric_kl", "inf")])
+def test_a_report_has_the_same_numbers(kind, norm):
+    with float64():
+        rng = np.random.default_rng(3)
+        theta = init_parameters(rng, vocabulary=20, d=4, hidden=7, outputs=3)
+        theirs, ours = TorchNetwork(theta), Network(theta, kind, True)
+        ours.compile("sgd", run_eagerly=norm == "inf")
+        batches = make_batches(rng, kind, True, False)[:2]
+        inputs = [{"ids": batch.ids, "attention_mask": batch.mask} for batch in batches]
+        loader = [
+            ({name: torch.from_numpy(value) for name, value in given.items()}, torch.from_numpy(batch.y))
+            for given, batch in zip(inputs, batches, strict=True)
+        ]
+        config = papers(epsilon=0.3, norm=norm)
+        torch_found = report_torch(theirs, loader, config, divergence=kind)
+        x = {"ids": np.concatenate([b.ids for b in batches]), "padding_mask": np.concatenate([b.mask for b in batches])}
+        outputs = "logits" if kind == "symmetric_kl" else "label_logits"
+        y = np.concatenate([batch.y for batch in batches])
+        found = report_tf(ours, x, config, y, batch_size=len(batches[0].y), outputs=outputs)
+    assert found.numbers.keys() == torch_found.numbers.keys()
+    for name, value in torch_found.numbers.items():
+        assert found.numbers[name] == pytest.approx(value, rel=1e-9), name
+    assert 0 < found.numbers["flips at 3"] < 1
