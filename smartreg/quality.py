@@ -48,6 +48,7 @@ def measuring(config: SMARTConfig | None, radii: Sequence[float], batches: int |
     if batches is not None and (isinstance(batches, bool) or not isinstance(batches, Integral) or batches < 1):
         raise ValueError(f"report(): batches must be None, for all, or a whole number >= 1, got {batches!r}")
     plain: dict[str, Any] = {"lambda_s": 1.0, "mu": 0.0, "smoothness_steps": 1, "start": "margin", "ascent_steps": 3}
+    plain["dropout"] = "shared"  # a pass repeats, whatever the model draws in eval mode
     lengths = [float(radius) * config.epsilon for radius in radii]
     return [config.replace(**plain, epsilon=length, eta=100 * length) for length in lengths]
 
@@ -150,8 +151,8 @@ class Quality:
     def __str__(self) -> str:
         return "\n".join([self._title(), *_aligned([[name, _shown(v)] for name, v in self.numbers.items()])])
 
-    def compare(self, after: Quality) -> str:
-        """Write a table of this model, before fine-tuning, against another, after it.
+    def compare(self, after: Quality, names: tuple[str, str] = ("before", "after")) -> str:
+        """Write a table of this model, before fine-tuning, against another, after it; `names` head the columns.
 
         Raises:
             TypeError, ValueError: `after` was not measured in the same way; the message says what differs.
@@ -167,17 +168,20 @@ class Quality:
             mean change at 0.01     0.5    0.5      +0
         """
         self._check_alike(after)
-        rows = [["", "before", "after", "change"]]
+        rows = [["", *names, "change"]]
         for (name, value), other in zip(self.numbers.items(), after.numbers.values(), strict=True):
             rows.append([name, _shown(value), _shown(other), _shown(other - value, "+")])
         return "\n".join([self._title(), *_aligned(rows)])
 
-    def plot(self, where: Any = None, after: Quality | None = None) -> Any:
+    def plot(
+        self, where: Any = None, after: Quality | None = None, names: tuple[str, str] = ("before", "after")
+    ) -> Any:
         """Draw R_s and the flips against the radius, and how reliable the confidence is.
 
         Args:
             where: a file to be written, or a matplotlib figure or subfigure to draw into; None makes a figure.
             after: another model, to be drawn beside this one.
+            names: what the two are called.
 
         Returns:
             the figure.
@@ -187,7 +191,7 @@ class Quality:
         """
         if after is not None:
             self._check_alike(after)
-        return draw({"before": self, "after": after} if after is not None else {"": self}, where)
+        return draw(dict(zip(names, (self, after), strict=True)) if after is not None else {"": self}, where)
 
     def _title(self) -> str:
         unit = "in rms of x" if self.config.scale == "rms" else "in the units of x"

@@ -137,14 +137,16 @@ def test_R_s_is_a_mean_over_the_examples_added_up_over_the_outputs():
 
 
 def test_the_balls_are_the_trainings_and_the_ascent_is_one_for_all():
-    config = SMARTConfig.paper(100, norm="2", granularity="token", lambda_s=0, smoothness_steps=3)
+    config = SMARTConfig.paper(
+        100, norm="2", granularity="token", lambda_s=0, smoothness_steps=3, dropout="independent"
+    )
     balls = measuring(config, RADII, None)
     assert [ball.epsilon / config.epsilon for ball in balls] == pytest.approx([1 / 3, 1, 3, 10])
     for ball in balls:
         assert (ball.norm, ball.granularity, ball.scale) == ("2", "token", "absolute")
         assert (ball.start, ball.ascent_steps, ball.lambda_s, ball.mu) == ("margin", 3, 1, 0)
         assert ball.eta == 100 * ball.epsilon
-        assert ball.smoothness_steps == 1
+        assert (ball.smoothness_steps, ball.dropout) == (1, "shared")
 
 
 @pytest.mark.parametrize(
@@ -181,6 +183,7 @@ def test_before_against_after():
         ["R_s", "at", "0.03", "1", "2", "+1"],
     ]
     assert len({len(line) for line in table[1:]}) == 1
+    assert before.compare(after, ("plain", "SMART")).splitlines()[1].split() == ["plain", "SMART", "change"]
     assert list(before.numbers) == [
         *("accuracy", "ECE", "NLL", "R_s at 0.01", "R_s at 0.03", "flips at 0.01", "flips at 0.03")
     ]
@@ -218,6 +221,8 @@ def test_the_picture_has_both(tmp_path, divergence, panels):
     if panels == 3:
         labels = [line.get_label() for line in figure.axes[2].get_lines()]
         assert f"before: ECE {before.numbers['ECE']:.3f}" in labels
+    named = before.plot(None, after, ("plain", "SMART")).axes[0].get_lines()[:2]
+    assert [line.get_label() for line in named] == ["plain", "SMART"]
     own = figures.Figure()
     assert before.plot(own) is own
     assert len(own.axes) == panels
