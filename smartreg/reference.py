@@ -5,6 +5,7 @@ unmasked positions, or at each position:
 
     x = E[ids],   h = tanh(x W1 + b1),   f(x) = mean_t(h_t) W2 + b2   (or h W2 + b2)
 
+With dropout, h is multiplied by the mask of the pass, which the caller gives.
 `fit_reference` trains it and returns every intermediate of every step, to compare another implementation with.
 
 Algorithm 1, with the numbers by which the comments of all backends call its lines (S = `proximal_steps`):
@@ -28,8 +29,9 @@ Algorithm 1, with the numbers by which the comments of all backends call its lin
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
@@ -106,9 +108,16 @@ def init_parameters(
 
 
 def forward(
-    theta: Mapping[str, Array], x: Array, mask: Array | None = None, pooled: bool = True
+    theta: Mapping[str, Array],
+    x: Array,
+    mask: Array | None = None,
+    pooled: bool = True,
+    dropout: Array | None = None,
 ) -> tuple[Array, Callable[[Array], tuple[Parameters, Array]]]:
     """Compute the outputs of embeddings, and the vector-Jacobian product there.
+
+    Args:
+        dropout: the multipliers of h, (n, tokens, hidden); None if there is no dropout.
 
     Returns:
         f(x; theta), and a function from the gradient at the outputs to (the parameters' gradients but E's, x's).
@@ -120,13 +129,14 @@ def forward(
     """
     weight = position_weights(x, mask)  # (n, tokens, 1): 1 / count at each position of the mean, 0 at padding
     h = np.tanh(x @ theta["W1"] + theta["b1"])
-    read = np.sum(weight * h, axis=1) if pooled else h
+    dropped = h if dropout is None else dropout * h
+    read = np.sum(weight * dropped, axis=1) if pooled else dropped
     outputs = read @ theta["W2"] + theta["b2"]
 
     def vjp(grad: Array) -> tuple[Parameters, Array]:
         grad_read = grad @ theta["W2"].T
         grad_h = weight * grad_read[:, None, :] if pooled else grad_read
-        grad_z = grad_h * (1 - h * h)
+        grad_z = (grad_h if dropout is None else dropout * grad_h) * (1 - h * h)
         gradients = {
             "W1": np.tensordot(x, grad_z, axes=((0, 1), (0, 1))),
             "b1": grad_z.sum(axis=(0, 1)),
@@ -193,14 +203,29 @@ class Functions:
         mask: Array | None,
         divergence: str,
         pooled: bool,
+        dropout: Sequence[Array | None] | None = None,
     ) -> Array:
-        """Compute delta of the reference network."""
+        """Compute delta of the reference network.
+
+        Args:
+            dropout: the multipliers of h in each pass of the ascent, the margin start's first; None: no dropout.
+        """
+        masks = in_turn(dropout)
 
         def to_outputs(perturbed: Array) -> tuple[Array, Callable[[Array], Array]]:
-            outputs, vjp = forward(theta, perturbed, mask, pooled)
+            outputs, vjp = forward(theta, perturbed, mask, pooled, next(masks))
             return outputs, lambda grad: vjp(grad)[1]
 
         return ascend(to_outputs, x, outputs, config, noise, mask, divergence)
+
+
+def in_turn(dropout: Sequence[Array | None] | None) -> Iterator[Array | None]:
+    """Yield one mask for each pass; None for ever without dropout, ValueError after the last mask."""
+    if dropout is None:
+        yield from itertools.repeat(None)
+    else:
+        yield from dropout
+        raise ValueError(f"ascend: the network ran more than {len(dropout)} times, and each pass has a mask of its own")
 
 
 def fit_reference(
@@ -213,6 +238,7 @@ def fit_reference(
     optimizer: Optimizer = "adam_torch",
     learning_rate: float = 1e-2,
     pooled: bool = True,
+    dropout: Sequence[Array] | None = None,
     functions: Functions | None = None,
 ) -> list[Step]:
     """Train the reference network by Algorithm 1, one optimiser step a batch.
@@ -225,6 +251,8 @@ def fit_reference(
         optimizer: "sgd", or Adam (0.9, 0.999, 1e-8) with its epsilon added after ("adam_torch") or before
             ("adam_keras") the bias correction.
         pooled: one output an example; False gives one a position.
+        dropout: one array a step, (passes, n, tokens, hidden): the multipliers of h in the clean pass, in those of the
+            ascent, T_x, and in the last. With `config.dropout` "shared" all passes have the first. None: no dropout.
         functions: what it computes with; `smartreg.checking` gives another backend's.
 
     Returns:
@@ -250,7 +278,8 @@ def fit_reference(
     for t, batch in enumerate(batches, start=1):  # lines 2 to 4: t counts the optimiser steps
         nu = None if noise is None else noise[t - 1]
         lambda_s = config.smoothness_weight(t - 1)
-        done = smart_step(theta, teacher, batch, config, lambda_s, nu, update, f, divergence, pooled)
+        masks = pass_masks(None if dropout is None else dropout[t - 1], config)
+        done = smart_step(theta, teacher, batch, config, lambda_s, nu, update, f, divergence, pooled, masks)
         theta = done.theta
         if moves(t, config):  # lines 12 to 14
             beta = f.momentum(t, config)
@@ -258,6 +287,24 @@ def fit_reference(
             done = replace(done, beta=beta, teacher=teacher)
         steps.append(done)
     return steps
+
+
+def pass_masks(dropout: Array | None, config: SMARTConfig) -> list[Array] | None:
+    """Return the dropout masks of the clean pass, of the T_x passes of the ascent and of the last; None without any.
+
+    Raises:
+        ValueError: too few are given.
+    """
+    if dropout is None:
+        return None
+    passes = config.ascent_steps + 2
+    if config.dropout == "shared":
+        return [dropout[0]] * passes
+    if len(dropout) < passes:
+        raise ValueError(
+            f"fit_reference: a step has {passes} passes with dropout masks of their own, got {len(dropout)}"
+        )
+    return list(dropout[:passes])
 
 
 def smart_step(
@@ -271,6 +318,7 @@ def smart_step(
     f: Functions,
     divergence: str,
     pooled: bool,
+    masks: list[Array] | None = None,
 ) -> Step:
     """Take one optimiser step on a mini-batch: theta <- Update( grad_theta [ L + lambda_s R_s + mu D_Breg ] ).
 
@@ -278,21 +326,23 @@ def smart_step(
     """
     ids, y, mask, sample_weight = batch  # line 5
     x = theta["E"][ids]
-    targets, vjp = forward(theta, x, mask, pooled)  # f(x; theta)
+    clean, last = (None, None) if masks is None else (masks[0], masks[-1])
+    targets, vjp = forward(theta, x, mask, pooled, clean)  # f(x; theta)
     positions, weight = output_mask(targets, mask), _example_weights(targets, sample_weight)
     loss, grad = task_loss(targets, y, divergence, mask, sample_weight)
     objective, r_s, d_breg = loss, 0.0, 0.0
     delta = perturbed = perturbed_gradients = None
     if lambda_s > 0:
-        delta = f.ascend(theta, x, targets, config, noise, mask, divergence, pooled)  # lines 6 to 10
-        perturbed, perturbed_vjp = forward(theta, x + delta, mask, pooled)  # f(x + delta; theta)
+        ascent = None if masks is None else masks[not config.needs_clean_graph : -1]  # the margin start's is clean
+        delta = f.ascend(theta, x, targets, config, noise, mask, divergence, pooled, ascent)  # lines 6 to 10
+        perturbed, perturbed_vjp = forward(theta, x + delta, mask, pooled, last)  # f(x + delta; theta)
         r_s = mean_examples(f.value(divergence, perturbed, targets, positions), sample_weight)
         grad_perturbed, grad_target = f.grad(divergence, perturbed, targets, positions)
         perturbed_gradients = perturbed_vjp(lambda_s * weight * grad_perturbed)  # R_s has gradients through both
         grad = grad + lambda_s * weight * grad_target
         objective = objective + lambda_s * r_s
     if config.mu > 0:
-        taught, _ = forward(teacher, teacher["E"][ids], mask, pooled)  # f(x; theta~), theta~ of line 14
+        taught, _ = forward(teacher, teacher["E"][ids], mask, pooled, clean)  # f(x; theta~), theta~ of line 14
         d_breg = f.bregman_divergence(targets, taught, divergence, mask, sample_weight)
         grad = grad + config.mu * weight * f.grad(divergence, targets, taught, positions)[0]
         objective = objective + config.mu * d_breg

@@ -5,9 +5,9 @@ import pytest
 from paper_settings import papers
 
 from smartreg.divergences import DIVERGENCES
-from smartreg.perturbation import output_mask
+from smartreg.perturbation import ascend, output_mask
 from smartreg.proximal import bregman_divergence, mean_examples, momentum
-from smartreg.reference import Batch, fit_reference, forward, init_parameters, task_loss
+from smartreg.reference import Batch, fit_reference, forward, in_turn, init_parameters, task_loss
 
 NAMES = list(DIVERGENCES)
 
@@ -27,12 +27,13 @@ def make_theta(rng, outputs=3):
     return init_parameters(rng, vocabulary=11, d=4, hidden=6, outputs=outputs)
 
 
-def terms(theta, teacher, delta, batch, divergence, pooled):
+def terms(theta, teacher, delta, batch, divergence, pooled, masks=(None, None)):
     """L, R_s and D_Breg at a fixed perturbation and theta~, from the definitions alone."""
     ids, y, mask, weight = batch
     x = theta["E"][ids]
-    clean, perturbed = forward(theta, x, mask, pooled)[0], forward(theta, x + delta, mask, pooled)[0]
-    taught = forward(teacher, teacher["E"][ids], mask, pooled)[0]
+    clean = forward(theta, x, mask, pooled, masks[0])[0]
+    perturbed = forward(theta, x + delta, mask, pooled, masks[-1])[0]
+    taught = forward(teacher, teacher["E"][ids], mask, pooled, masks[0])[0]
     loss, _ = task_loss(clean, y, divergence, mask, weight)
     values = DIVERGENCES[divergence].value(perturbed, clean, output_mask(clean, mask))
     r_s = mean_examples(values, weight)
@@ -47,15 +48,33 @@ def objective(*point, config):
 @pytest.mark.parametrize("divergence", NAMES)
 @pytest.mark.parametrize("pooled", [True, False])
 def test_gradients_against_finite_differences(divergence, pooled):
+    check_gradients(divergence, pooled)
+
+
+@pytest.mark.parametrize("dropout", ["shared", "independent"])
+@pytest.mark.parametrize("pooled", [True, False])
+def test_gradients_with_dropout(pooled, dropout):
+    """theta~'s pass has the clean pass's mask, and the last pass, if they are independent, one of its own."""
+    check_gradients("symmetric_kl", pooled, dropout)
+
+
+def make_masks(rng, steps, passes=3):
+    return (rng.random((steps, passes, 4, 5, 6)) < 0.8) / 0.8
+
+
+def check_gradients(divergence, pooled, dropout=None):
     rng = np.random.default_rng(0)
     theta = make_theta(rng)
     batches = [make_batch(rng, divergence, pooled) for _ in range(2)]
     config = papers(lambda_s=2, mu=3, epsilon=0.3, sigma=0.2, eta=0.1, total_steps=2, early_fraction=0)
     noise = rng.normal(size=(2, 4, 5, 4))
-    first, second = fit_reference(
-        theta, batches, config, noise, divergence=divergence, optimizer="sgd", learning_rate=0.5, pooled=pooled
-    )
-    at, rest = first.theta, (first.teacher, second.delta, batches[1], divergence, pooled)
+    options = {"divergence": divergence, "optimizer": "sgd", "learning_rate": 0.5, "pooled": pooled}
+    masks = (None, None)
+    if dropout is not None:
+        config, options["dropout"] = config.replace(dropout=dropout), make_masks(rng, 2)
+        masks = options["dropout"][1][[0, 0 if dropout == "shared" else 2]]
+    first, second = fit_reference(theta, batches, config, noise, **options)
+    at, rest = first.theta, (first.teacher, second.delta, batches[1], divergence, pooled, masks)
     for name in theta:
         for k in rng.choice(theta[name].size, size=min(6, theta[name].size), replace=False):
             slopes = []
@@ -67,6 +86,39 @@ def test_gradients_against_finite_differences(divergence, pooled):
     assert second.objective == pytest.approx(objective(at, *rest, config=config), rel=1e-14)
     assert (second.loss, second.R_s, second.D_Breg) == pytest.approx(terms(at, *rest), rel=1e-14)
     assert min(second.R_s, second.D_Breg) > 1e-3
+
+
+@pytest.mark.parametrize("start", ["gaussian", "margin"])
+def test_each_pass_of_the_ascent_has_its_mask(start):
+    rng = np.random.default_rng(3)
+    theta, batch, masks = make_theta(rng), make_batch(rng), make_masks(rng, 1, passes=4)
+    config = papers(start=start, ascent_steps=2, epsilon=0.3, sigma=0.2, eta=0.2, mu=0, dropout="independent")
+    noise = rng.normal(size=(1, 4, 5, 4)) if start == "gaussian" else [None]
+    (step,) = fit_reference(theta, [batch], config, noise, dropout=masks)
+    calls = iter(masks[0, 1:3] if start == "gaussian" else masks[0, :3])  # the margin start has the clean pass's
+
+    def network(x):
+        outputs, vjp = forward(theta, x, batch.mask, dropout=next(calls))
+        return outputs, lambda grad: vjp(grad)[1]
+
+    x = theta["E"][batch.ids]
+    target = forward(theta, x, batch.mask, dropout=masks[0, 0])[0]
+    np.testing.assert_array_equal(step.outputs, target)
+    np.testing.assert_array_equal(step.delta, ascend(network, x, target, config, noise[0], batch.mask))
+    assert next(calls, None) is None
+    (shared,) = fit_reference(theta, [batch], config.replace(dropout="shared"), noise, dropout=masks)
+    assert np.abs(shared.delta - step.delta).max() > 0.01
+
+
+def test_a_mask_for_each_pass_is_asked_for():
+    rng = np.random.default_rng(0)
+    theta, batch, config = make_theta(rng), make_batch(rng), papers(mu=0, dropout="independent")
+    with pytest.raises(ValueError, match="a step has 3 passes with dropout masks of their own, got 2"):
+        fit_reference(theta, [batch], config, rng.normal(size=(1, 4, 5, 4)), dropout=make_masks(rng, 1, passes=2))
+    masks = in_turn([1.0])
+    next(masks)
+    with pytest.raises(ValueError, match="the network ran more than 1 times, and each pass has a mask of its own"):
+        next(masks)
 
 
 def test_theta_tilde_moves_every_S_steps_with_the_scheduled_beta():

@@ -6,6 +6,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from notes import Notes
 from pairwise import FACTORS, named, pairwise
 from paper_settings import papers
 
@@ -40,17 +41,18 @@ def _float64():
 class Network(keras.Model):
     """The reference network, with the reference's own task loss (a per-example mean over positions)."""
 
-    def __init__(self, theta, divergence, pooled):
+    def __init__(self, theta, divergence, pooled, dropout=None):
         super().__init__()
         self.divergence, self.pooled = divergence, pooled
         self.embedding = keras.layers.Embedding(*theta["E"].shape)
         self.hidden = keras.layers.Dense(theta["W1"].shape[1], activation="tanh")
+        self.dropout = dropout or keras.layers.Identity()
         self.head = keras.layers.Dense(theta["W2"].shape[1])
         self({"ids": np.zeros((1, TOKENS), int), "padding_mask": np.ones((1, TOKENS), bool)})
         self.set_weights([theta[name] for name in ("E", "W1", "b1", "W2", "b2")])
 
-    def call(self, inputs):
-        h = self.hidden(self.embedding(inputs["ids"]))
+    def call(self, inputs, training=False):
+        h = self.dropout(self.hidden(self.embedding(inputs["ids"])), training=training)
         if self.pooled:
             h = tf.reduce_sum(position_weights(h, inputs["padding_mask"]) * h, 1)
         return self.head(h)
@@ -195,6 +197,51 @@ def test_other_settings(name):
     changes, options = CASES[name]
     want = compare(papers(**{**SCHEDULE, "epsilon": 0.2, "sigma": 0.2, **changes}), **options)
     assert {step.beta for step in want if step.beta is not None} >= {changes.get("beta_late", 0.9)}
+
+
+class Dropout(keras.layers.Layer):
+    """Dropout that writes down the multipliers of each pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.seeds, self.notes = keras.random.SeedGenerator(2), Notes()
+
+    def call(self, h, training=False):
+        if not training:
+            return h
+        mask = tf.cast(keras.random.uniform(tf.shape(h), seed=self.seeds) < 0.75, h.dtype) / 0.75
+        self.notes.add(mask)
+        return mask * h
+
+
+@pytest.mark.parametrize("dropout", ["shared", "independent"])
+@pytest.mark.parametrize("start", ["gaussian", "margin"])
+def test_dropout_equals_the_reference_with_the_masks_that_were_drawn(start, dropout):
+    steps, ascent_steps = 6, 2 if start == "margin" else 1
+    config = papers(start=start, ascent_steps=ascent_steps, dropout=dropout, epsilon=0.2, sigma=0.2, eta=0.15)
+    config = config.replace(lambda_s=2, mu=3, beta_early=0.5, beta_late=0.5)
+    theta, batches, noise = draw(config, "symmetric_kl", pooled=True, weighted=True)
+    layer, seen, weights, averages = Dropout(), [], [], []
+    model = Network(theta, "symmetric_kl", pooled=True, dropout=layer)
+    model.compile(keras.optimizers.SGD(0.01), run_eagerly=True)
+    given = {"outputs": "logits", "noise": lambda step, like: tf.gather(tf.constant(noise), step)}
+    with attach(model, config, **given, on_step=seen.append) as smart:
+        for ids, y, mask, weight in batches[:steps]:
+            model.train_on_batch({"ids": ids, "padding_mask": mask}, y, weight)
+            weights.append([weight.numpy() for weight in model.trainable_variables])
+            averages.append([average.numpy() for average in smart.averages])
+    masks = []
+    for clean, *ascent, last, taught in np.array(layer.notes.taken()).reshape(steps, ascent_steps + 3, N, TOKENS, -1):
+        np.testing.assert_array_equal(taught, clean)
+        masks.append(np.array([clean, *ascent, last]))
+    options = {"optimizer": "sgd", "learning_rate": 0.01, "dropout": masks}
+    for t, want in enumerate(fit_reference(theta, batches[:steps], config, noise, **options)):
+        got = seen[t].delta + seen[t].outputs + seen[t].perturbed + weights[t] + averages[t]
+        got += [seen[t].metrics["R_s"], seen[t].metrics["D_Breg"]]
+        named = [values[name] for values in (want.theta, want.teacher) for name in ("E", "W1", "b1", "W2", "b2")]
+        expected = [want.delta, want.outputs, want.perturbed_outputs, *named, want.R_s, want.D_Breg]
+        for value, right in zip(got, expected, strict=True):
+            np.testing.assert_allclose(value, right, rtol=1e-9, atol=1e-9 * np.abs(right).max() + 1e-15)
 
 
 def test_xla_is_alike():

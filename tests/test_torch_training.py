@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from notes import Notes
 from pairwise import FACTORS, named, pairwise
 from paper_settings import papers
 from test_reference import make_batch, make_theta
@@ -19,16 +20,17 @@ from smartreg_torch import SMART
 class Network(nn.Module):
     """The reference network of `smartreg.reference`."""
 
-    def __init__(self, theta, pooled=True):
+    def __init__(self, theta, pooled=True, dropout=None):
         super().__init__()
         self.embedding = nn.Embedding.from_pretrained(torch.from_numpy(theta["E"].copy()), freeze=False)
         self.W1, self.b1, self.W2, self.b2 = (
             nn.Parameter(torch.from_numpy(theta[name].copy())) for name in ("W1", "b1", "W2", "b2")
         )
         self.pooled = pooled
+        self.dropout = dropout or nn.Identity()
 
     def forward(self, ids, attention_mask):
-        h = (self.embedding(ids) @ self.W1 + self.b1).tanh()
+        h = self.dropout((self.embedding(ids) @ self.W1 + self.b1).tanh())
         if self.pooled:
             weight = attention_mask.to(h.dtype) / attention_mask.sum(1, keepdim=True)
             h = (weight.unsqueeze(-1) * h).sum(1)
@@ -47,9 +49,11 @@ LOSSES = {
 }
 
 
-def fit_torch(theta, batches, config, noise, *, divergence="symmetric_kl", optimizer="adam_torch", pooled=True):
+def fit_torch(
+    theta, batches, config, noise, *, divergence="symmetric_kl", optimizer="adam_torch", pooled=True, dropout=None
+):
     """The intermediates of a run of SMART in an ordinary loop, named as `smartreg.reference.Step` names them."""
-    model = Network(theta, pooled)
+    model = Network(theta, pooled, dropout)
     make = torch.optim.Adam if optimizer == "adam_torch" else torch.optim.SGD
     update = make(model.parameters(), lr=1e-2)
     steps = []
@@ -160,10 +164,51 @@ def test_the_published_values():
         assert float(got["R_s"]) == pytest.approx(want.R_s, rel=1e-6)
 
 
+class Dropout(nn.Module):
+    """Dropout that writes down the multipliers of each pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.notes = Notes()
+
+    def forward(self, h):
+        mask = (torch.rand_like(h) < 0.75).to(h) / 0.75
+        self.notes.add(mask.numpy())
+        return mask * h
+
+
+@pytest.mark.parametrize("dropout", ["shared", "independent"])
+@pytest.mark.parametrize("start", ["gaussian", "margin"])
+def test_dropout_equals_the_reference_with_the_masks_that_were_drawn(start, dropout):
+    torch.manual_seed(0)
+    rng = np.random.default_rng(4)
+    steps, ascent_steps = 12, 2 if start == "margin" else 1
+    theta, batches = make_theta(rng), [make_batch(rng) for _ in range(steps)]
+    config = papers(start=start, ascent_steps=ascent_steps, dropout=dropout, epsilon=0.2, sigma=0.2, eta=0.15)
+    config = config.replace(lambda_s=2, mu=3, beta_early=0.5, beta_late=0.5)
+    noise = rng.normal(size=(steps, 4, 5, 4) if start == "gaussian" else (steps, 4, 3))
+    layer = Dropout()
+    got = fit_torch(theta, batches, config, noise, dropout=layer)
+    taken = layer.notes.taken()
+    del taken[1]  # the first step checks that a pass repeats itself
+    masks = []
+    for clean, *ascent, taught, last in batched(taken, ascent_steps + 3):
+        np.testing.assert_array_equal(taught, clean)
+        masks.append([clean, *ascent, last])
+    reference = fit_reference(theta, batches, config, noise, learning_rate=1e-2, dropout=np.array(masks))
+    compare(got, reference, 1e-9)
+
+
+def batched(values, n):
+    assert len(values) % n == 0
+    return [values[i : i + n] for i in range(0, len(values), n)]
+
+
 KERAS_ONLY = ["l1"]  # Adam as Keras has it
+GIVEN_MASKS = ["dropout", "dropout, independent"]  # above, with masks that the model drew
 
 
-@pytest.mark.parametrize("name", [name for name in TRAJECTORIES if name not in KERAS_ONLY])
+@pytest.mark.parametrize("name", [name for name in TRAJECTORIES if name not in KERAS_ONLY + GIVEN_MASKS])
 def test_the_trajectories_of_the_check(name):
     """The weights and the noise that the other backends get, from one file."""
     theta, batches, config, noise, options = load_trajectory(name)

@@ -1,4 +1,4 @@
-"""Write smartreg/trajectory.npz: the weights, batches and noise of 50 steps of Algorithm 1 (`smartreg.checking`).
+"""Write smartreg/trajectory.npz: weights, batches, noise and dropout masks of 50 steps (`smartreg.checking`).
 
     python tools/make_trajectory.py
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from smartreg.reference import init_parameters
 
-STEPS, N, TOKENS, D, HIDDEN, OUTPUTS, VOCABULARY = 50, 4, 5, 4, 6, 3, 11
+STEPS, N, TOKENS, D, HIDDEN, OUTPUTS, VOCABULARY, PASSES = 50, 4, 5, 4, 6, 3, 11, 4
 
 
 def main() -> None:
@@ -29,6 +29,7 @@ def main() -> None:
         "y/symmetric_kl/positions": rng.integers(OUTPUTS, size=(STEPS, N, TOKENS)),
         "y/bernoulli_symmetric_kl": rng.integers(2, size=(STEPS, N, OUTPUTS)).astype(np.float32),
         "y/squared_error": rng.normal(size=(STEPS, N, OUTPUTS)).astype(np.float32),
+        "dropout": ((rng.random((STEPS, PASSES, N, TOKENS, HIDDEN)) < 0.8) / 0.8).astype(np.float32),
     }
     np.savez_compressed(Path(__file__).parents[1] / "smartreg" / "trajectory.npz", **arrays)
 

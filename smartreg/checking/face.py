@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from smartreg import divergences, perturbation, proximal
 from smartreg.config import SMARTConfig
 from smartreg.divergences import DIVERGENCES
-from smartreg.reference import Functions, Parameters, forward
+from smartreg.reference import Functions, Parameters, forward, in_turn
 
 Array = NDArray[Any]
 
@@ -111,8 +111,14 @@ class Face(Functions):
         mask: Any,
         divergence: str,
         pooled: bool = True,
+        dropout: Sequence[Any] | None = None,
     ) -> Array:
-        """Return delta for the reference network, which is written with operators alone: any framework can run it."""
+        """Return delta for the reference network, which is written with operators alone: any framework can run it.
+
+        Args:
+            dropout: as `Functions.ascend` takes it.
+        """
+        masks = in_turn(dropout)
         w = {name: self._put(value) for name, value in theta.items()}
         d = len(theta["W1"])  # the network reads that many features; the features beyond are not finite
         share = divergences.position_weights(np.asarray(x), mask)  # (n, tokens, 1)
@@ -121,10 +127,12 @@ class Face(Functions):
         def network(x: Any) -> Any:
             z = x[..., :d] @ w["W1"] + w["b1"]
             h = 1 - 2 / (1 + math.e ** (2 * z))  # tanh
+            kept = next(masks)
+            h = h if kept is None else h * self._put(kept)
             return ((row @ h)[:, 0] if pooled else h) @ w["W2"] + w["b2"]
 
         def network_and_vjp(x: Any) -> Any:
-            outputs, vjp = forward(theta, x[..., :d], mask, pooled)
+            outputs, vjp = forward(theta, x[..., :d], mask, pooled, next(masks))
             beside = np.full((*x.shape[:-1], x.shape[-1] - d), np.nan, x.dtype)
             return outputs, lambda grad: np.concatenate([vjp(grad)[1], beside], axis=-1)
 

@@ -1,4 +1,4 @@
-"""Algorithm 1 in 12 settings, from one file of weights, batches and noise: compare every intermediate of a run."""
+"""Algorithm 1 in 14 settings, from one file of weights, batches and noise: compare every intermediate of a run."""
 
 from __future__ import annotations
 
@@ -37,11 +37,17 @@ TRAJECTORIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"projection": "rescale", "scale": "absolute", "epsilon": 1e-3, "granularity": "token"},
         {},
     ),
+    # True: the masks of the file, one a pass
+    "dropout": ({"start": "margin", "ascent_steps": 1}, {"dropout": True}),
+    "dropout, independent": ({"dropout": "independent", "ascent_steps": 2}, {"dropout": True}),
 }
 
 
 class Trajectory(NamedTuple):
-    """What `smartreg/trajectory.npz` holds for a run: the weights, 50 batches and the noise."""
+    """What `smartreg/trajectory.npz` holds for a run: the weights, 50 batches and the noise.
+
+    The options, arguments of `fit_reference`, have the dropout masks, too, if the run has dropout.
+    """
 
     theta: Parameters
     batches: list[Batch]
@@ -77,6 +83,8 @@ def load_trajectory(name: str, dtype: str = "float64") -> Trajectory:
     pooled = options.get("pooled", True)
     y = arrays[f"y/{options.get('divergence', 'symmetric_kl')}" + ("" if pooled else "/positions")]
     noise = arrays["noise" if config.start == "gaussian" else "signs"]
+    if "dropout" in options:
+        options = options | {"dropout": list(arrays["dropout"])}
     return Trajectory(
         {key.removeprefix("theta/"): value for key, value in arrays.items() if key.startswith("theta/")},
         [Batch(*fields) for fields in zip(arrays["ids"], y, arrays["mask"], arrays["sample_weight"], strict=True)],
