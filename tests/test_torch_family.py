@@ -1,4 +1,4 @@
-"""R3F, VAT and ALUM as settings of SMART, each against its own paper's formula, written out by hand (docs/family.md).
+"""R-Drop, R3F, SiFT, VAT and ALUM as settings of SMART, each against its own formula by hand (docs/family.md).
 
 The formulas use torch's own softmax and KL, in float64, on a tiny network, with the noise that SMART drew.
 """
@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from notes import Notes
 from torch import nn
 
+from smartreg import SMARTConfig
 from smartreg_torch import SMART
 
 PAGE = (Path(__file__).parent.parent / "docs" / "family.md").read_text()
@@ -23,6 +25,48 @@ def network():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(TOKENS * WIDTH, 8), nn.Tanh(), nn.Linear(8, 3)).double()
     return model, torch.randn(N, TOKENS, WIDTH, dtype=torch.double)
+
+
+class Dropout(nn.Module):
+    """Dropout that writes down its multipliers, or has given ones."""
+
+    def __init__(self):
+        super().__init__()
+        self.notes, self.given = Notes(), None
+
+    def forward(self, h):
+        if self.given is not None:
+            return self.given * h
+        mask = (torch.rand_like(h) < 0.75).to(h) / 0.75
+        self.notes.add(mask)
+        return mask * h
+
+
+@pytest.fixture
+def dropped(network):
+    """The network with dropout, its batch, and what it gives with a given mask."""
+    model, x = network
+    layer = Dropout()
+    model.insert(3, layer)
+
+    def with_mask(x, mask):
+        layer.given = mask
+        try:
+            return model(x)
+        finally:
+            layer.given = None
+
+    return model, x, layer, with_mask
+
+
+def run_dropped(dropped, config, nu, **settings):
+    """The penalty, its gradient, delta, and the masks of the clean pass, of the ascent and of the last pass."""
+    model, x, layer, _ = dropped
+    found = run((model, x), config, nu, **settings)
+    clean, _, *others = layer.notes.taken()  # the first step has one pass more, which checks that the model repeats
+    assert len(others) == config.ascent_steps + 1
+    assert all((mask != clean).any() for mask in others)
+    return *found, [clean, *others]
 
 
 def kl(p_logits, q_logits):
@@ -56,6 +100,82 @@ def presets():
     for block in re.findall(r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL):
         exec(compile(block, "docs/family.md", "exec"), names)
     return names
+
+
+def test_r_drop(dropped):
+    """alpha/2 [ KL( f(x; m) || f(x; m') ) + KL( f(x; m') || f(x; m) ) ] of two dropout masks (Liang et al. 2021)."""
+    model, x, _, with_mask = dropped
+    alpha = 0.7
+    penalty, grad, delta, (m, other) = run_dropped(dropped, presets()["r_drop"](alpha), torch.randn_like(x))
+    assert not delta.any()
+    p, q = with_mask(x, m), with_mask(x, other)
+    expected = alpha / 2 * (kl(p, q) + kl(q, p)).mean()
+    assert expected > 1e-3
+    torch.testing.assert_close(penalty, expected, rtol=1e-10, atol=0)
+    torch.testing.assert_close(grad, gradient(expected, model), rtol=1e-8, atol=1e-12)
+
+
+def test_r3f_with_dropout(dropped):
+    """As below, each side with a mask of its own, as in the public code."""
+    model, x, _, with_mask = dropped
+    sigma, strength = 0.1, 0.7
+    nu = torch.randn_like(x)
+    penalty, grad, delta, (m, other) = run_dropped(dropped, presets()["r3f"](sigma, strength), nu)
+    torch.testing.assert_close(delta, sigma * nu, rtol=0, atol=0)
+    clean, noised = with_mask(x, m), with_mask(x + sigma * nu, other)
+    expected = strength * (kl(clean, noised) + kl(noised, clean)).mean()
+    torch.testing.assert_close(penalty, expected, rtol=1e-10, atol=0)
+    torch.testing.assert_close(grad, gradient(expected, model), rtol=1e-8, atol=1e-12)
+
+
+def both(p, q):
+    return kl(p, q) + kl(q, p)
+
+
+def test_sift(dropped):
+    """delta = sigma nu + eta g / max|g| of each token, at embeddings that are normalised (He et al. 2021, DeBERTa)."""
+    model, x, layer, with_mask = dropped
+    normalised = nn.LayerNorm(WIDTH, elementwise_affine=False).double()
+    model.insert(0, normalised)
+    sigma, eta, strength = 0.01, 0.3, 0.7
+    nu = torch.randn_like(x).clamp(-2, 2)
+    config = presets()["sift"](sigma, eta, strength)
+    penalty, grad, delta, (m, ascent, other) = run_dropped((model, x, layer, None), config, nu, site="0")
+
+    normal, rest = normalised(x), model[1:]
+
+    def at(point, mask):
+        layer.given = mask
+        return rest(point)
+
+    moved = (normal + sigma * nu).requires_grad_()
+    (g,) = torch.autograd.grad(both(at(normal, m).detach(), at(moved, ascent)).sum(), moved)
+    by_hand = sigma * nu + eta * g / g.abs().amax(-1, keepdim=True)
+    torch.testing.assert_close(delta, by_hand, rtol=1e-9, atol=1e-12)
+    clean, perturbed = at(normal, m), at(normal + by_hand, other)
+    expected = strength * both(perturbed, clean).mean()
+    torch.testing.assert_close(penalty, expected, rtol=1e-9, atol=0)
+    torch.testing.assert_close(grad, gradient(expected, model), rtol=1e-7, atol=1e-12)
+    # the public code's gradient: the sum of two cross-entropies whose first sides are held
+    p, q = at(normal, m).log_softmax(-1), at(normal + by_hand, other).log_softmax(-1)
+    released = -strength * ((q.exp().detach() * p) + (p.exp().detach() * q)).sum(-1).mean()
+    assert (grad - gradient(released, model)).norm() > 0.05 * grad.norm()
+
+
+def test_the_released_code(dropped):
+    """delta <- (delta + eta g) / ( max|delta + eta g| + 1e-6 ) of each token, with a mask of its own in each pass."""
+    model, x, _, with_mask = dropped
+    nu = torch.randn_like(x)
+    config = SMARTConfig.mtdnn(dropout="independent")
+    penalty, grad, delta, (m, ascent, other) = run_dropped(dropped, config, nu)
+    start = (config.sigma * nu).requires_grad_()
+    (g,) = torch.autograd.grad(both(with_mask(x, m).detach(), with_mask(x + start, ascent)).sum(), start)
+    step = start.detach() + config.eta * g
+    by_hand = step / (step.abs().amax(-1, keepdim=True) + 1e-6)
+    torch.testing.assert_close(delta, by_hand, rtol=1e-9, atol=1e-12)
+    expected = both(with_mask(x + by_hand, other), with_mask(x, m)).mean()
+    torch.testing.assert_close(penalty, expected, rtol=1e-9, atol=0)
+    torch.testing.assert_close(grad, gradient(expected, model), rtol=1e-7, atol=1e-12)
 
 
 @pytest.mark.parametrize("noise", ["normal", "uniform"])
