@@ -8,7 +8,7 @@ import functools
 import json
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any, Literal, TypeVar, get_args
@@ -59,6 +59,10 @@ class _Followed(int):
     """
 
 
+class _ByTask(float):
+    """A `lambda_s` or `mu` that was not given but follows from the task, as `_Followed`."""
+
+
 def _check_names(cls: Any, settings: dict[str, Any], error: type[Exception]) -> None:
     known = [field.name for field in dataclasses.fields(cls)]
     for name in settings:
@@ -86,13 +90,14 @@ def _suggesting(cls: type[T]) -> type[T]:
 class SMARTConfig:
     """Settings of F(theta) = L + lambda_s R_s + mu D_Breg, frozen and validated.
 
-    `SMARTConfig()` is the recommended setting. Its radius is relative to the embeddings' root mean square
-    (`scale="rms"`), so one value serves every model. Its ascent is the margin start alone: with half the lambda_s it
-    does as well as the paper's, at a lower cost (docs/performance.md). `SMARTConfig.paper` has the published values.
+    `SMARTConfig()` is the recommended setting, both terms (docs/evidence.md). Its radius is relative to the embeddings'
+    root mean square (`scale="rms"`), so one value serves every model. Its ascent is the margin start alone, which does
+    as well as the paper's at a lower cost (docs/performance.md). `SMARTConfig.paper` has the published values.
 
     Attributes:
         lambda_s: weight of the smoothness term R_s; 0 switches the term and its cost off.
-        mu: weight of the proximal term D_Breg; 0 switches the term and its cost off.
+        mu: weight of the proximal term D_Breg; 0 switches the term and its cost off. A weight that is not given is 1,
+            and 0.1 if an output is a regression's (l_s is the squared error).
         epsilon: radius of the ball ||x~_i - x_i||_p <= epsilon.
         sigma: standard deviation of the Gaussian start nu_i.
         eta: length of one ascent step. epsilon, sigma and eta are in the embeddings' own units
@@ -129,10 +134,10 @@ class SMARTConfig:
         0.05
     """
 
-    lambda_s: float = 0.5
-    mu: float = 1.0
-    epsilon: float = 0.01
-    sigma: float = 0.01
+    lambda_s: float = None  # type: ignore[assignment]  # a number as soon as it is made
+    mu: float = None  # type: ignore[assignment]  # as lambda_s
+    epsilon: float = 0.03
+    sigma: float = 0.03
     eta: float = 1.0
     ascent_steps: int = None  # type: ignore[assignment]  # a number as soon as it is made
     norm: Norm = "inf"
@@ -160,6 +165,9 @@ class SMARTConfig:
             for name, published in (("beta_early", 0.99), ("beta_late", 0.999)):
                 if getattr(self, name) is None:
                     object.__setattr__(self, name, published)
+        for name in ("lambda_s", "mu"):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, _ByTask(1.0))
         for name, (low, high, closed) in _REALS.items():
             got = getattr(self, name)
             if got is None and name in ("beta_early", "beta_late"):
@@ -171,7 +179,8 @@ class SMARTConfig:
             if not (inside and math.isfinite(value)):
                 bound = f"in [{low:g}, {high:g}]" if math.isfinite(high) else f"{'>=' if closed else '>'} {low:g}"
                 raise ValueError(f"SMARTConfig: {name} must be a finite number {bound}, got {got!r}")
-            object.__setattr__(self, name, value)
+            if not isinstance(got, _ByTask):
+                object.__setattr__(self, name, value)
         if self.ascent_steps is None or isinstance(self.ascent_steps, _Followed):
             object.__setattr__(self, "ascent_steps", _Followed(0 if self.start == "margin" else 1))
         for name, least in _INTEGERS.items():
@@ -226,6 +235,22 @@ class SMARTConfig:
             [3.0, 0.0, 3.0, 0.0]
         """
         return 0.0 if steps % self.smoothness_steps else self.smoothness_steps * self.lambda_s
+
+    def regression_share(self, name: str, logits: Iterable[bool]) -> float:
+        """Return what a weight is multiplied with: 0.1 in regression, if it was not given; else 1.
+
+        A squared error does not saturate as the divergence of two sure predictions does (docs/evidence.md).
+
+        Args:
+            name: "lambda_s" or "mu".
+            logits: of each output, whether it is logits (`smartreg.divergences.Divergence.of_logits`).
+
+        Example:
+            >>> config = SMARTConfig(mu=1.0)
+            >>> config.regression_share("lambda_s", [False]), config.regression_share("mu", [False])
+            (0.1, 1.0)
+        """
+        return 0.1 if isinstance(getattr(self, name), _ByTask) and not all(logits) else 1.0
 
     def check_total_steps(self, call: str) -> None:
         """Raise ValueError, naming `call`, if beta is scheduled and `total_steps` is not known."""
@@ -285,13 +310,16 @@ class SMARTConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as a dict of plain values; `from_dict` reads it back.
 
-        `ascent_steps` is None (null in JSON) if it was not given, so that it still follows the start.
+        `ascent_steps`, `lambda_s` and `mu` are None (null in JSON) if they were not given: they still follow the start
+        and the task.
 
         Example:
             >>> SMARTConfig().to_dict()["ascent_steps"], SMARTConfig(ascent_steps=1).to_dict()["ascent_steps"]
             (None, 1)
         """
-        return {name: None if isinstance(v, _Followed) else v for name, v in dataclasses.asdict(self).items()}
+        return {
+            name: None if isinstance(v, (_Followed, _ByTask)) else v for name, v in dataclasses.asdict(self).items()
+        }
 
     @classmethod
     def from_dict(cls, settings: dict[str, Any]) -> SMARTConfig:

@@ -39,7 +39,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from smartreg.config import SMARTConfig
-from smartreg.divergences import DIVERGENCES, check_divergence, position_weights
+from smartreg.divergences import DIVERGENCES, check_divergence, position_weights, takes_logits
 from smartreg.perturbation import ascend, output_mask
 from smartreg.proximal import bregman_divergence, ema_update, mean_examples, momentum, moves
 
@@ -331,6 +331,9 @@ def smart_step(
     positions, weight = output_mask(targets, mask), _example_weights(targets, sample_weight)
     loss, grad = task_loss(targets, y, divergence, mask, sample_weight)
     objective, r_s, d_breg = loss, 0.0, 0.0
+    logits = [takes_logits(divergence)]
+    lambda_s *= config.regression_share("lambda_s", logits)
+    mu = config.mu * config.regression_share("mu", logits)
     delta = perturbed = perturbed_gradients = None
     if lambda_s > 0:
         ascent = None if masks is None else masks[not config.needs_clean_graph : -1]  # the margin start's is clean
@@ -341,11 +344,11 @@ def smart_step(
         perturbed_gradients = perturbed_vjp(lambda_s * weight * grad_perturbed)  # R_s has gradients through both
         grad = grad + lambda_s * weight * grad_target
         objective = objective + lambda_s * r_s
-    if config.mu > 0:
+    if mu > 0:
         taught, _ = forward(teacher, teacher["E"][ids], mask, pooled, clean)  # f(x; theta~), theta~ of line 14
         d_breg = f.bregman_divergence(targets, taught, divergence, mask, sample_weight)
-        grad = grad + config.mu * weight * f.grad(divergence, targets, taught, positions)[0]
-        objective = objective + config.mu * d_breg
+        grad = grad + mu * weight * f.grad(divergence, targets, taught, positions)[0]
+        objective = objective + mu * d_breg
     gradients = _parameter_gradients(theta, ids, vjp(grad), perturbed_gradients)
     theta = update(theta, gradients)  # line 11
     return Step(targets, loss, delta, perturbed, r_s, d_breg, objective, gradients, theta, None, teacher)

@@ -76,6 +76,9 @@ def smart_step(
     Source: paper, equations 1 to 3 and Algorithm 1.
     """
     clean, masks = passes.clean, passes.masks
+    logits = [takes_logits(head.divergence) for head in heads]
+    lambda_s *= config.regression_share("lambda_s", logits)
+    mu = config.mu * config.regression_share("mu", logits)
     gate = Gate()
 
     def read(outputs: Any) -> list[Tensor]:
@@ -113,10 +116,10 @@ def smart_step(
         shared = ~passes.fit
         gate.open = moved & ~shared
         finite["perturbed"] = all_finite(perturbed) & tf.math.is_finite(terms["R_s"]) & moved
-    if config.mu > 0:  # after R_s: TensorFlow numbers random operations in this order
+    if mu > 0:  # after R_s: TensorFlow numbers random operations in this order
         taught = [tf.stop_gradient(z) for z in read(passes.again(teacher.pairs()))]  # f(x; theta~), theta~ of line 14
         terms["D_Breg"] = mean(taught)
-        penalty += config.mu * terms["D_Breg"]
+        penalty += mu * terms["D_Breg"]
         finite["teacher"] = all_finite(taught) & tf.math.is_finite(terms["D_Breg"])
     gate.open &= tf.math.is_finite(penalty)
     faults = {name: ~good & ~gate.open for name, good in finite.items()}  # a masked position may be NaN

@@ -66,6 +66,9 @@ def smart_step(
     """
     targets, masks = compared.targets, compared.inputs.masks  # f(x; theta), and which positions of x are real
     stages, terms = {"clean": targets}, dict[str, Tensor]()
+    logits = [takes_logits(name) for name in compared.divergences]
+    lambda_s *= config.regression_share("lambda_s", logits)
+    mu = config.mu * config.regression_share("mu", logits)
 
     def masks_of_its_own() -> int | None:
         return draw.seed_of_masks(targets[0].device) if config.dropout == "independent" else None
@@ -79,7 +82,7 @@ def smart_step(
             )
         if first and config.needs_clean_graph:
             passes.check_backward(targets)
-    if config.mu > 0:  # before R_s: the memory that this pass frees is used by the next
+    if mu > 0:  # before R_s: the memory that this pass frees is used by the next
         taught = stages["teacher"] = compared.arranged(passes.again(teacher, watched=first))  # f(x; theta~)
         terms["D_Breg"] = proximity(targets, taught, compared, sample_weight)
     if lambda_s > 0:
@@ -89,7 +92,7 @@ def smart_step(
         perturbed = compared.arranged(passes.at(points, seed, graph=later is None))  # f(x + delta; theta)
         stages["perturbed"] = perturbed
         terms["R_s"] = smoothness(perturbed, targets, compared, sample_weight)
-    weights = {"R_s": lambda_s, "D_Breg": config.mu}
+    weights = {"R_s": lambda_s, "D_Breg": mu}
     penalty = _total(weight * terms[name] for name, weight in weights.items() if name in terms)
     step = Step(penalty, terms, stages, passes, compared, sample_weight)  # line 11 is the optimiser's, on L + penalty
     return step if later is None else _deferred(step, lambda_s, seed, later)

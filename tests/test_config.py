@@ -30,8 +30,25 @@ def test_mtdnn_is_the_released_update():
 
 
 def test_default_is_relative_to_the_embeddings():
-    assert SMARTConfig().scale == "rms"
-    assert (SMARTConfig().lambda_s, SMARTConfig().mu) == (0.5, 1)
+    assert (SMARTConfig().scale, SMARTConfig().epsilon) == ("rms", 0.03)
+    assert (SMARTConfig().lambda_s, SMARTConfig().mu, SMARTConfig().memory) == (1, 1, 0.3)
+
+
+def test_the_weight_that_goes_with_the_task():
+    config = SMARTConfig()
+    assert (config.lambda_s, config.to_dict()["lambda_s"]) == (1.0, None)
+    assert config.regression_share("lambda_s", [True]) == config.regression_share("lambda_s", []) == 1
+    assert config.regression_share("lambda_s", [True, False]) == config.regression_share("lambda_s", [False]) == 0.1
+    assert config.to_dict()["mu"] is None
+    assert config.regression_share("mu", [False]) == 0.1
+    assert config.replace(mu=1).regression_share("mu", [False]) == 1
+    for copied in (config.replace(mu=1), dataclasses.replace(config, mu=1), SMARTConfig.from_json(config.to_json())):
+        assert copied.regression_share("lambda_s", [False]) == 0.1
+    for given in (SMARTConfig(lambda_s=1.0), config.replace(lambda_s=1.0), SMARTConfig.paper(), SMARTConfig.mtdnn()):
+        assert given.regression_share("lambda_s", [False]) == 1
+        assert given.to_dict()["lambda_s"] == 1
+    assert pickle.loads(pickle.dumps(config)).regression_share("lambda_s", [False]) == 0.1
+    assert copy.deepcopy(config).regression_share("lambda_s", [False]) == 0.1
 
 
 def test_the_ascent_that_goes_with_the_start():

@@ -9,6 +9,7 @@ import tensorflow as tf
 from keras import layers
 from paper_settings import papers
 
+from smartreg import SMARTConfig
 from smartreg_tf import SMARTCallback
 from smartreg_tf.outputs import Head
 from smartreg_tf.passes import CleanPasses
@@ -55,6 +56,26 @@ def test_one_mini_batch_by_hand(start):
     by_hand += config.mu * 2 * X.T @ (X @ np.ones((3, 2))) / 4
     np.testing.assert_allclose(gradient, by_hand, rtol=1e-4, atol=1e-4)
     assert not any(bool(fault) for fault in step.faults.values())
+
+
+@pytest.mark.parametrize(("output", "share"), [("regression", 0.1), ("logits", 1.0)])
+def test_a_weight_that_is_not_given_follows_the_task(output, share):
+    model = linear()
+    weights, bias = model.get_weights()
+    for config, want in ((SMARTConfig(), share), (SMARTConfig(lambda_s=1, mu=1), 1.0)):
+        model.set_weights([weights, bias])
+        teacher = Teacher(model, config)
+        teacher.follow()
+        model.set_weights([weights + 1, bias])
+        watch = CleanPasses(Site(model))
+        with watch.installed(), tf.GradientTape():
+            with watch.recording(differentiable=True) as recorded:
+                model(X, training=True)
+            draw = partial(drawn, step=tf.constant(0, tf.int64), seed=0)
+            step = smart_step(recorded[0], [Head(0, output)], None, None, teacher, config, 1.0, draw, None)
+        R_s, D_Breg = float(step.terms["R_s"]), float(step.terms["D_Breg"])
+        assert min(R_s, D_Breg) > 0
+        assert float(step.penalty) == pytest.approx(want * R_s + want * D_Breg, rel=1e-6)
 
 
 def test_a_closed_gate_lets_no_nan_through():

@@ -8,7 +8,7 @@ from paper_settings import papers
 from small_torch import BOTH, R_S, Model, make_batches, train
 from torch import nn
 
-from smartreg import divergences
+from smartreg import SMARTConfig, divergences
 from smartreg_torch import SMART
 from smartreg_torch.divergences import DIVERGENCES, squared_error, symmetric_kl
 from smartreg_torch.step import Noise
@@ -133,6 +133,27 @@ def test_the_paper_start_and_the_seed_make_a_run_reproducible():
         torch.manual_seed(seed)
         runs.append(train(model, SMART(model, BOTH), batches))
     assert runs[0] == runs[1] != runs[2]
+
+
+@pytest.mark.parametrize("lean", [False, True])
+@pytest.mark.parametrize(("divergence", "share"), [("squared_error", 0.1), ("symmetric_kl", 1.0)])
+def test_a_weight_that_is_not_given_follows_the_task(ids, divergence, share, lean):
+    model, found, gradients = Model(), [], []
+    for config in (SMARTConfig(total_steps=9), SMARTConfig(lambda_s=share, mu=share, total_steps=9)):
+        torch.manual_seed(0)
+        smart = SMART(model, config, divergence=divergence, on_step=found.append, lean=lean)
+        for average in smart.teacher.values():
+            average += 0.1
+        _, penalty = smart(ids)
+        model.zero_grad()
+        penalty.backward()
+        gradients.append([weight.grad for weight in model.parameters()])
+    assert found[0].metrics["R_s"] == found[1].metrics["R_s"] > 0
+    assert found[0].metrics["D_Breg"] == found[1].metrics["D_Breg"] > 0
+    assert found[0].metrics["penalty"] == pytest.approx(
+        share * (found[0].metrics["R_s"] + found[0].metrics["D_Breg"]), rel=1e-6
+    )
+    assert all(map(torch.equal, *gradients))
 
 
 def test_a_new_divergence_of_values_gets_signs(ids, monkeypatch):
