@@ -462,3 +462,48 @@ def test_an_example_killed_on_the_way_ends_where_it_would_have(script, killed, f
         assert re.search(reached, capsys.readouterr().out)
         models.append(safetensors.torch.load_file(place / script / "model" / "model.safetensors"))
     assert largest_difference(*models) == 0
+
+
+def unlabelled(batch):
+    return {name: value for name, value in batch.items() if name != "labels"}
+
+
+def test_text_without_labels_in_a_loop():
+    """The gradient is that of L + R_s of both batches."""
+    model = bert(dropout=0.0).double().train()
+    loader = DataLoader(rows(16), 8)
+    more = [unlabelled(batch) for batch in DataLoader(rows(32), 8)][2:]
+    seen = []
+    smart = SMART(model, SMARTConfig(lambda_s=2.0), on_step=seen.append)
+    start = {name: value.detach().clone() for name, value in model.named_parameters()}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    recipe("= cycle(unlabelled)  # batches", smart=smart, unlabelled=more, loader=loader, optimizer=optimizer)
+    assert len(seen) == 4  # two steps of two batches
+    assert smart.step == 2
+    smart.remove()
+    by_hand = bert(dropout=0.0).double().train()
+    by_hand.load_state_dict(start, strict=False)
+    other = SMART(by_hand, SMARTConfig(lambda_s=2.0))
+    optimizer = torch.optim.SGD(by_hand.parameters(), lr=0.1)
+    for batch, extra in zip(loader, more, strict=True):
+        (first, penalty), (_, second) = other(**batch), other(**extra)
+        (first.loss + penalty + second).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert all(map(torch.equal, model.parameters(), by_hand.parameters()))
+
+
+def test_text_without_labels_in_the_trainer(tmp_path):
+    model = bert(dropout=0.0)
+    names = recipe("class WithUnlabelled")
+    more = [unlabelled(batch) for batch in DataLoader(rows(32), 8)]
+    args = transformers.TrainingArguments(
+        str(tmp_path), max_steps=3, per_device_train_batch_size=8, report_to=[], save_strategy="no", disable_tqdm=True
+    )
+    trainer = names["WithUnlabelled"](model, args, train_dataset=rows(16), smart=SMARTConfig(), unlabelled=more)
+    batch = next(iter(DataLoader(rows(8), 8)))
+    trainer.train()
+    assert trainer.smart.step == 3
+    assert trainer.smart.metrics["R_s"] > 0
+    model.eval()
+    assert torch.equal(trainer.compute_loss(model, batch), model(**batch).loss)
