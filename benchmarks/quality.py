@@ -13,7 +13,8 @@ and learning rate (`run --tuned`), and the final table has neither these seeds n
 What a line has: `score` (accuracy, or Pearson's r, in %), `nll` (or the mean squared error of standardised scores),
 `ece` (calibration error, 15 bins), `corrupted` (the score with typos and dropped words), `other` (the score on the
 dev.tsv of --other), `attacked` (the score at the worst point that an attack with the labels finds in a ball of 0.03
-rms), `R_s` (of that ball), `train_loss`, `steps`, `seconds`; and under `averages` the same of theta~ by its memory.
+rms), `R_s` (of that ball), `train_loss`, `steps`, `seconds` (of CPU, in all steps); and under `averages` the same of
+theta~ by its memory.
 """
 
 from __future__ import annotations
@@ -73,6 +74,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "R-Drop's term": PLAIN | {"r_drop": 1.0},
     "random noise": SMOOTH | {"start": "gaussian", "ascent_steps": 0, "sigma": 1e3 * RADIUS},
     "R_s": SMOOTH,
+    "R_s, lambda_s 0.1": SMOOTH | {"lambda_s": 0.1},
     "R_s, lambda_s 0.3": SMOOTH | {"lambda_s": 0.3},
     "R_s, lambda_s 3": SMOOTH | {"lambda_s": 3.0},
     "R_s, radius 0.01": SMOOTH | {"epsilon": 0.01},
@@ -81,6 +83,8 @@ ARMS: dict[str, dict[str, Any]] = {
     "R_s, independent masks": SMOOTH | {"dropout": "independent"},
     "D_Breg": PLAIN | {"mu": 1.0},
     "R_s + D_Breg": SMOOTH | {"mu": 1.0},
+    "R_s, lambda_s 0.1, + D_Breg": SMOOTH | {"lambda_s": 0.1, "mu": 1.0},
+    "R_s, lambda_s 0.1, + D_Breg, mu 0.1": SMOOTH | {"lambda_s": 0.1, "mu": 0.1},
     "D_Breg, beta 0.99": PLAIN | PROXIMAL,
     "R_s + D_Breg, beta 0.99": SMOOTH | PROXIMAL,
     "D_Breg, memory 0.1": PLAIN | {"mu": 1.0, "memory": 0.1},
@@ -93,11 +97,14 @@ ARMS: dict[str, dict[str, Any]] = {
 NOT_SETTINGS = ("longer", "r_drop", "peer", "unlabelled")  # what an arm does beside SMARTConfig
 
 
-def settings_of(arm: str) -> dict[str, Any]:
-    """The settings of an arm as its line has them: without those of a term that is off."""
+def settings_of(arm: str, regression: bool) -> dict[str, Any]:
+    """The settings of an arm as its line has them: lambda_s as it is for the task, nothing of a term that is off."""
     chosen = dict(ARMS[arm])
     others = {name: chosen.pop(name) for name in NOT_SETTINGS if name in chosen}
-    config = SMARTConfig(**chosen).to_dict()
+    made = SMARTConfig(**chosen)
+    config = made.to_dict()
+    for name in ("lambda_s", "mu"):
+        config[name] = getattr(made, name) * made.regression_share(name, [not regression])
     off, betas = ["total_steps"], ["beta_early", "beta_late", "early_fraction"]
     off += betas if config["beta_early"] is None else ["memory"]
     if not config["mu"]:
@@ -153,7 +160,7 @@ def train(
     with SMART(model, config) as smart:
         for _ in range(epochs):
             for batch in loader:
-                started = time.perf_counter()
+                started = time.process_time()  # of all threads: other load on the machine counts less
                 output, penalty = smart(**batch)
                 loss = output.loss + penalty
                 if more is not None:
@@ -172,7 +179,7 @@ def train(
                 optimizer.zero_grad()
                 smart.update()
                 losses.append(output.loss.item())
-                seconds += time.perf_counter() - started
+                seconds += time.process_time() - started
                 for average in averages.values():
                     average.update_parameters(model)
     found = {"train_loss": statistics.fmean(losses[-len(loader) :]), "steps": steps, "seconds": round(seconds, 2)}
@@ -304,14 +311,19 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def chosen_by(lines: list[dict[str, Any]], settings: dict[str, Any]) -> tuple[float, float] | None:
+def is_of(line: dict[str, Any], arm: str) -> bool:
+    """Whether a line is of an arm, whatever the arm was called when it was run."""
+    return line["settings"] == settings_of(arm, "ece" not in line)
+
+
+def chosen_by(lines: list[dict[str, Any]], arm: str) -> tuple[float, float] | None:
     """The epochs and learning rate of an arm with the best mean score over the tasks and seeds of `--select`."""
-    found: dict[tuple[float, float], list[float]] = defaultdict(list)
+    found: dict[tuple[float, float], dict[Any, float]] = defaultdict(dict)
     for line in lines:
-        if line["select"] and line["settings"] == settings:
-            found[line["epochs"], line["rate"]].append(line["score"])
-    full = max(map(len, found.values()), default=0)
-    means = {at: statistics.fmean(scores) for at, scores in found.items() if len(scores) == full}
+        if line["select"] and is_of(line, arm):
+            found[line["epochs"], line["rate"]][line["task"], line["size"], line["seed"]] = line["score"]
+    full = max(map(len, found.values()), default=0)  # what lacks a task cannot be compared
+    means = {at: statistics.fmean(scores.values()) for at, scores in found.items() if len(scores) == full}
     return max(means, key=means.__getitem__) if means else None
 
 
@@ -326,10 +338,10 @@ def run(args: argparse.Namespace) -> None:
         for task in args.task:
             for size in args.size:
                 for arm in args.arm:
-                    settings = settings_of(arm)
+                    settings = settings_of(arm, rows_of(args.data / task)[2] is None)
                     at = (args.epochs, args.rate)
                     if args.tuned:
-                        at = chosen_by(lines_of(args.lines), settings) or at
+                        at = chosen_by(lines_of(args.lines), arm) or at
                     line = {"task": task, "size": size, "arm": arm, "seed": seed, "epochs": at[0], "rate": at[1]}
                     line |= {
                         "batch": args.batch_size,
@@ -370,23 +382,39 @@ def holm(p: list[float]) -> list[float]:
     return adjusted
 
 
-def name_of(line: dict[str, Any], tuned: bool) -> str:
-    names = [arm for arm in ARMS if settings_of(arm) == line["settings"]] or [line["arm"]]
-    at = "" if tuned else f", {line['epochs']:g} epochs, rate {line['rate']:g}"
-    return " = ".join(names) + at
+def name_of(line: dict[str, Any]) -> str:
+    names = [arm for arm in ARMS if is_of(line, arm)] or [line["arm"]]
+    teacher = f", theta~ of memory {line['theta~']}" if "theta~" in line else ""
+    return f"{' = '.join(names)}{teacher}, {line['epochs']:g} epochs, rate {line['rate']:g}"
 
 
-Arms = dict[str, dict[int, dict[str, Any]]]  # of each arm the line of each seed; plain first
+Arms = dict[str, dict[int, dict[str, Any]]]  # of each arm the line of each seed; the first is the one to compare with
 
 
 def grouped(lines: list[dict[str, Any]], select: bool) -> dict[tuple[str, int], Arms]:
-    """The lines by task and size; the epochs and rate are named where they are not those that --select chose."""
+    """The lines by task and size: first plain training with the epochs and rate that --select chose for it."""
+    base = chosen_by(lines, "plain")
+
+    def order(line: dict[str, Any]) -> tuple[int, bool, int, str]:
+        plain = is_of(line, "plain") and "theta~" not in line
+        first = plain and (line["epochs"], line["rate"]) == base
+        arm = next((at for at, arm in enumerate(ARMS) if is_of(line, arm)), len(ARMS))
+        return line["size"], not first, arm, name_of(line)
+
     found: dict[tuple[str, int], Arms] = defaultdict(lambda: defaultdict(dict))
-    for line in sorted(lines, key=lambda line: (line["size"], [*ARMS].index(name_of(line, True).split(" = ")[0]))):
+    for line in sorted(lines if select else with_averages(lines), key=order):
         if line["select"] == select:
-            tuned = not select and (line["epochs"], line["rate"]) == chosen_by(lines, line["settings"])
-            found[line["task"], line["size"]][name_of(line, tuned)][line["seed"]] = line
+            found[line["task"], line["size"]][name_of(line)][line["seed"]] = line
     return found
+
+
+def with_averages(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The lines, and theta~ of each as a line of its own."""
+    return [
+        one
+        for line in lines
+        for one in (line, *({**line, **found, "theta~": memory} for memory, found in line["averages"].items()))
+    ]
 
 
 def differences(arms: Arms, base: str, arm: str, name: str) -> list[float]:
@@ -415,8 +443,21 @@ def adjusted(groups: dict[tuple[str, int], Arms]) -> dict[tuple[str, int, str, s
     return found
 
 
+def shown_cell(runs: dict[int, dict[str, Any]], apart: list[float], name: str, p: float) -> str:
+    """Mean, standard deviation and difference of a measure; the difference is bold if p < 0.05."""
+    values = [line[name] for line in runs.values() if name in line]
+    digits = 1 if name in HIGHER else 3
+    cell = f"{statistics.fmean(values):.{digits}f}" if values else ""
+    if len(values) > 1:
+        cell += f" (sd {statistics.stdev(values):.{digits}f})"
+    if len(apart) > 1:
+        text = f"{statistics.fmean(apart):+.{digits}f} ± {half_width(apart):.{digits}f}"
+        cell += f", **{text}**" if p < 0.05 else f", {text}"
+    return cell
+
+
 def tables(lines: list[dict[str, Any]], select: bool) -> dict[str, str]:
-    """A Markdown table of each task and size, by its title."""
+    """A Markdown table of each task and size, by its title: of the results, or of the choice of settings."""
     groups = grouped(lines, select)
     p = adjusted(groups)
     shown = {}
@@ -427,24 +468,41 @@ def tables(lines: list[dict[str, Any]], select: bool) -> dict[str, str]:
         for arm, runs in arms.items():
             cells = [arm, str(len(runs))]
             for name in names:
-                values = [line[name] for line in runs.values() if name in line]
-                digits = 1 if name in HIGHER else 3
-                cell = f"{statistics.fmean(values):.{digits}f}" if values else ""
-                if len(values) > 1:
-                    cell += f" (sd {statistics.stdev(values):.{digits}f})"
-                apart = differences(arms, base, arm, name)
-                if arm != base and len(apart) > 1:
-                    text = f"{statistics.fmean(apart):+.{digits}f} ± {half_width(apart):.{digits}f}"
-                    cell += f", **{text}**" if p.get((task, size, arm, name), 1) < 0.05 else f", {text}"
-                cells.append(cell)
+                apart = differences(arms, base, arm, name) if arm != base else []
+                cells.append(shown_cell(runs, apart, name, p.get((task, size, arm, name), 1.0)))
             both = runs.keys() & arms[base].keys()
             cost = [runs[seed]["seconds"] / arms[base][seed]["seconds"] for seed in both]
             cells.append(f"{statistics.fmean(line['train_loss'] for line in runs.values()):.3f}")
             rows.append([*cells, f"{statistics.median(cost):.2f}" if cost else ""])
         rows.insert(1, ["---", *["---:"] * (len(rows[0]) - 1)])
-        title = f"{task}, {size or 'all'} rows"
+        title = f"{task}, {size or 'all'} rows" + ", choice of settings" * select
         shown[title] = "\n".join("| " + " | ".join(row) + " |" for row in rows)
     return shown
+
+
+def summary(lines: list[dict[str, Any]], size: int) -> str:
+    """A Markdown table of plain training and of SMARTConfig(), each with what --select chose for it."""
+    names = [name for name in MEASURES if name != "R_s"]
+    rows = [["", "seeds", *[TITLES[name] for name in names]], ["---", *["---:"] * (len(names) + 1)]]
+    groups, at = grouped(lines, select=False), chosen_by(lines, "SMARTConfig()")
+    p = adjusted(groups)
+    for (task, rows_of_it), arms in groups.items():
+        base = next(iter(arms))
+        ours = {
+            arm
+            for arm, runs in arms.items()
+            for line in runs.values()
+            if "theta~" not in line and (is_of(line, "SMARTConfig()") and (line["epochs"], line["rate"]) == at)
+        }
+        for arm in [base, *ours] if rows_of_it == size else []:
+            cells = [f"{task}, {'plain' if arm == base else '`SMARTConfig()`'}", str(len(arms[arm]))]
+            for name in names:
+                apart = differences(arms, base, arm, name)
+                cells.append(
+                    shown_cell(arms[arm], apart if arm != base else [], name, p.get((task, size, arm, name), 1.0))
+                )
+            rows.append(cells)
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
 def plot(lines: list[dict[str, Any]], path: Path, size: int) -> None:
@@ -476,19 +534,24 @@ def plot(lines: list[dict[str, Any]], path: Path, size: int) -> None:
     figure.savefig(path, dpi=120)
 
 
+def filled(page: str, shown: dict[str, str]) -> str:
+    """The page with each table between its <!-- TITLE --> and <!-- end -->."""
+    for title, text in shown.items():
+        block = re.compile(f"(<!-- {re.escape(title)} -->\n).*?(\n<!-- end -->)", re.DOTALL)
+        page = block.sub(lambda found, text=text: found[1] + text + found[2], page)
+    return page
+
+
 def table(args: argparse.Namespace) -> None:
-    """Print a Markdown table of each task and size; with --docs, write it in the page, and its picture."""
+    """Print a Markdown table of each task and size; with --docs, write them in the pages, and the picture."""
     lines = lines_of(args.lines)
-    shown = tables(lines, args.select)
+    shown = {"summary": summary(lines, 500)} | tables(lines, select=False) | tables(lines, select=True)
     for title, text in shown.items():
         print(f"\n{title}\n\n{text}")
-    if args.docs:
-        page = args.docs.read_text()
-        for title, text in shown.items():
-            block = re.compile(f"(<!-- {re.escape(title)} -->\n).*?(\n<!-- end -->)", re.DOTALL)
-            page = block.sub(lambda found, text=text: found[1] + text + found[2], page)
-        args.docs.write_text(page)
-        plot(lines, args.docs.with_suffix(".png"), 500)
+    for page in args.docs:
+        page.write_text(filled(page.read_text("utf-8"), shown), "utf-8")
+    if args.plot:
+        plot(lines, args.plot, 500)
 
 
 def main() -> None:
@@ -514,8 +577,8 @@ def main() -> None:
     add("--of", nargs=2, type=int, default=[0, 1], metavar=("K", "N"), help="only the runs k, k + n, k + 2n, ...")
     runs.set_defaults(call=run)
     shown = commands.add_parser("table", help="print the tables of all lines")
-    shown.add_argument("--select", action="store_true", help="those of the choice of settings")
-    shown.add_argument("--docs", type=Path, help="a page with <!-- TASK, SIZE rows --> ... <!-- end --> to fill")
+    shown.add_argument("--docs", nargs="+", type=Path, default=[], help="pages with <!-- TITLE --> ... <!-- end -->")
+    shown.add_argument("--plot", type=Path, help="a picture to write")
     shown.set_defaults(call=table)
     for command in (runs, shown):
         command.add_argument("--lines", type=Path, default=LINES)

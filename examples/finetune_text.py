@@ -46,7 +46,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "plain": {"lambda_s": 0.0, "mu": 0.0},
     "smart": {},
     "r_s": {"mu": 0.0},
-    "proximal": {"lambda_s": 0.0},
+    "proximal": {"lambda_s": 0.0, "mu": 1.0},
 }
 
 Row = tuple[tuple[str, ...], float]  # the sentences; the class number or the standardised score
@@ -317,11 +317,12 @@ def parse() -> tuple[argparse.Namespace, Task, SMARTConfig]:
     smart = parser.add_argument_group("SMART settings (see smartreg.SMARTConfig)")
     fields = [field for field in dataclasses.fields(SMARTConfig) if field.name != "total_steps"]
     for field in fields:
-        kind = int if field.name == "ascent_steps" else type(field.default)  # its default goes with the start
+        annotation = str(field.type)  # a default may be None, and go with the start or the task
+        kind = float if "float" in annotation else int if "int" in annotation else str
         option = "--" + field.name.replace("_", "-")
         smart.add_argument(option, type=kind, default=field.default, help="default: %(default)s")
     args = parser.parse_args()
-    args.method = list(dict.fromkeys(args.method or METHODS))
+    args.method = list(dict.fromkeys(args.method or ["plain", "smart"]))
     for name in ("seeds", "examples", "epochs", "batch_size", "max_length", "smoothness_examples"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
