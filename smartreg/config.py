@@ -19,6 +19,7 @@ Start = Literal["gaussian", "margin"]
 Scale = Literal["absolute", "rms"]
 Projection = Literal["ball", "rescale"]
 Dropout = Literal["shared", "independent"]
+Evaluate = Literal["theta", "teacher"]
 NonFinite = Literal["raise", "skip"]
 Precision = Literal["float32", "model"]
 T = TypeVar("T")
@@ -35,6 +36,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "scale": get_args(Scale),
     "projection": get_args(Projection),
     "dropout": get_args(Dropout),
+    "evaluate": get_args(Evaluate),
     "non_finite": get_args(NonFinite),
 }
 # name: (lowest, highest, whether the lowest itself is allowed)
@@ -121,7 +123,11 @@ class SMARTConfig:
             head, need no other value. Not in the paper.
         beta_early, beta_late, early_fraction: the paper's beta instead of `memory`, if one of the first two is given:
             `beta_early` (0.99) for the first `early_fraction` of `total_steps`, then `beta_late` (0.999).
-        total_steps: optimiser steps of the whole training run; needed if mu > 0, unless beta is the same all along.
+        evaluate: the weights that a Trainer or `fit` evaluates during training, and leaves in the model at its end:
+            "theta", or "teacher", theta~, which then moves also if mu is 0. With lambda_s = mu = 0 training is plain
+            training, bit for bit, with theta~ beside it (docs/trainer.md, docs/keras.md). Not in the paper.
+        total_steps: optimiser steps of the whole training run; needed if there is a theta~ (mu > 0, or
+            evaluate="teacher"), unless beta is the same all along.
         non_finite: a NaN or infinite penalty raises ("raise"), or counts as 0 for that step ("skip").
 
     Raises:
@@ -152,6 +158,7 @@ class SMARTConfig:
     beta_early: float | None = None
     beta_late: float | None = None
     early_fraction: float = 0.1
+    evaluate: Evaluate = "theta"
     total_steps: int | None = None
     non_finite: NonFinite = "raise"
 
@@ -212,8 +219,23 @@ class SMARTConfig:
 
     @property
     def active(self) -> bool:
-        """Tell whether there is anything to add to plain training."""
+        """Tell whether there is anything to do beside plain training."""
+        return self.has_penalty or self.has_teacher
+
+    @property
+    def has_penalty(self) -> bool:
+        """Tell whether the loss gets a term: lambda_s > 0 or mu > 0."""
         return self.lambda_s > 0 or self.mu > 0
+
+    @property
+    def has_teacher(self) -> bool:
+        """Tell whether theta~ is kept: for D_Breg (mu > 0), or to be evaluated (evaluate="teacher").
+
+        Example:
+            >>> SMARTConfig(mu=0).has_teacher, SMARTConfig(mu=0, evaluate="teacher").has_teacher
+            (False, True)
+        """
+        return self.mu > 0 or self.evaluate == "teacher"
 
     @property
     def needs_clean_graph(self) -> bool:
@@ -224,7 +246,7 @@ class SMARTConfig:
     def needs_total_steps(self) -> bool:
         """Tell whether beta changes during training, so that `total_steps` must be known."""
         scheduled = self.beta_early != self.beta_late and 0 < self.early_fraction < 1
-        return self.mu > 0 and (self.beta_early is None or scheduled)
+        return self.has_teacher and (self.beta_early is None or scheduled)
 
     def smoothness_weight(self, steps: int) -> float:
         """Return the weight of R_s after that many optimiser steps: K lambda_s in the first of every K, else 0.
@@ -261,8 +283,9 @@ class SMARTConfig:
                     f"beta changes from {self.beta_early:g} to {self.beta_late:g} after {self.early_fraction:g} of it"
                 )
             raise ValueError(
-                f"{call}: mu > 0 and {follows}, so total_steps is needed, got None. Give "
-                "SMARTConfig(total_steps=<optimiser steps of the whole run>), or beta_early == beta_late, or mu=0."
+                f"{call}: {'mu > 0' if self.mu > 0 else 'evaluate is teacher'} and {follows}, so total_steps is "
+                "needed, got None. Give SMARTConfig(total_steps=<optimiser steps of the whole run>), or beta_early == "
+                "beta_late, or train without theta~: mu=0 and evaluate='theta'."
             )
 
     @classmethod

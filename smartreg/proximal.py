@@ -27,7 +27,7 @@ def momentum(step: int, config: SMARTConfig) -> float:
         step: optimiser steps taken so far, this one included: 1, 2, ...
 
     Raises:
-        ValueError: mu > 0, beta changes and `config.total_steps` is None.
+        ValueError: there is a theta~, beta changes and `config.total_steps` is None.
 
     Source: paper, section 4.1.
 

@@ -32,8 +32,8 @@ class SMARTCallback(keras.callbacks.Callback):  # type: ignore[misc]
     F(theta) = L(theta) + lambda_s R_s(theta) + mu D_Breg(theta, theta~)
 
     `loss` in the progress bar includes the penalties; `smoothness` (R_s) and `proximal` (D_Breg) stand beside it;
-    `val_loss` is the plain one. After `fit` the model is as it was, except for its weights. If an exception ended the
-    fit, SMART is removed at the next `fit` or `attach`.
+    `val_loss` is the plain one, of theta~ with `evaluate="teacher"`. After `fit` the model is as it was, except for its
+    weights. If an exception ended the fit, SMART is removed at the next `fit` or `attach`.
 
     Args:
         config: the settings; `total_steps` comes from fit's own epochs and steps if it is None.
@@ -158,7 +158,7 @@ class SMARTCallback(keras.callbacks.Callback):  # type: ignore[misc]
                 return model.load_weights(filepath, *args, **kwargs)
             if os.path.exists(f"{filepath}{SUFFIX}"):
                 self._resume = filepath
-            elif self.config.mu > 0:
+            elif self.config.has_teacher:
                 warnings.warn(
                     f"SMARTCallback: {filepath} has no {SUFFIX} beside it: theta~ starts anew from these weights",
                     SMARTWarning,
@@ -178,6 +178,7 @@ class SMARTCallback(keras.callbacks.Callback):  # type: ignore[misc]
             if engine.active:
                 engine.install()
                 self.model.make_train_function(force=True)
+                engine.validation.begin()
             if self._resume is not None:
                 engine.load_state(self._resume)
         except BaseException:
@@ -185,9 +186,15 @@ class SMARTCallback(keras.callbacks.Callback):  # type: ignore[misc]
             raise
         self.engine, self._resume = engine, None
 
-    def on_train_end(self, logs: Any = None) -> None:
-        """Take SMART off the model."""
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        """Let the model have theta again after a validation of theta~."""
         if self.engine is not None:
+            self.engine.validation.put_back()
+
+    def on_train_end(self, logs: Any = None) -> None:
+        """Take SMART off the model; if theta~ was validated, the model has it now."""
+        if self.engine is not None and self.engine.installed:
+            self.engine.validation.end(restored=self.engine.fit.restored())
             self.engine.remove()
 
     def on_test_begin(self, logs: Any = None) -> None:
@@ -308,6 +315,16 @@ class _Fit:
             frame.f_locals.get(name) is callbacks
             for frame in compat.frames_of_keras(self._thread)
             for name in ("callbacks", "self")
+        )
+
+    def restored(self) -> bool:
+        """Tell whether an EarlyStopping restores its best weights at the end, before or after us."""
+        callbacks = None if self._callbacks is None else self._callbacks()
+        return any(
+            isinstance(callback, keras.callbacks.EarlyStopping)
+            and callback.restore_best_weights
+            and callback.best_weights is not None
+            for callback in getattr(callbacks, "callbacks", [])
         )
 
     @property

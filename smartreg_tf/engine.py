@@ -21,6 +21,7 @@ from smartreg_tf.options import Options
 from smartreg_tf.penalty import Penalty
 from smartreg_tf.report import describe
 from smartreg_tf.site import Patches
+from smartreg_tf.validation import Validation
 
 Tensor = Any
 ENGINE = "_smartreg_engine"
@@ -60,6 +61,7 @@ class Engine:
         self.penalty = Penalty(model, config, options, recorder)
         self.site, self.passes, self.teacher = self.penalty.site, self.penalty.passes, self.penalty.teacher
         self.reports, self.observers, self.step = self.penalty.reports, self.penalty.observers, self.penalty.step
+        self.validation = Validation(self.teacher, config.evaluate == "teacher")
         self.fit: Any = None  # the fit that a `SMARTCallback` is part of
         self.verbose = False  # whether to print `describe()` after the first step
         self._call = call
@@ -89,7 +91,7 @@ class Engine:
         """
         step = self._steps
         moved = last_move(step, self.config)
-        beta = {"beta": float(momentum(moved, self.config))} if self.config.mu > 0 and moved > 0 else {}
+        beta = {"beta": float(momentum(moved, self.config))} if self.config.has_teacher and moved > 0 else {}
         return self.reports.means | beta | {"step": float(step), "skipped": float(self.reports.skipped)}
 
     # Putting it on the model
@@ -113,6 +115,8 @@ class Engine:
             for name in (*self.METHODS, *self.FILES, *self.OTHERS):
                 self._put(name, getattr(self, name, None))
             self.put_epoch_logs()
+            if self.validation.wanted:
+                self._put("evaluate", self.validation.evaluate)
             # the compiled step is plain training's; `remove` puts it back
             self._patches.put(self.model, "train_function", None)
         except BaseException:
@@ -125,6 +129,7 @@ class Engine:
             return
         self.passes.remove()
         self._patches.remove()
+        self.validation.break_off()
         # compile() came in between: that step is not to come back
         if compat.compilation(self.model) is not self._compiled:
             vars(self.model)["train_function"] = None
@@ -160,6 +165,7 @@ class Engine:
 
         def train_function(iterator: Any) -> Any:
             try:
+                self.validation.put_back()
                 iterator = self._begin(iterator)
                 self._lambda_s = self.config.smoothness_weight(self._steps if len(weights) > 1 else 0)
                 logs = compiled[self._lambda_s](iterator)
@@ -290,14 +296,28 @@ class Engine:
 
     def save_state(self, filepath: Any) -> None:
         """Write theta~, the step and the states of all seeds to `filepath` + '.smart.npz'."""
-        resume.write(filepath, self._state(), self._taken())
+        resume.write(filepath, self._state(), self._taken(), self.validation.theta)
 
     def load_state(self, filepath: Any) -> None:
         """Go on from what `save_state` wrote; ValueError if it is not of this model."""
         if not is_built(self.model):
             raise ValueError("SMART: the model must be built before its training state is loaded; call it on a batch")
         self.teacher.follow()
-        resume.read(filepath, self._state(), self._taken())
+        resume.read(filepath, self._state(), self._taken(), [weight for weight, _ in self.teacher.pairs()])
+        self.validation.theta = None  # the model has it now
+
+    def save_theta(self, filepath: Any) -> None:
+        """Write theta alone beside weights that are theta~ for a validation; `SMARTModel` saves the rest itself."""
+        if self.validation.theta is not None:
+            resume.write(filepath, {}, self._taken(), self.validation.theta)
+        elif self.validation.wanted and os.path.exists(f"{filepath}{resume.SUFFIX}"):
+            os.remove(f"{filepath}{resume.SUFFIX}")  # of other weights
+
+    def load_theta(self, filepath: Any) -> None:
+        """Put theta into the model if a fit goes on from weights that `save_theta` wrote it beside."""
+        if self.validation.fitting and os.path.exists(f"{filepath}{resume.SUFFIX}"):
+            resume.read(filepath, {}, self._taken(), [weight for weight, _ in self.teacher.pairs()])
+            self.validation.theta = None
 
     def judge(self) -> None:
         """Show the steps to the observers; raise or warn about what a compiled step could only count, once."""
@@ -312,7 +332,7 @@ class Engine:
         theta~ must copy theta_0 before the step is traced: variables that are made in a trace have no value there.
         """
         unbuilt = not is_built(self.model)
-        if (unbuilt or (not self.averages and self.config.mu > 0)) and not self.model.run_eagerly:
+        if (unbuilt or (not self.averages and self.config.has_teacher)) and not self.model.run_eagerly:
             iterator = self._builder.build(iterator)
             self.teacher.follow()
         if not self._begun and self._steps == 0:

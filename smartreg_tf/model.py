@@ -104,6 +104,44 @@ class SMARTModel(keras.Model):  # type: ignore[misc]
         """Reset Keras' metrics, and `smoothness` and `proximal`."""
         self._engine.reset_metrics(super().reset_metrics)
 
+    def fit(
+        self,
+        x: Any = None,
+        y: Any = None,
+        batch_size: Any = None,
+        epochs: int = 1,
+        verbose: Any = "auto",
+        callbacks: Any = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """Fit as Keras does; with `evaluate="teacher"` theta~ is validated, and is in the model at the end."""
+        validation = self._engine.validation
+        if validation.wanted:  # first, so that an EarlyStopping restores its weights after it
+            if isinstance(callbacks, keras.callbacks.CallbackList):
+                callbacks.callbacks.insert(0, validation)
+            else:
+                callbacks = [validation, *keras.tree.flatten([] if callbacks is None else callbacks)]
+        validation.begin()
+        try:
+            return super().fit(x, y, batch_size, epochs, verbose, callbacks, *args, **kwargs)
+        finally:
+            validation.break_off()
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate as Keras does, during `fit` the weights that the settings say."""
+        return self._engine.validation.evaluate(super().evaluate, *args, **kwargs)
+
+    def save_weights(self, filepath: Any, *args: Any, **kwargs: Any) -> Any:
+        """Save the weights; if they are theta~ for a validation, theta beside them, from which `fit` goes on."""
+        super().save_weights(filepath, *args, **kwargs)
+        self._engine.save_theta(filepath)
+
+    def load_weights(self, filepath: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load the weights; during `fit`, which goes on from them, theta if it lies beside them."""
+        super().load_weights(filepath, *args, **kwargs)
+        self._engine.load_theta(filepath)
+
     def swap_teacher(self) -> Any:
         """Let the model have the averaged weights theta~ in the block, to evaluate or save them."""
         return self._engine.swap_teacher()

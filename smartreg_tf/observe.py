@@ -143,7 +143,7 @@ class Observers:
 
     def _of_teacher(self, step: Tensor, teacher: Teacher) -> dict[str, Tensor]:
         """Return beta of theta~'s last move, NaN before the first, and max|theta - theta~|."""
-        if self._config.mu == 0:
+        if not self._config.has_teacher:
             return {}
         moved = last_move(step, self._config)
         return {"beta": tf.where(moved > 0, momentum(moved, self._config), np.nan), "distance": teacher.distance()}

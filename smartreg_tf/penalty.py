@@ -53,7 +53,10 @@ class Penalty:
         local = self._local
         local.lambda_s, local.penalised = lambda_s, False
         before = self.iterations()
-        with self.passes.recording(differentiable=lambda_s > 0 and self.config.needs_clean_graph) as recorded:
+        recording: Any = nullcontext([])  # theta~ alone needs no passes
+        if self.config.has_penalty:
+            recording = self.passes.recording(differentiable=lambda_s > 0 and self.config.needs_clean_graph)
+        with recording as recorded:
             local.recorded = recorded
             try:
                 yield
@@ -77,6 +80,7 @@ class Penalty:
             return loss
         self._local.penalised = True
         if self._local.lambda_s == self.config.mu == 0:
+            self.teacher.follow()
             return loss
         penalty = self._of_training(passes_of(recorded, y_pred), y, sample_weight)
         replicas = tf.distribute.get_strategy().num_replicas_in_sync  # Keras sums their losses

@@ -23,7 +23,7 @@ def momentum(step: Tensor, config: SMARTConfig) -> Tensor:
         step: optimiser steps taken so far, this one included: 1, 2, ...; a tensor, or a number.
 
     Raises:
-        ValueError: mu > 0, beta changes and `config.total_steps` is None.
+        ValueError: there is a theta~, beta changes and `config.total_steps` is None.
 
     Source: paper, section 4.1.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,26 +20,36 @@ def state_of(model: Any, step: Any, draws: Any, averages: list[Any]) -> dict[str
     theta~ and the seeds are numbered: Keras counts layers of one kind, so that a model which is made a second time in
     one process has other paths.
     """
-    numbered = {f"average/{i}": average for i, average in enumerate(averages)}
-    seeds = {f"seed/{i}": state for i, state in enumerate(seed_states(model))}
-    return {"step": step, "draws": draws, **numbered, **seeds}
+    return {"step": step, "draws": draws, **numbered("average", averages), **numbered("seed", seed_states(model))}
 
 
-def write(filepath: Any, state: Mapping[str, Any], iterations: int) -> None:
+def numbered(kind: str, values: Iterable[Any]) -> dict[str, Any]:
+    """Name values by their kind and number.
+
+    Example:
+        >>> numbered("seed", [4, 5])
+        {'seed/0': 4, 'seed/1': 5}
+    """
+    return {f"{kind}/{i}": value for i, value in enumerate(values)}
+
+
+def write(filepath: Any, state: Mapping[str, Any], iterations: int, theta: Sequence[Any] | None = None) -> None:
     """Write the state to `filepath` + '.smart.npz', complete or not at all.
 
     Args:
         iterations: the steps that the model's own optimiser has taken.
+        theta: the trainable weights, if those in the model, which its own file has, are theta~.
     """
-    values = {name: tf.convert_to_tensor(variable.value).numpy() for name, variable in state.items()}
+    values = {} if theta is None else numbered("theta", theta)
+    values |= {name: tf.convert_to_tensor(variable.value).numpy() for name, variable in state.items()}
     partial_file = f"{filepath}{SUFFIX}.part"
     with open(partial_file, "wb") as file:
         np.savez(file, iterations=iterations, **values)
     os.replace(partial_file, f"{filepath}{SUFFIX}")
 
 
-def read(filepath: Any, state: Mapping[str, Any], iterations: int) -> None:
-    """Assign what `write` wrote.
+def read(filepath: Any, state: Mapping[str, Any], iterations: int, weights: Sequence[Any] = ()) -> None:
+    """Assign what `write` wrote; theta, if it is there, to the trainable weights.
 
     Raises:
         ValueError: there is no such file, or it is not of this model, configuration or checkpoint.
@@ -56,6 +66,8 @@ def read(filepath: Any, state: Mapping[str, Any], iterations: int) -> None:
                 f"SMART: {filepath}{SUFFIX} was written after {then} optimiser steps, and the model was loaded "
                 f"from after {iterations}: the two are not of one checkpoint"
             )
+        if "theta/0" in saved.files:
+            state = {**state, **numbered("theta", weights)}
         differing = sorted(
             name
             for name in {*saved.files, *state} - {"iterations"}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,7 +22,8 @@ class Teacher:
 
     Attributes:
         averages: by the variables' paths, in the order of `model.trainable_variables`; of variables with one path (a
-            subclassed model may name layers alike) the second is called path#2. Empty before `follow` and if mu is 0.
+            subclassed model may name layers alike) the second is called path#2. Empty before `follow`, and if the
+            settings have no theta~.
 
     Example:
         >>> model = keras.Sequential([keras.Input([2]), keras.layers.Dense(1, name="head")], name="model")
@@ -39,7 +40,7 @@ class Teacher:
 
     def follow(self) -> None:
         """Make theta~ once the model has its weights, equal to them (paper, Algorithm 1, line 1)."""
-        if self._weights or self._config.mu == 0:
+        if self._weights or not self._config.has_teacher:
             return
         weights = list(self._model.trainable_variables)
         if not tf.executing_eagerly() and all(compat.has_value(weight) for weight in weights):
@@ -97,19 +98,28 @@ class Teacher:
         each = [tf.reduce_max(tf.abs(weight - tf.cast(average, weight.dtype))) for weight, average in pairs]
         return tf.reduce_max([tf.cast(largest, tf.float64) for largest in each])
 
+    def values(self) -> list[Any]:
+        """Return the values of theta, which the model has now."""
+        return [tf.convert_to_tensor(weight.value).numpy() for weight in self._weights.values()]
+
+    def assign(self, values: Iterable[Any]) -> None:
+        """Let the model have these values as its trainable weights."""
+        for weight, value in zip(self._weights.values(), values, strict=True):
+            weight.assign(value)
+
     @contextmanager
     def swapped(self) -> Iterator[None]:
         """Let the model have theta~ inside the block."""
         if not self.averages:
-            raise ValueError("SMART: there is no theta~ to swap in: mu is 0, or the model was never trained")
-        kept = [tf.convert_to_tensor(weight.value).numpy() for weight in self._weights.values()]
+            raise ValueError(
+                "SMART: there is no theta~ to swap in: mu is 0 and evaluate is 'theta', or the model was never trained"
+            )
+        kept = self.values()
         try:
-            for weight, average in self.pairs():
-                weight.assign(average.value)
+            self.assign(average.value for average in self.averages.values())
             yield
         finally:
-            for weight, value in zip(self._weights.values(), kept, strict=True):
-                weight.assign(value)
+            self.assign(kept)
 
 
 def _average(weight: Any) -> Any:

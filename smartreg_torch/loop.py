@@ -37,7 +37,7 @@ class Loop:
         weight = next((parameter for parameter in reversed(theta.values()) if parameter.requires_grad), None)
         if weight is None:
             return
-        counted = config.mu > 0 or config.smoothness_steps > 1
+        counted = config.has_teacher or config.smoothness_steps > 1
         if self.calls >= 200 and counted and not (self._weight and self._weight.holds(weight)):
             self._say(
                 "updates",

@@ -179,7 +179,7 @@ class SMART:
             if is_compiled(self._runner.wrapped):
                 torch.compiler.reset()  # code that was compiled before there was the site's hook would go on without it
         self._config = config
-        if config.mu > 0:
+        if config.has_teacher:
             self._teacher.follow(self._look())
 
     def __call__(
@@ -203,7 +203,7 @@ class SMART:
         kwargs = self._arguments("called", kwargs, sample_weight)
         config, runner, compiled = self.config, self._runner, compat.frames_compiled()
         if not (self.model.training and torch.is_grad_enabled()) or not config.active:
-            self._loop.idle = torch.is_grad_enabled() and config.active
+            self._loop.idle = torch.is_grad_enabled() and config.has_penalty
             return runner.wrapped(*args, **kwargs), _zero(self.model)
 
         self._loop.idle = False
@@ -211,12 +211,14 @@ class SMART:
         theta = self._look()
         self._loop.called(theta, config)
         lambda_s = config.smoothness_weight(self.step)
-        if config.mu > 0:
+        if config.has_teacher:
             self._teacher.follow(theta)
         self._teacher.begin(theta)
         if lambda_s == config.mu == 0:
             self._reports.add(None)
-            return runner.wrapped(*args, **kwargs), _zero(self.model)
+            output = runner.wrapped(*args, **kwargs)
+            self._teacher.settle(theta)
+            return output, _zero(self.model)
         passes = self._passes(runner.wrapped, (args, kwargs), lambda_s)
         asked = sample_weight, label_mask, self._reports.warn
         step = take_step(passes, self._reader, self._teacher, config, lambda_s, self._noise, *asked, self._lean)
@@ -252,7 +254,7 @@ class SMART:
             >>> sorted(smart.measure(torch.tensor([[1, 2], [3, 4]])))
             ['D_Breg', 'R_s']
         """
-        if not self.config.active:
+        if not self.config.has_penalty:
             self._refuse_removed("measure()")
             return {}
         asked = sample_weight, label_mask, "measure()"
@@ -267,7 +269,7 @@ class SMART:
         if torch.is_inference_mode_enabled():
             raise RuntimeError(f"SMART: {call} takes gradients: call it outside of torch.inference_mode()")
         config, runner, theta = self.config, self._runner, self._look()
-        if config.mu > 0:
+        if config.has_teacher:
             self._teacher.follow(theta)
         outside = State(self.model, theta, given, modules=runner.modules)
         outside.kept.settle(everything=True)
@@ -310,7 +312,7 @@ class SMART:
         theta = self._runner.theta if self._loop.calls else self._look()  # as the last call found it
         self._loop.updated()
         self.step += 1
-        if self.config.mu > 0:
+        if self.config.has_teacher:
             self._teacher.move(theta, self.step, self.config)
 
     def attach(self, optimizer: torch.optim.Optimizer) -> Self:
@@ -389,7 +391,7 @@ class SMART:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Load what `state_dict` gave; nothing is changed if the state is not of this model.
 
-        With mu = 0 a state's theta~ is not needed, and is left out.
+        A state's theta~ is left out if there is none here (mu = 0, and evaluate="theta").
 
         Raises:
             ValueError: the state is not of this model, or damaged.
@@ -400,7 +402,7 @@ class SMART:
         for name in ("step", "skipped", "seed"):
             if isinstance(state[name], bool) or not isinstance(state[name], int) or state[name] < 0:
                 raise ValueError(f"SMART.load_state_dict: {name} must be a whole number, got {state[name]!r}")
-        saved = None if self.config.mu == 0 else state["teacher"]
+        saved = state["teacher"] if self.config.has_teacher else None
         if saved is not None:
             self._teacher.check_saved(saved)
         self._noise = self._noise.restored(state["seed"], state["generator"], device_of(self.model))

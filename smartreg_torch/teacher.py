@@ -88,6 +88,7 @@ class Teacher:
 
     def move(self, theta: Theta, step: int, config: SMARTConfig) -> None:
         """Move theta~ after this optimiser step, if it is one of every S (paper, Algorithm 1, line 14)."""
+        self._stamps = None  # training has begun, also in a loop that calls the model itself
         if moves(step, config):
             self.beta = momentum(step, config)
             ema_update(self.averages, theta, self.beta)
@@ -110,8 +111,8 @@ class Teacher:
         """Raise ValueError if saved averages are not of this model, or if there are none."""
         if not saved:
             raise ValueError(
-                "SMART.load_state_dict: the state has no theta~, since it was saved with mu=0. Resume it with mu=0, or "
-                "start a new run from its weights"
+                "SMART.load_state_dict: the state has no theta~, since it was saved with mu=0. Resume it with mu=0 and "
+                "evaluate='theta', or start a new run from its weights"
             )
         shapes = {name: tuple(local(average).shape) for name, average in saved.items()}
         own = {name: tuple(local(average).shape) for name, average in self.averages.items()}

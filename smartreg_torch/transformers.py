@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -35,8 +34,8 @@ except ImportError as error:
 from smartreg.config import SMARTConfig, SMARTWarning
 from smartreg.report import Description
 from smartreg_torch.probe import Probe, cloned, first_call, undone
-from smartreg_torch.report import Report
 from smartreg_torch.smart import SMART
+from smartreg_torch.window import Window
 
 __all__ = ["SMARTMixin", "SMARTTrainer"]
 
@@ -53,11 +52,12 @@ class SMARTMixin(_Base):
 
     Args:
         smart: the settings, by default `SMARTConfig()`. `total_steps` is the Trainer's own if it is None. lambda_s =
-            mu = 0 is TheirTrainer, bit for bit. All other arguments are TheirTrainer's.
+            mu = 0 is TheirTrainer, bit for bit. With evaluate="teacher" each evaluation during `train()` is of theta~,
+            which the model has after it; checkpoints have theta. All other arguments are TheirTrainer's.
 
     Attributes:
         smart_config: as given.
-        smart: the `SMART` of the last `train()`; None before it, and if lambda_s = mu = 0.
+        smart: the `SMART` of the last `train()`; None before it, and if lambda_s = mu = 0 and evaluate="theta".
 
     Raises:
         TypeError: smart= is no SMARTConfig. ValueError, RuntimeError: what cannot work; the message says what to do.
@@ -73,15 +73,17 @@ class SMARTMixin(_Base):
             raise TypeError(f"{type(self).__name__}: smart= must be a SMARTConfig, got {type(smart).__name__}")
         self.smart_config = SMARTConfig() if smart is None else smart
         self.smart: SMART | None = None
-        self._smart_window: _Window | None = None  # the metrics since the last log; None outside of train()
+        self._smart_window: Window | None = None  # the metrics since the last log; None outside of train()
         self._smart_rows = 0  # of all batches of this optimiser step
         self._smart_ran = self._smart_checked = False
         self._smart_probe = Probe()
         self._smart_description: Description | None = None  # of the last train()
         self._smart_evaluations: list[tuple[bool, dict[str, float]]] = []  # since the last best: of theta~?, metrics
         self._smart_best_averaged = False  # whether the best metric is theta~'s
+        self._smart_swapped = False  # whether an evaluation has put theta~ into the model
         super().__init__(*args, **kwargs)
         self.add_callback(_Steps(self))
+        self.callback_handler.callbacks.insert(0, _End(self))  # before those that save the model at the end
 
     def create_smart(self, model: nn.Module, config: SMARTConfig) -> SMART:
         """Make the SMART of one `train()`. Override it to say site=, outputs=, divergence=, mask= or on_step=.
@@ -103,9 +105,26 @@ class SMARTMixin(_Base):
             ...         return trainer.evaluate()
         """
         if self.smart is None or not self.smart.teacher:
-            raise RuntimeError(f"{type(self).__name__}.swap_teacher: there is no theta~. train() makes it if mu > 0")
+            raise RuntimeError(
+                f"{type(self).__name__}.swap_teacher: there is no theta~. train() makes it if mu > 0 or "
+                "evaluate='teacher'"
+            )
         with self.smart.swap_teacher():
             yield
+
+    @contextmanager
+    def _smart_evaluated(self) -> Iterator[None]:
+        """Let the model have the weights that the settings evaluate: theta~ during `train()`, if they say so."""
+        smart = self.smart
+        if smart is None or self._smart_window is None or self._smart_swapped or smart.config.evaluate == "theta":
+            yield
+            return
+        self._smart_swapped = True
+        try:
+            with smart.swap_teacher():
+                yield
+        finally:
+            self._smart_swapped = False
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train as Trainer does; afterwards the model is without SMART again, and `swap_teacher` still works."""
@@ -146,6 +165,9 @@ class SMARTMixin(_Base):
         if smart is None or window is None or not (model.training and torch.is_grad_enabled()):
             return super().compute_loss(model, inputs, **settings)
         self._smart_ran = True
+        if not smart.config.has_penalty:  # theta~ alone: nothing is compared
+            with first_call(model, smart):
+                return super().compute_loss(model, inputs, **settings)
         divided = _divided(self, num_items_in_batch)
         if not self._smart_checked:
             self._smart_checked = True
@@ -169,14 +191,25 @@ class SMARTMixin(_Base):
         """Log as Trainer does, and beside "loss" the means of SMART's metrics since the last log."""
         if self._smart_window is not None and self.smart is not None and "loss" in logs:
             logs.update(self._smart_window.means(self, self.smart.metrics))
-            self._smart_window = _Window()
+            self._smart_window = Window()
         super().log(logs, *args, **kwargs)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate as Trainer does, theta~ if the settings say so."""
+        with self._smart_evaluated():
+            return super().evaluate(*args, **kwargs)
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """Predict as Trainer does, with theta~ if the settings say so."""
+        with self._smart_evaluated():
+            return super().predict(*args, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate as Trainer does, and remember of which weights the metrics are."""
-        output = super().evaluation_loop(*args, **kwargs)
-        if self.smart is not None and self._smart_window is not None:
-            self._smart_evaluations.append((_has_averages(self.smart), dict(output.metrics or {})))
+        with self._smart_evaluated():
+            output = super().evaluation_loop(*args, **kwargs)
+            if self.smart is not None and self._smart_window is not None:
+                self._smart_evaluations.append((_has_averages(self.smart), dict(output.metrics or {})))
         return output
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
@@ -196,7 +229,7 @@ class SMARTMixin(_Base):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
-        if self.args.save_only_model and self._smart_best_averaged:  # theta~ is the model then
+        if self.args.save_only_model and (self._smart_best_averaged or self._smart_ends_averaged):
             self._save_smart(Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}"))
 
     def _load_best_model(self) -> None:
@@ -213,10 +246,7 @@ class SMARTMixin(_Base):
             )
             return
         teacher = torch.load(file, map_location="cpu", weights_only=True)["smart"]["teacher"]
-        with torch.no_grad():
-            for name, weight in self.smart.model.named_parameters():
-                if name in teacher:
-                    weight.copy_(teacher[name])
+        _put(self.smart, teacher)
         for name, average in self.smart.teacher.items():  # an evaluation in swap_teacher gives that metric again
             average.copy_(teacher[name])
 
@@ -243,13 +273,14 @@ class SMARTMixin(_Base):
             )
         state = torch.load(file, map_location="cpu", weights_only=True)
         if self.smart.teacher and not state["smart"]["teacher"]:
+            config = self.smart.config
+            now = f"mu = {config.mu:g}" if config.mu > 0 else "evaluate is 'teacher'"
             raise ValueError(
-                f"{type(self).__name__}: {checkpoint} was made with mu = 0, so it has no theta~, and mu = "
-                f"{self.smart.config.mu:g} now. Resume it with mu=0, or load its weights with from_pretrained and "
-                "train anew from them."
+                f"{type(self).__name__}: {checkpoint} was made with mu = 0, so it has no theta~, and {now} now. Resume "
+                "it with mu=0 and evaluate='theta', or load its weights with from_pretrained and train anew from them."
             )
         self.smart.load_state_dict(state["smart"])
-        self._smart_window = _Window(state["window"])
+        self._smart_window = Window(state["window"])
         self._smart_best_averaged = state.get("averaged", False)
         if "probe" in state:
             self._smart_probe.load_state_dict(state["probe"], self.smart)
@@ -285,11 +316,22 @@ class SMARTMixin(_Base):
                 raise ValueError(f"{type(self).__name__}: not supported yet: {what}")
         if config.total_steps is None:
             config = config.replace(total_steps=max(self.state.max_steps, 1))
-        self.smart, self._smart_window = self.create_smart(self.model_wrapped, config), _Window()
+        self.smart, self._smart_window = self.create_smart(self.model_wrapped, config), Window()
+
+    @property
+    def _smart_ends_averaged(self) -> bool:
+        """Tell whether `train()` leaves theta~ in the model."""
+        return self.smart is not None and self.smart.config.evaluate == "teacher"
+
+    def _end_smart(self) -> None:
+        """Leave theta~ in the model if that is what was evaluated, unless the best model was loaded."""
+        best = self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None
+        if self.smart is not None and self._smart_ends_averaged and not best:
+            _put(self.smart, self.smart.teacher)
 
     def _describe_smart(self) -> None:
         """Say once, after the first step, what is perturbed and compared: on the screen and in TensorBoard."""
-        if self._smart_description is not None or self.smart is None:
+        if self._smart_description is not None or self.smart is None or not self.smart.config.has_penalty:
             return
         description = self._smart_description = self._smart_probe.explain(self.smart.describe())
         if not self.is_world_process_zero():
@@ -355,45 +397,14 @@ class _Steps(TrainerCallback):
         return 1.0 if scaler is None else float(scaler.get_scale())
 
 
-class _Window:
-    """Sum up SMART's metrics since the last log: of each optimiser step the mean over its examples."""
+class _End(TrainerCallback):
+    """Act at the end of the training."""
 
-    _NAMES = ("steps", "smooth steps", "R_s", "D_Breg", "vanished", "max_delta")
+    def __init__(self, trainer: SMARTMixin) -> None:
+        self._trainer = trainer
 
-    def __init__(self, sums: dict[str, float] | None = None) -> None:
-        self._sums = dict.fromkeys(self._NAMES, 0.0) if sums is None else sums
-        self._reports: list[tuple[Report, float]] = []  # to be read together: nobody waits for a GPU in a step
-
-    def add(self, smart: SMART, share: float) -> None:
-        """Add what SMART found in a batch that is this share of its optimiser step."""
-        if smart._reports.last is not None:
-            self._reports.append((smart._reports.last, share))
-
-    def sums(self) -> dict[str, float]:
-        for report, share in self._reports:
-            found = {name: report.values[name] for name in ("R_s", "D_Breg", "vanished") if name in report.values}
-            if not all(map(math.isfinite, found.values())):
-                continue  # left out of the loss as well
-            counted = {"steps": 1.0, "smooth steps": float("R_s" in found)}
-            for name, value in (counted | found).items():
-                self._sums[name] += share * value
-            self._sums["max_delta"] = max(self._sums["max_delta"], report.values.get("max_delta", 0.0))
-        self._reports = []
-        return self._sums
-
-    def means(self, trainer: Trainer, metrics: dict[str, float]) -> dict[str, float]:
-        """Take the means over steps and processes; of max_delta the largest; beta and skipped as they are now."""
-        sums = self.sums()
-        every = torch.tensor([[sums[name] for name in self._NAMES]], dtype=torch.float64)
-        if trainer.args.world_size > 1:
-            every = trainer.accelerator.gather(every.float().to(trainer.args.device)).double().cpu()
-        totals = dict(zip(self._NAMES, every.sum(0).tolist(), strict=True))
-        counts = {name: totals["steps" if name == "D_Breg" else "smooth steps"] for name in self._NAMES}
-        means = {name: total / counts[name] for name, total in totals.items() if counts[name] > 0}
-        if "max_delta" in means:
-            means["max_delta"] = float(every[:, -1].max())
-        left_out = {"step", *self._NAMES} - means.keys()  # Trainer logs its own step
-        return {k: means.get(k, value) for k, value in metrics.items() if k not in left_out}
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        self._trainer._end_smart()
 
 
 def _divided(trainer: Trainer, num_items_in_batch: Any) -> bool:
@@ -430,6 +441,14 @@ def _check_scaling(
             SMARTWarning,
             stacklevel=4,
         )
+
+
+@torch.no_grad()
+def _put(smart: SMART, averages: Mapping[str, Tensor]) -> None:
+    """Copy averages into the weights of the model, for good."""
+    for name, weight in smart.model.named_parameters():
+        if name in averages:
+            weight.copy_(averages[name])
 
 
 @torch.no_grad()

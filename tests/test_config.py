@@ -243,3 +243,27 @@ def test_settings_of_before_share_their_dropout_masks():
     assert SMARTConfig.from_dict(old).dropout == "shared"
     assert {SMARTConfig.paper().dropout, SMARTConfig.mtdnn().dropout} == {"shared"}
     assert SMARTConfig.mtdnn(dropout="independent").dropout == "independent"
+
+
+def test_evaluate_is_theta_or_the_teacher():
+    with pytest.raises(ValueError, match="evaluate must be one of 'theta', 'teacher', got 'theta~'"):
+        SMARTConfig(evaluate="theta~")
+    assert SMARTConfig.from_json("{}").evaluate == "theta"
+    off = {"lambda_s": 0, "mu": 0}
+    config = SMARTConfig(**off, evaluate="teacher")
+    assert SMARTConfig.from_json(config.to_json()) == config
+    found = {
+        (mu, evaluate): (c.active, c.has_penalty, c.has_teacher, c.needs_total_steps)
+        for mu in (0, 1)
+        for evaluate in ("theta", "teacher")
+        for c in [SMARTConfig(lambda_s=0, mu=mu, evaluate=evaluate)]
+    }
+    assert found == {
+        (0, "theta"): (False, False, False, False),
+        (0, "teacher"): (True, False, True, True),
+        (1, "theta"): (True, True, True, True),
+        (1, "teacher"): (True, True, True, True),
+    }
+    with pytest.raises(ValueError, match="caller: evaluate is teacher and theta~ remembers 0.3 of the run"):
+        config.check_total_steps("caller")
+    config.replace(beta_early=0.9, beta_late=0.9).check_total_steps("caller")

@@ -21,7 +21,7 @@ def test_bad_arguments_are_named():
         SMART(lambda x: x)
     with pytest.raises(TypeError, match="config must be a SMARTConfig, got dict"):
         SMART(Model(), {"mu": 1})
-    with pytest.raises(ValueError, match="SMART: mu > 0 and beta changes .* total_steps is needed"):
+    with pytest.raises(ValueError, match="SMART: mu > 0 and theta~ remembers .* total_steps is needed"):
         SMART(Model())
 
 

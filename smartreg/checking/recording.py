@@ -70,7 +70,7 @@ class Recorder:
 
     def begin(self, backend: str, packages: Mapping[str, str], config: SMARTConfig, site: str) -> None:
         """Say what runs; ValueError if it computes nothing that could be recorded."""
-        if not config.active:
+        if not config.has_penalty:
             raise ValueError(f"{self._call}: record= has nothing to record: lambda_s and mu are 0")
         versions = {"smartreg": smartreg.__version__, "python": platform.python_version(), "numpy": np.__version__}
         self._about = {"backend": backend, "versions": {**packages, **versions}, "site": site}
