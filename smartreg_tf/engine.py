@@ -303,21 +303,8 @@ class Engine:
         if not is_built(self.model):
             raise ValueError("SMART: the model must be built before its training state is loaded; call it on a batch")
         self.teacher.follow()
-        resume.read(filepath, self._state(), self._taken(), [weight for weight, _ in self.teacher.pairs()])
+        resume.read(filepath, self._state(), self._taken(), self.teacher.weights)
         self.validation.theta = None  # the model has it now
-
-    def save_theta(self, filepath: Any) -> None:
-        """Write theta alone beside weights that are theta~ for a validation; `SMARTModel` saves the rest itself."""
-        if self.validation.theta is not None:
-            resume.write(filepath, {}, self._taken(), self.validation.theta)
-        elif self.validation.wanted and os.path.exists(f"{filepath}{resume.SUFFIX}"):
-            os.remove(f"{filepath}{resume.SUFFIX}")  # of other weights
-
-    def load_theta(self, filepath: Any) -> None:
-        """Put theta into the model if a fit goes on from weights that `save_theta` wrote it beside."""
-        if self.validation.fitting and os.path.exists(f"{filepath}{resume.SUFFIX}"):
-            resume.read(filepath, {}, self._taken(), [weight for weight, _ in self.teacher.pairs()])
-            self.validation.theta = None
 
     def judge(self) -> None:
         """Show the steps to the observers; raise or warn about what a compiled step could only count, once."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import keras
 
 from smartreg.config import Precision, SMARTConfig
 from smartreg.report import Description, Observer
-from smartreg_tf import compat
+from smartreg_tf import compat, resume
 from smartreg_tf.build import is_built
 from smartreg_tf.engine import ENGINE, Engine
 from smartreg_tf.inputs import called
@@ -135,12 +136,19 @@ class SMARTModel(keras.Model):  # type: ignore[misc]
     def save_weights(self, filepath: Any, *args: Any, **kwargs: Any) -> Any:
         """Save the weights; if they are theta~ for a validation, theta beside them, from which `fit` goes on."""
         super().save_weights(filepath, *args, **kwargs)
-        self._engine.save_theta(filepath)
+        validation, beside = self._engine.validation, f"{filepath}{resume.SUFFIX}"
+        if validation.theta is not None:
+            resume.write(filepath, {}, int(self.optimizer.iterations), validation.theta)
+        elif validation.wanted and os.path.exists(beside):
+            os.remove(beside)  # it is of the weights that were saved there before
 
     def load_weights(self, filepath: Any, *args: Any, **kwargs: Any) -> Any:
         """Load the weights; during `fit`, which goes on from them, theta if it lies beside them."""
         super().load_weights(filepath, *args, **kwargs)
-        self._engine.load_theta(filepath)
+        validation = self._engine.validation
+        if validation.fitting and os.path.exists(f"{filepath}{resume.SUFFIX}"):
+            resume.read(filepath, {}, int(self.optimizer.iterations), self._engine.teacher.weights)
+            validation.theta = None
 
     def swap_teacher(self) -> Any:
         """Let the model have the averaged weights theta~ in the block, to evaluate or save them."""

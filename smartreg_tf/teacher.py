@@ -64,6 +64,11 @@ class Teacher:
         new = [weight.path for weight in self._model.trainable_variables if id(weight) not in followed]
         return new if followed else []
 
+    @property
+    def weights(self) -> list[Any]:
+        """Return the trainable variables that theta~ is an average of."""
+        return list(self._weights.values())
+
     def pairs(self) -> list[tuple[Any, Any]]:
         """Pair each trainable variable with its average, as `Passes.again` takes them."""
         return list(zip(self._weights.values(), self.averages.values(), strict=True))
@@ -100,11 +105,11 @@ class Teacher:
 
     def values(self) -> list[Any]:
         """Return the values of theta, which the model has now."""
-        return [tf.convert_to_tensor(weight.value).numpy() for weight in self._weights.values()]
+        return [tf.convert_to_tensor(weight.value).numpy() for weight in self.weights]
 
     def assign(self, values: Iterable[Any]) -> None:
         """Let the model have these values as its trainable weights."""
-        for weight, value in zip(self._weights.values(), values, strict=True):
+        for weight, value in zip(self.weights, values, strict=True):
             weight.assign(value)
 
     @contextmanager
