@@ -260,11 +260,44 @@ def refused():
     return said
 
 
+class Dropout(nn.Module):
+    """Dropout that writes its multipliers down."""
+
+    def __init__(self):
+        super().__init__()
+        self.notes = Notes()
+
+    def forward(self, h):
+        mask = (torch.rand_like(h) < 0.75).to(h) / 0.75
+        self.notes.add(mask)
+        return mask * h
+
+
+def dropout():
+    """The masks of each pass of a step, the clean pass's first and the last pass' last, and the weights after it."""
+    found = {}
+    for name, wrapped in (("ddp", DistributedDataParallel), ("fsdp", shard)):
+        model, layer = make(), Dropout()
+        model.layers[0].append(layer)
+        smart = SMART(wrapped(model), CONFIG.replace(dropout="independent"))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        ids, y = batch(0)
+        for _ in range(2):
+            layer.notes.taken()
+            output, penalty = smart(ids)
+            (cross_entropy(output, y) + penalty).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            smart.update()
+        found[name] = {"masks": layer.notes.taken(), "weights": whole(dict(model.named_parameters()))}
+    return found
+
+
 def train_all():
     """Train in every way, in one of two processes, and keep what was found."""
     distributed.init_process_group("gloo")
     seed = SMART(make(), CONFIG).state_dict()["seed"]
-    found = {"ddp": ddp() | {"seed": seed}, "fsdp": fsdp() | {"seed": seed}}
+    found = {"ddp": ddp() | {"seed": seed}, "fsdp": fsdp() | {"seed": seed}, "dropout": dropout()}
     torch.save(found, f"found_{distributed.get_rank()}.pt")
     gc.collect()
     distributed.barrier()

@@ -123,6 +123,20 @@ def test_fully_shard(processes):
         assert re.search(message, first["refused"][name]), name
 
 
+@pytest.mark.parametrize("name", ["ddp", "fsdp"])
+def test_each_process_draws_dropout_masks_of_its_own(name, processes):
+    """The clean masks are alike because both processes have the same global seed."""
+    first, second = (process["dropout"][name] for process in processes)
+    for own in (first, second):
+        clean, *ascent, taught, last = own["masks"]
+        assert len(ascent) == 2
+        assert torch.equal(taught, clean)
+        assert torch.equal(clean, first["masks"][0])
+        assert not any(torch.equal(mask, clean) for mask in (*ascent, last))
+        assert all(torch.equal(weight, first["weights"][key]) for key, weight in own["weights"].items())
+    assert not any(torch.equal(first["masks"][at], second["masks"][at]) for at in (1, 2, 4))
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_the_scripts_of_the_docs_run(script, left):
     printed = logs(left, script)
