@@ -220,11 +220,10 @@ def worst(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
             return list(torch.autograd.grad(loss_of(at(point), labels, "sum"), [point]))
 
         ball = Ball(x, ATTACK, batch["attention_mask"])
-        start = ball.margin_start(torch.autograd.grad(loss_of(clean, labels, "sum"), [calls[0].x])[0])
+        start = ball.start(torch.autograd.grad(loss_of(clean, labels, "sum"), [calls[0].x])[0])
         with torch.enable_grad():
             delta = climb([ball], [start], gradient)[0]
-        with torch.no_grad():
-            logits = at(delta)
+            logits = at(delta).detach()
         return logits, divergence_of(model)(logits, clean.detach())
     finally:
         site.remove()
