@@ -105,7 +105,7 @@ def settings_of(arm: str, regression: bool) -> dict[str, Any]:
     config = made.to_dict()
     for name in ("lambda_s", "mu"):
         config[name] = getattr(made, name) * made.regression_share(name, [not regression])
-    off, betas = ["total_steps"], ["beta_early", "beta_late", "early_fraction"]
+    off, betas = ["total_steps", "evaluate"], ["beta_early", "beta_late", "early_fraction"]
     off += betas if config["beta_early"] is None else ["memory"]
     if not config["mu"]:
         off += ["memory", "proximal_steps", *betas]

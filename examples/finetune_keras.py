@@ -37,7 +37,7 @@ from scipy.special import log_softmax
 from smartreg import SMARTConfig
 from smartreg_tf import SMARTCallback
 
-METHODS = {"plain": None, "smart": {}, "r_s": {"mu": 0.0}, "proximal": {"lambda_s": 0.0, "mu": 1.0}}
+METHODS = {"plain": None, "smart": {}, "r_s": {"mu": 0.0}, "proximal": {"lambda_s": 0.0}}
 
 
 def main() -> None:

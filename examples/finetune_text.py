@@ -46,7 +46,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "plain": {"lambda_s": 0.0, "mu": 0.0},
     "smart": {},
     "r_s": {"mu": 0.0},
-    "proximal": {"lambda_s": 0.0, "mu": 1.0},
+    "proximal": {"lambda_s": 0.0},
 }
 
 Row = tuple[tuple[str, ...], float]  # the sentences; the class number or the standardised score
@@ -322,7 +322,7 @@ def parse() -> tuple[argparse.Namespace, Task, SMARTConfig]:
         option = "--" + field.name.replace("_", "-")
         smart.add_argument(option, type=kind, default=field.default, help="default: %(default)s")
     args = parser.parse_args()
-    args.method = list(dict.fromkeys(args.method or ["plain", "smart"]))
+    args.method = list(dict.fromkeys(args.method or METHODS))
     for name in ("seeds", "examples", "epochs", "batch_size", "max_length", "smoothness_examples"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
