@@ -200,12 +200,16 @@ class SMARTConfig:
                 raise ValueError(f"SMARTConfig: {name} must be at least {least}, got {got!r}")
             if not isinstance(got, _Followed):
                 object.__setattr__(self, name, int(got))
+        self._warn_of_idle_terms()
+
+    def _warn_of_idle_terms(self) -> None:
+        """Warn if R_s or D_Breg stays 0 whatever the model does."""
         if self.lambda_s > 0 and self.start == "gaussian" and self.sigma == 0 and self.dropout == "shared":
             warnings.warn(
                 "SMARTConfig: with sigma=0 and start='gaussian' the ascent begins at x itself, where the divergence "
                 "is stationary: R_s stays 0 for ever. Give sigma > 0 or start='margin'.",
                 SMARTWarning,
-                stacklevel=4,
+                stacklevel=5,
             )
         betas = {self.beta_early if self.early_fraction > 0 else self.beta_late}
         betas |= {self.beta_late} if self.early_fraction < 1 else set()
@@ -214,7 +218,7 @@ class SMARTConfig:
                 "SMARTConfig: with beta=0 and proximal_steps=1 theta~ equals theta whenever the gradient is taken, so "
                 "D_Breg and its gradient are exactly 0. Give proximal_steps > 1 (VBPP) or beta > 0 (MBPP), or mu=0.",
                 SMARTWarning,
-                stacklevel=4,
+                stacklevel=5,
             )
 
     @property
