@@ -409,11 +409,11 @@ def grouped(lines: list[dict[str, Any]], select: bool) -> dict[tuple[str, int], 
 
 def with_averages(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The lines, and theta~ of each as a line of its own."""
-    return [
-        one
-        for line in lines
-        for one in (line, *({**line, **found, "theta~": memory} for memory, found in line["averages"].items()))
-    ]
+    found = []
+    for line in lines:
+        run = {name: value for name, value in line.items() if name not in MEASURES}
+        found += [line, *({**run, **measured, "theta~": memory} for memory, measured in line["averages"].items())]
+    return found
 
 
 def differences(arms: Arms, base: str, arm: str, name: str) -> list[float]:
@@ -481,7 +481,7 @@ def tables(lines: list[dict[str, Any]], select: bool) -> dict[str, str]:
 
 def summary(lines: list[dict[str, Any]], size: int) -> str:
     """A Markdown table of plain training and of SMARTConfig(), each with what --select chose for it."""
-    names = [name for name in MEASURES if name != "R_s"]
+    names = [name for name in MEASURES if name != "R_s" and any(name in line for line in lines)]
     rows = [["", "seeds", *[TITLES[name] for name in names]], ["---", *["---:"] * (len(names) + 1)]]
     groups, at = grouped(lines, select=False), chosen_by(lines, "SMARTConfig()")
     p = adjusted(groups)
