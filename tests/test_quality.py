@@ -130,7 +130,7 @@ def test_R_s_is_a_mean_over_the_examples_added_up_over_the_outputs():
     tallies.add([[4.0, 1.0], [8.0, 1.0]], [1, 3], 3)
     quality = tallies.quality(None)
     assert quality.R_s == (6 / 3 + 4 / 4, 12 / 3 + 10 / 4)
-    assert (quality.examples, quality.radii) == (5, pytest.approx((0.01, 0.03)))
+    assert (quality.examples, quality.radii) == (5, pytest.approx((0.03, 0.09)))
     assert "a: accuracy" in quality.numbers
     with pytest.raises(ValueError, match="there is no batch"):
         Tallies(balls).quality(None)

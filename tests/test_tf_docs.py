@@ -32,7 +32,7 @@ def test_the_code_runs(tmp_path, monkeypatch):
     for block in blocks:
         exec(compile(block, str(PAGE), "exec"), names)
         names["model"].run_eagerly = True  # after the first: a graph for each SMART would take most of the time
-    assert len(blocks) == 6
+    assert len(blocks) == 7
     assert set(names["history"].history) == {
         "accuracy", "loss", "proximal", "smoothness", "val_accuracy", "val_loss"
     }  # fmt: skip

@@ -474,7 +474,7 @@ def test_text_without_labels_in_a_loop():
     loader = DataLoader(rows(16), 8)
     more = [unlabelled(batch) for batch in DataLoader(rows(32), 8)][2:]
     seen = []
-    smart = SMART(model, SMARTConfig(lambda_s=2.0), on_step=seen.append)
+    smart = SMART(model, SMARTConfig(lambda_s=2.0, total_steps=2), on_step=seen.append)
     start = {name: value.detach().clone() for name, value in model.named_parameters()}
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     recipe("= cycle(unlabelled)  # batches", smart=smart, unlabelled=more, loader=loader, optimizer=optimizer)
@@ -483,13 +483,14 @@ def test_text_without_labels_in_a_loop():
     smart.remove()
     by_hand = bert(dropout=0.0).double().train()
     by_hand.load_state_dict(start, strict=False)
-    other = SMART(by_hand, SMARTConfig(lambda_s=2.0))
+    other = SMART(by_hand, SMARTConfig(lambda_s=2.0, total_steps=2))
     optimizer = torch.optim.SGD(by_hand.parameters(), lr=0.1)
     for batch, extra in zip(loader, more, strict=True):
         (first, penalty), (_, second) = other(**batch), other(**extra)
         (first.loss + penalty + second).backward()
         optimizer.step()
         optimizer.zero_grad()
+        other.update()
     assert all(map(torch.equal, model.parameters(), by_hand.parameters()))
 
 
