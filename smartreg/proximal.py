@@ -19,9 +19,9 @@ Array = NDArray[Any]
 def momentum(step: int, config: SMARTConfig) -> float:
     """Return beta at an optimiser step: by `memory`, or the paper's two values.
 
-    By `memory`: beta = 1 - S / min(t + S, memory T) at step t of T, S = `proximal_steps`: theta~ is the mean of what it
-    saw until it has seen memory T steps, then a moving average over so many (ours). Else beta is `beta_early` for the
-    first `early_fraction` of T, then `beta_late` (the paper's).
+    By `memory`: beta = 1 - S / min(t + S, memory T) at step t of T, and at least 1/2, S = `proximal_steps`: theta~ is
+    the mean of what it saw until it has seen memory T steps, then a moving average over so many (ours). Else beta is
+    `beta_early` for the first `early_fraction` of T, then `beta_late` (the paper's).
 
     Args:
         step: optimiser steps taken so far, this one included: 1, 2, ...
@@ -40,7 +40,8 @@ def momentum(step: int, config: SMARTConfig) -> float:
         (0.5, 0.8, 0.9)
     """
     if config.beta_early is None or config.beta_late is None:
-        seen = max(config.proximal_steps, min(step + config.proximal_steps, memory_steps(config)))
+        # at least 2 moves: if theta~ were theta itself, D_Breg would be 0
+        seen = max(2 * config.proximal_steps, min(step + config.proximal_steps, memory_steps(config)))
         return (seen - config.proximal_steps) / seen
     return config.beta_early if step <= last_early_step(config) else config.beta_late
 

@@ -34,7 +34,7 @@ def momentum(step: Tensor, config: SMARTConfig) -> Tensor:
     """
     if config.beta_early is None or config.beta_late is None:
         steps = tf.constant(config.proximal_steps, tf.float64)
-        seen = tf.maximum(steps, tf.minimum(tf.cast(step, tf.float64) + steps, memory_steps(config)))
+        seen = tf.maximum(2 * steps, tf.minimum(tf.cast(step, tf.float64) + steps, memory_steps(config)))
         return (seen - steps) / seen
     early = tf.cast(step, tf.float64) <= last_early_step(config)
     return tf.where(early, tf.constant(config.beta_early, tf.float64), config.beta_late)

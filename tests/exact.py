@@ -93,7 +93,7 @@ def momentum(
     """`early_fraction` is the decimal number that was written: the float 0.29 is a little less than 29/100."""
     if memory is not None:
         seen = min(Fraction(step + proximal_steps), Fraction(memory) * total_steps)
-        beta = 1 - proximal_steps / max(seen, Fraction(proximal_steps))
+        beta = 1 - proximal_steps / max(seen, Fraction(2 * proximal_steps))
         return mpmath.mpf(beta.numerator) / beta.denominator
     return beta_early if step <= Fraction(str(early_fraction)) * total_steps else beta_late
 

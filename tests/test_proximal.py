@@ -33,8 +33,8 @@ def test_momentum_by_memory_is_a_mean_and_then_forgets(total, memory, steps):
     moments = range(steps, total + 1, steps)  # when theta~ moves
     betas = [momentum(step, config) for step in moments]
     assert betas == sorted(betas)
-    assert all(0 <= beta < 1 for beta in betas)
-    remembered = max(1.0, memory * total / steps)
+    assert all(0.5 <= beta < 1 for beta in betas)
+    remembered = max(2.0, memory * total / steps)
     for moves, beta in enumerate(betas, start=1):  # the mean of theta_0 and of theta after each of the moves
         assert 1 / (1 - beta) == pytest.approx(min(moves + 1, remembered))
 

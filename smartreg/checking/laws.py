@@ -332,7 +332,7 @@ def momentum_laws(face: Face, config: SMARTConfig) -> Iterator[Law]:
         average += (1 - face.momentum(step, mean)) * (1 - average)
         wrong.append(average - step / (step + 1))
     late = face.momentum(config.total_steps, SMARTConfig(memory=0.5, total_steps=config.total_steps))
-    wrong.append(late - max(0.0, 1 - 2 / config.total_steps))
+    wrong.append(late - max(0.5, 1 - 2 / config.total_steps))
     yield "the mean, then the memory", worst(wrong), bound("schedule", face.dtype)
 
 
