@@ -271,7 +271,10 @@ def test_total_steps_of_an_unknown_length():
     model.fit(batches, epochs=2, steps_per_epoch=2, **quiet, callbacks=[callback])
     assert callback.engine.config.total_steps == 4
     model.fit(batches, **quiet, callbacks=[SMARTCallback(papers(total_steps=4))])
-    with pytest.raises(ValueError, match=r"attach: mu > 0 and beta changes .* total_steps is needed"), attach(model):
+    with (
+        pytest.raises(ValueError, match=r"attach: mu > 0 and theta~ remembers .* total_steps is needed"),
+        attach(model),
+    ):
         pass
     with pytest.raises(TypeError, match="SMARTCallback: config must be a SMARTConfig, got dict"):
         model.fit(batches, **quiet, callbacks=[SMARTCallback({"mu": 1})])
