@@ -390,13 +390,13 @@ def name_of(line: dict[str, Any]) -> str:
 Arms = dict[str, dict[int, dict[str, Any]]]  # of each arm the line of each seed; the first is the one to compare with
 
 
-def grouped(lines: list[dict[str, Any]], select: bool) -> dict[tuple[str, int], Arms]:
-    """The lines by task and size: first plain training with the epochs and rate that --select chose for it."""
+def grouped(lines: list[dict[str, Any]], select: bool, against: str = "") -> dict[tuple[str, int], Arms]:
+    """The lines by task and size: first the arm of that name, or plain as --select chose its epochs and rate."""
     base = chosen_by(lines, "plain")
 
     def order(line: dict[str, Any]) -> tuple[int, bool, int, str]:
         plain = is_of(line, "plain") and "theta~" not in line
-        first = plain and (line["epochs"], line["rate"]) == base
+        first = name_of(line) == against if against else plain and (line["epochs"], line["rate"]) == base
         arm = next((at for at, arm in enumerate(ARMS) if is_of(line, arm)), len(ARMS))
         return line["size"], not first, arm, name_of(line)
 
@@ -479,11 +479,14 @@ def tables(lines: list[dict[str, Any]], select: bool) -> dict[str, str]:
     return shown
 
 
-def summary(lines: list[dict[str, Any]], size: int) -> str:
-    """A Markdown table of plain training and of SMARTConfig(), each with what --select chose for it."""
+def summary(lines: list[dict[str, Any]], size: int, against: str = "") -> str:
+    """A Markdown table of plain training and of SMARTConfig(), each with what --select chose for it.
+
+    `against` names another setting of plain training.
+    """
     names = [name for name in MEASURES if name != "R_s" and any(name in line for line in lines)]
     rows = [["", "seeds", *[TITLES[name] for name in names]], ["---", *["---:"] * (len(names) + 1)]]
-    groups, at = grouped(lines, select=False), chosen_by(lines, "SMARTConfig()")
+    groups, at = grouped(lines, select=False, against=against), chosen_by(lines, "SMARTConfig()")
     p = adjusted(groups)
     for (task, rows_of_it), arms in groups.items():
         base = next(iter(arms))
@@ -541,10 +544,20 @@ def filled(page: str, shown: dict[str, str]) -> str:
     return page
 
 
+def everything(lines: list[dict[str, Any]]) -> dict[str, str]:
+    """Every table by its title."""
+    plain = {name_of(line) for line in lines if is_of(line, "plain") and not line["select"] and line["size"] == 500}
+    chosen = chosen_by(lines, "plain")
+    other = sorted(plain - {f"plain, {chosen[0]:g} epochs, rate {chosen[1]:g}"} if chosen else [])
+    shown = {"summary": summary(lines, 500)}
+    shown |= {f"summary against {name}": summary(lines, 500, name) for name in other}
+    return shown | tables(lines, select=False) | tables(lines, select=True)
+
+
 def table(args: argparse.Namespace) -> None:
     """Print a Markdown table of each task and size; with --docs, write them in the pages, and the picture."""
     lines = lines_of(args.lines)
-    shown = {"summary": summary(lines, 500)} | tables(lines, select=False) | tables(lines, select=True)
+    shown = everything(lines)
     for title, text in shown.items():
         print(f"\n{title}\n\n{text}")
     for page in args.docs:

@@ -106,8 +106,7 @@ def test_a_run_with_a_line_is_not_run_again(quality, monkeypatch, tmp_path):
 
 def test_the_pages_have_what_the_lines_say(quality):
     lines = [json.loads(text) for text in quality.LINES.read_text().splitlines()]
-    shown = {"summary": quality.summary(lines, 500)}
-    shown |= quality.tables(lines, select=False) | quality.tables(lines, select=True)
+    shown = quality.everything(lines)
     pages = [(ROOT / name).read_text("utf-8") for name in ("README.md", "docs/evidence.md")]
     for page in pages:
         assert quality.filled(page, shown) == page
