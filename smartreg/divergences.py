@@ -7,11 +7,14 @@ Float32 and float64 are computed as they come, narrower types in float32.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+if TYPE_CHECKING:
+    from smartreg.config import SMARTConfig
 
 Array = NDArray[Any]
 
@@ -151,6 +154,22 @@ def takes_logits(name: str) -> bool:
         False
     """
     return DIVERGENCES[name].of_logits
+
+
+def term_weights(config: SMARTConfig, lambda_s: float, names: Iterable[str]) -> tuple[float, float]:
+    """Return the weights of R_s and D_Breg in a step whose outputs are compared by these l_s.
+
+    Args:
+        lambda_s: of this step: `config.smoothness_weight`.
+
+    Example:
+        >>> from smartreg.config import SMARTConfig
+        >>> term_weights(SMARTConfig(mu=2), 1.0, ["squared_error"])
+        (0.1, 2.0)
+    """
+    logits = [takes_logits(name) for name in names]
+    shares = config.regression_share("lambda_s", logits), config.regression_share("mu", logits)
+    return lambda_s * shares[0], config.mu * shares[1]
 
 
 def check_divergence(call: str, name: str) -> None:

@@ -39,7 +39,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from smartreg.config import SMARTConfig
-from smartreg.divergences import DIVERGENCES, check_divergence, position_weights, takes_logits
+from smartreg.divergences import DIVERGENCES, check_divergence, position_weights, term_weights
 from smartreg.perturbation import ascend, output_mask
 from smartreg.proximal import bregman_divergence, ema_update, mean_examples, momentum, moves
 
@@ -331,9 +331,7 @@ def smart_step(
     positions, weight = output_mask(targets, mask), _example_weights(targets, sample_weight)
     loss, grad = task_loss(targets, y, divergence, mask, sample_weight)
     objective, r_s, d_breg = loss, 0.0, 0.0
-    logits = [takes_logits(divergence)]
-    lambda_s *= config.regression_share("lambda_s", logits)
-    mu = config.mu * config.regression_share("mu", logits)
+    lambda_s, mu = term_weights(config, lambda_s, [divergence])
     delta = perturbed = perturbed_gradients = None
     if lambda_s > 0:
         ascent = None if masks is None else masks[not config.needs_clean_graph : -1]  # the margin start's is clean

@@ -12,7 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 from smartreg.config import SMARTConfig
-from smartreg.divergences import takes_logits
+from smartreg.divergences import takes_logits, term_weights
 from smartreg_tf.outputs import Head
 from smartreg_tf.passes import Passes
 from smartreg_tf.perturbation import ascend, floating
@@ -76,9 +76,7 @@ def smart_step(
     Source: paper, equations 1 to 3 and Algorithm 1.
     """
     clean, masks = passes.clean, passes.masks
-    logits = [takes_logits(head.divergence) for head in heads]
-    lambda_s *= config.regression_share("lambda_s", logits)
-    mu = config.mu * config.regression_share("mu", logits)
+    lambda_s, mu = term_weights(config, lambda_s, [head.divergence for head in heads])
     gate = Gate()
 
     def read(outputs: Any) -> list[Tensor]:

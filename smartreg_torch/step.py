@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from smartreg.config import SMARTConfig
-from smartreg.divergences import takes_logits
+from smartreg.divergences import takes_logits, term_weights
 from smartreg_torch.checks import check_values, watch_loss
 from smartreg_torch.divergences import DIVERGENCES
 from smartreg_torch.lean import Afterwards, check_backward, check_no_graph
@@ -66,9 +66,7 @@ def smart_step(
     """
     targets, masks = compared.targets, compared.inputs.masks  # f(x; theta), and which positions of x are real
     stages, terms = {"clean": targets}, dict[str, Tensor]()
-    logits = [takes_logits(name) for name in compared.divergences]
-    lambda_s *= config.regression_share("lambda_s", logits)
-    mu = config.mu * config.regression_share("mu", logits)
+    lambda_s, mu = term_weights(config, lambda_s, compared.divergences)
 
     def masks_of_its_own() -> int | None:
         return draw.seed_of_masks(targets[0].device) if config.dropout == "independent" else None

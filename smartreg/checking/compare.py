@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from smartreg.checking.bounds import bound, norms, round_to
 from smartreg.checking.recording import FORMAT
 from smartreg.config import SMARTConfig, SMARTWarning
-from smartreg.divergences import DIVERGENCES, position_weights, takes_logits
+from smartreg.divergences import DIVERGENCES, position_weights, term_weights
 from smartreg.perturbation import expand_mask, rms
 from smartreg.proximal import last_move, momentum
 
@@ -224,9 +224,7 @@ def _step_rows(number: int, step: _Step, config: SMARTConfig) -> Iterator[Row]:
     penalty = penalty_size = 0.0
     terms = []
     lambda_s = config.smoothness_weight(int(step.reported("step")))
-    logits = [takes_logits(output.divergence) for output in outputs]
-    lambda_s *= config.regression_share("lambda_s", logits)
-    mu = config.mu * config.regression_share("mu", logits)
+    lambda_s, mu = term_weights(config, lambda_s, [output.divergence for output in outputs])
     for what, weight in (("R_s", lambda_s), ("D_Breg", mu)):
         if weight == 0:
             continue
