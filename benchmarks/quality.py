@@ -47,7 +47,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, get_
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-from finetune_text import Row, collator, default_model, length, load
+from finetune_text import Row, collator, default_model, interval, length, load
 
 from smartreg_torch import SMART, SMARTConfig
 from smartreg_torch.divergences import squared_error, symmetric_kl
@@ -423,10 +423,6 @@ def differences(arms: Arms, base: str, arm: str, name: str) -> list[float]:
     return [a - b for a, b in pairs if a is not None and b is not None]
 
 
-def half_width(values: list[float]) -> float:
-    return float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
-
-
 def adjusted(groups: dict[tuple[str, int], Arms]) -> dict[tuple[str, int, str, str], float]:
     """The p-value of each arm and measure, by Holm over the tasks of that size."""
     found = {}
@@ -450,7 +446,7 @@ def shown_cell(runs: dict[int, dict[str, Any]], apart: list[float], name: str, p
     if len(values) > 1:
         cell += f" (sd {statistics.stdev(values):.{digits}f})"
     if len(apart) > 1:
-        text = f"{statistics.fmean(apart):+.{digits}f} ± {half_width(apart):.{digits}f}"
+        text = f"{statistics.fmean(apart):+.{digits}f} ± {interval(apart)['half']:.{digits}f}"
         cell += f", **{text}**" if p < 0.05 else f", {text}"
     return cell
 
@@ -527,7 +523,9 @@ def plot(lines: list[dict[str, Any]], path: Path, size: int) -> None:
             for y, arm in enumerate(others):
                 apart = differences(arms, base, arm, name)
                 if len(apart) > 1:
-                    ax.errorbar(statistics.fmean(apart), y, xerr=half_width(apart), fmt="o", markersize=4, color="C0")
+                    ax.errorbar(
+                        statistics.fmean(apart), y, xerr=interval(apart)["half"], fmt="o", markersize=4, color="C0"
+                    )
             ax.set_ylim(len(others) - 0.5, -0.5)
             ax.set_yticks(range(len(others)), others if ax is row[0] else [""] * len(others), fontsize=8)
             ax.set_title(f"{task}: {TITLES[name]}", fontsize=9)

@@ -32,9 +32,9 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from scipy import stats
-from scipy.special import log_softmax
 
 from smartreg import SMARTConfig
+from smartreg.tally import Tally
 from smartreg_tf import SMARTCallback
 
 METHODS = {"plain": None, "smart": {}, "r_s": {"mu": 0.0}, "proximal": {"lambda_s": 0.0}}
@@ -143,12 +143,11 @@ def read(path: Path) -> tuple[Any, Any]:
 
 
 def measured(logits: Any, labels: Any) -> dict[str, float]:
-    """Compute accuracy, negative log-likelihood and expected calibration error (15 bins of equal width)."""
-    log_p = log_softmax(np.asarray(logits, np.float64), axis=-1)
-    right, confidence = np.argmax(log_p, -1) == labels, np.exp(log_p.max(-1))
-    gaps = np.bincount(np.minimum((15 * confidence).astype(int), 14), right - confidence, minlength=15)
-    nll = -np.mean(log_p[np.arange(len(labels)), labels])
-    return {"accuracy": float(np.mean(right)), "NLL": float(nll), "ECE": float(np.abs(gaps).sum() / len(labels))}
+    """Compute accuracy, negative log-likelihood and expected calibration error, as `smartreg_tf.report` does."""
+    tally = Tally("logits", "symmetric_kl", radii=0)
+    tally.add(logits, labels)
+    scores = tally.scores()
+    return {"accuracy": scores.accuracy, "NLL": scores.nll, "ECE": scores.ece}
 
 
 def table(results: dict[str, list[dict[str, float]]]) -> Table:
