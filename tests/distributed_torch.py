@@ -15,6 +15,7 @@ import torch._dynamo  # once for all forks
 import torch.distributed.nn  # before there is a group, see docs/distributed.md
 from notes import Notes
 from paper_settings import papers
+from small_torch import Dropout
 from torch import distributed, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
@@ -258,19 +259,6 @@ def refused():
         except (RuntimeError, ValueError) as error:
             said[name] = str(error)
     return said
-
-
-class Dropout(nn.Module):
-    """Dropout that writes its multipliers down."""
-
-    def __init__(self):
-        super().__init__()
-        self.notes = Notes()
-
-    def forward(self, h):
-        mask = (torch.rand_like(h) < 0.75).to(h) / 0.75
-        self.notes.add(mask)
-        return mask * h
 
 
 def dropout():

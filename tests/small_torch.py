@@ -1,6 +1,7 @@
 """A small model, its data and its loop, for the tests of PyTorch."""
 
 import torch
+from notes import Notes
 from paper_settings import papers
 from torch import nn
 
@@ -48,3 +49,16 @@ def assert_untouched(model):
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert all(parameter.grad is None for parameter in model.parameters())
     assert all(m.track_running_stats for m in model.modules() if isinstance(m, nn.BatchNorm1d))
+
+
+class Dropout(nn.Module):
+    """Dropout that writes down the multipliers of each pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.notes = Notes()
+
+    def forward(self, h):
+        mask = (torch.rand_like(h) < 0.75).to(h) / 0.75
+        self.notes.add(mask)
+        return mask * h

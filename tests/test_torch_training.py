@@ -5,9 +5,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from notes import Notes
 from pairwise import FACTORS, named, pairwise
 from paper_settings import papers
+from small_torch import Dropout
 from test_reference import make_batch, make_theta
 from torch import nn
 
@@ -164,19 +164,6 @@ def test_the_published_values():
         assert float(got["R_s"]) == pytest.approx(want.R_s, rel=1e-6)
 
 
-class Dropout(nn.Module):
-    """Dropout that writes down the multipliers of each pass."""
-
-    def __init__(self):
-        super().__init__()
-        self.notes = Notes()
-
-    def forward(self, h):
-        mask = (torch.rand_like(h) < 0.75).to(h) / 0.75
-        self.notes.add(mask.numpy())
-        return mask * h
-
-
 @pytest.mark.parametrize("dropout", ["shared", "independent"])
 @pytest.mark.parametrize("start", ["gaussian", "margin"])
 def test_dropout_equals_the_reference_with_the_masks_that_were_drawn(start, dropout):
@@ -189,7 +176,7 @@ def test_dropout_equals_the_reference_with_the_masks_that_were_drawn(start, drop
     noise = rng.normal(size=(steps, 4, 5, 4) if start == "gaussian" else (steps, 4, 3))
     layer = Dropout()
     got = fit_torch(theta, batches, config, noise, dropout=layer)
-    taken = layer.notes.taken()
+    taken = [mask.numpy() for mask in layer.notes.taken()]
     del taken[1]  # the first step checks that a pass repeats itself
     masks = []
     for clean, *ascent, taught, last in batched(taken, ascent_steps + 3):
