@@ -119,6 +119,17 @@ def fills_every_grad() -> bool:
     return bool(torch.autograd._is_checkpoint_valid())  # type: ignore[no-untyped-call]
 
 
+def frees_the_graph() -> bool:
+    """Tell, inside a backward, whether the graph is freed by it: no other backward will ask for what it saved.
+
+    Private: torch._C._autograd._get_current_graph_task_keep_graph
+    For: scaling the saved gradients of a divergence in place, two tensors of the logits' size less
+    Without: they are scaled out of place
+    """
+    keeps = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return keeps is not None and not keeps()
+
+
 def is_checkpointed() -> bool:
     """Tell whether this code runs inside a region that torch.utils.checkpoint runs again, without reentrance.
 

@@ -7,11 +7,17 @@ Float32 and float64 are computed as they come; bf16 and fp16 in float32, which i
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from smartreg_torch.compat import frees_the_graph
+
+# Entries of the logits that are worked on at once: on a CPU what its caches hold, on other devices enough to fill one.
+BLOCK, DEVICE_BLOCK = 1 << 16, 1 << 24
 
 
 def symmetric_kl(a: Tensor, b: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -37,8 +43,7 @@ def symmetric_kl(a: Tensor, b: Tensor, mask: Tensor | None = None) -> Tensor:
         >>> symmetric_kl(torch.tensor([[0.0, 1e-5]]), torch.zeros(1, 2))
         tensor([2.5000e-11])
     """
-    per_position: Tensor = _SymmetricKL.apply(*_pair("symmetric_kl", a, b, mask))  # type: ignore[no-untyped-call]
-    return mean_positions(_HigherDerivatives.of(_symmetric_kl_gradients, per_position, a, b, mask), mask)
+    return _mean_of("symmetric_kl", _symmetric_kl_rows, _symmetric_kl_gradients, a, b, mask)
 
 
 def bernoulli_symmetric_kl(a: Tensor, b: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -56,9 +61,8 @@ def bernoulli_symmetric_kl(a: Tensor, b: Tensor, mask: Tensor | None = None) -> 
         >>> bernoulli_symmetric_kl(torch.tensor([[0.0, 2.0]]), torch.tensor([[0.0, 2.0]]))
         tensor([0.])
     """
-    pair = _pair("bernoulli_symmetric_kl", a, b, mask)
-    per_position: Tensor = _BernoulliSymmetricKL.apply(*pair)  # type: ignore[no-untyped-call]
-    return mean_positions(_HigherDerivatives.of(_bernoulli_symmetric_kl_gradients, per_position, a, b, mask), mask)
+    rows, gradients = _bernoulli_symmetric_kl_rows, _bernoulli_symmetric_kl_gradients
+    return _mean_of("bernoulli_symmetric_kl", rows, gradients, a, b, mask)
 
 
 def squared_error(a: Tensor, b: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -72,7 +76,8 @@ def squared_error(a: Tensor, b: Tensor, mask: Tensor | None = None) -> Tensor:
         >>> squared_error(torch.tensor([[1.0], [3.0]]), torch.tensor([[1.0], [1.0]]))
         tensor([0., 4.])
     """
-    a, b = _pair("squared_error", a, b, mask)
+    _check_pair("squared_error", a, b, mask)
+    a, b = _widened(a, b, mask)
     return mean_positions((a - b).square().sum(-1), mask)
 
 
@@ -93,23 +98,29 @@ def mean_positions(values: Tensor, mask: Tensor | None = None) -> Tensor:
     if mask is None:
         return values.flatten(1).mean(1) if values.ndim > 1 else values
     _check_mask(mask, values.shape)
-    keep = (mask != 0).flatten(1)
-    return values.flatten(1).where(keep, 0).sum(1) / keep.sum(1).clamp(min=1)
+    keep = (mask != 0).unsqueeze(-1).flatten(1)  # (n, 1) if an example is one position
+    return values.unsqueeze(-1).flatten(1).where(keep, 0).sum(1) / keep.sum(1).clamp(min=1)
 
 
-def _pair(call: str, a: Tensor, b: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Widen to float32 or more; put 0 where the mask is false, so that no NaN there reaches a value or gradient."""
+Formula = Callable[[Tensor, Tensor, Any], tuple[Tensor, Tensor | None, Tensor | None]]
+
+
+def _mean_of(
+    call: str, rows: Formula, gradients: Callable[..., Any], a: Tensor, b: Tensor, mask: Tensor | None
+) -> Tensor:
+    """Average over the positions what `rows` gives for each, differentiated by the gradients that it gives."""
+    _check_pair(call, a, b, mask)
+    per_position: Tensor = _ByBlocks.apply(rows, a, b, mask)  # type: ignore[no-untyped-call]
+    return mean_positions(_HigherDerivatives.of(gradients, per_position, a, b, mask), mask)
+
+
+def _check_pair(call: str, a: Tensor, b: Tensor, mask: Tensor | None) -> None:
     if a.shape != b.shape or a.ndim < 2:
         raise ValueError(
             f"{call}: expected two tensors of one shape (n, ..., C), got {tuple(a.shape)} and {tuple(b.shape)}"
         )
-    dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
-    a, b = a.to(dtype), b.to(dtype)
-    if mask is None:
-        return a, b
-    _check_mask(mask, a.shape[:-1])
-    keep = (mask != 0).unsqueeze(-1)
-    return a.where(keep, 0), b.where(keep, 0)
+    if mask is not None:
+        _check_mask(mask, a.shape[:-1])
 
 
 def _check_mask(mask: Tensor, shape: torch.Size) -> None:
@@ -119,71 +130,118 @@ def _check_mask(mask: Tensor, shape: torch.Size) -> None:
         )
 
 
-class _SymmetricKL(torch.autograd.Function):
-    """(n, ..., C) -> (n, ...), each to nearly full relative precision; the reasons are in docs/math.md."""
+def _dtype(a: Tensor, b: Tensor) -> torch.dtype:
+    return torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+
+
+def _widened(a: Tensor, b: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Widen to float32 or more; put 0 where the mask is false, so that no NaN there reaches a value or gradient."""
+    dtype = _dtype(a, b)
+    a, b = a.to(dtype), b.to(dtype)
+    if mask is None:
+        return a, b
+    keep = (mask != 0).unsqueeze(-1)
+    return a.where(keep, 0), b.where(keep, 0)
+
+
+class _ByBlocks(torch.autograd.Function):
+    """Compute (n, ..., C) -> (n, ...) and its gradients at once, block by block of the positions.
+
+    Beside the inputs and the gradients only one block's temporaries are in memory. On a CPU, blocks leave out the
+    positions where the mask is false; on a GPU the host would wait to learn their number.
+    """
 
     @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
-        # Logits beyond 1e37 are moved to where no difference of two overflows, which changes no probability. A class
-        # that is -inf in both then has d = 0 and p = q = 0; any other infinity or NaN makes `distance`, and J, so.
-        huge = torch.finfo(a.dtype).max / 16
-        masked = a.isneginf() & b.isneginf()
-        distance = (a / 4 - b / 4).abs().where(~masked, 0).amax(-1)
-        a, b = a.clamp(-huge, huge), b.clamp(-huge, huge)
-        (p, _), (q, log_q) = _softmax(a), _softmax(b)
-
-        d_from = _difference(a, b)
-        # log Z = log sum q exp(d) = log1p(sum_N q expm1(d) - q_F) - log1p(-p_F), N the classes where |d| < 1, F the
-        # others. If F has most of the mass, J is not small, and the plain forms of Z and p - q will do.
-        d = d_from((a + b).argmax(-1, keepdim=True))
-        near = d.abs() < 1
-        p_far, q_far = p.where(~near, 0).sum(-1, keepdim=True), q.where(~near, 0).sum(-1, keepdim=True)
-        alike = p_far + q_far < 0.5
-        excess = (q * d.clamp(-1, 1).expm1()).where(near, 0).sum(-1, keepdim=True)
-        log_z = torch.where(
-            alike,
-            (excess - q_far).where(alike, 0).log1p() - (-p_far).where(alike, 0).log1p(),
-            (log_q + d).logsumexp(-1, keepdim=True),
-        )
-        r = d - log_z
-        exact = near & alike
-        p_minus_q = torch.where(exact, q * r.where(exact, 0).expm1(), p - q)
-        # r - E_p r = d - E_p d; d is centred anew, exact near the largest p for the one and the largest q for the other
-        grad_a = grad_b = None
-        if ctx.needs_input_grad[0]:
-            d_p = d_from(a.argmax(-1, keepdim=True))
-            grad_a = p * (d_p - (p * d_p).sum(-1, keepdim=True)) + p_minus_q
-        if ctx.needs_input_grad[1]:
-            d_q = d_from(b.argmax(-1, keepdim=True))
-            grad_b = q * ((q * d_q).sum(-1, keepdim=True) - d_q) - p_minus_q
-        ctx.save_for_backward(grad_a, grad_b)
-        return (p_minus_q * r).clamp(min=0).sum(-1).where(distance.isfinite(), distance)
+    def forward(ctx: Any, rows: Formula, a: Tensor, b: Tensor, mask: Tensor | None) -> Tensor:
+        wanted = ctx.needs_input_grad[1:3]
+        size = BLOCK if a.is_cpu else DEVICE_BLOCK
+        if a.numel() <= size or torch.compiler.is_compiling():
+            values, *gradients = rows(*_widened(a, b, mask), wanted)
+            ctx.save_for_backward(*gradients)
+            return values
+        dtype = _dtype(a, b)
+        values = a.new_empty(a.shape[:-1], dtype=dtype)
+        gradients = [torch.empty_like(z, dtype=dtype) if want else None for z, want in zip((a, b), wanted, strict=True)]
+        for at in _blocks(a.shape, size):
+            keep = None if mask is None else mask[at] != 0
+            leaving_out = keep is not None and a.is_cpu
+            inside = (a[at][keep], b[at][keep], None) if leaving_out else (a[at], b[at], keep)
+            for whole, part in zip((values, *gradients), rows(*_widened(*inside), wanted), strict=True):
+                if whole is None or part is None:
+                    continue
+                if leaving_out:
+                    whole[at].zero_()[keep] = part
+                else:
+                    whole[at] = part
+        ctx.save_for_backward(*gradients)
+        return values
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        return _times(grad, ctx.saved_tensors)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        in_place = not torch.is_grad_enabled() and frees_the_graph()  # nobody asks for them again
+        product = Tensor.mul_ if in_place else Tensor.mul
+        return None, *(None if g is None else product(g, grad.unsqueeze(-1)) for g in ctx.saved_tensors), None
 
 
-class _BernoulliSymmetricKL(torch.autograd.Function):
-    """(n, ..., K) -> (n, ...)."""
+def _blocks(shape: torch.Size, size: int) -> Iterator[tuple[int | slice, ...]]:
+    """Yield indices of the leading axes that cut a tensor of this shape into blocks of at most `size` entries."""
+    inner = math.prod(shape[1:])
+    if inner <= size or len(shape) == 2:
+        step = max(1, size // inner)
+        yield from ((slice(start, start + step),) for start in range(0, shape[0], step))
+    else:
+        yield from ((i, *rest) for i in range(shape[0]) for rest in _blocks(shape[1:], size))
 
-    @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
-        huge = torch.finfo(a.dtype).max
-        masked = a.isneginf() & b.isneginf()
-        a, b = a.where(~masked, 0), b.where(~masked, 0)
-        d = (a - b).clamp(-huge, huge)
-        # sigma(a) - sigma(b) = sigma(max) sigma(-min) (1 - exp(-|d|)) sign(d), which cancels nothing
-        size = torch.maximum(a, b).sigmoid() * (-torch.minimum(a, b)).sigmoid() * -(-d.abs()).expm1()
-        difference = d.sign() * size
-        grad_a = a.sigmoid() * (-a).sigmoid() * d + difference if ctx.needs_input_grad[0] else None
-        grad_b = -(b.sigmoid() * (-b).sigmoid() * d + difference) if ctx.needs_input_grad[1] else None
-        ctx.save_for_backward(grad_a, grad_b)
-        return (difference * d).sum(-1)
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        return _times(grad, ctx.saved_tensors)
+def _symmetric_kl_rows(a: Tensor, b: Tensor, wanted: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return J, dJ/da and dJ/db, each to nearly full relative precision; the reasons are in docs/math.md."""
+    # Logits beyond 1e37 are moved to where no difference of two overflows, which changes no probability. A class
+    # that is -inf in both then has d = 0 and p = q = 0; any other infinity or NaN makes `distance`, and J, so.
+    huge = torch.finfo(a.dtype).max / 16
+    masked = torch.maximum(a, b).isneginf()
+    distance = torch.sub(a / 4, b, alpha=0.25).abs().where(~masked, 0).amax(-1)
+    a, b = a.clamp(-huge, huge), b.clamp(-huge, huge)
+    (p, _), (q, log_q) = _softmax(a), _softmax(b)
+
+    d_from = _difference(a, b)
+    # log Z = log sum q exp(d) = log1p(sum_N q expm1(d) - q_F) - log1p(-p_F), N the classes where |d| < 1, F the
+    # others. If F has most of the mass, J is not small, and the plain forms of Z and p - q will do.
+    d = d_from(_argmax(a + b))
+    near = d.abs() < 1
+    far = (~near).to(d.dtype)
+    p_far, q_far = (p * far).sum(-1, keepdim=True), (q * far).sum(-1, keepdim=True)
+    alike = p_far + q_far < 0.5
+    excess = (q * (1 - far) * d.clamp(-1, 1).expm1()).sum(-1, keepdim=True)
+    log_z = torch.where(
+        alike,
+        (excess - q_far).where(alike, 0).log1p() - (-p_far).where(alike, 0).log1p(),
+        (log_q + d).logsumexp(-1, keepdim=True),
+    )
+    r = d - log_z
+    p_minus_q = torch.where(near & alike, q * r.clamp(-4, 4).expm1(), p - q)  # |r| < 2.7 there
+    # r - E_p r = d - E_p d; d is centred anew, exact near the largest p for the one and the largest q for the other
+    grad_a = grad_b = None
+    if wanted[0]:
+        d_p = d_from(_argmax(a))
+        grad_a = p * (d_p - (p * d_p).sum(-1, keepdim=True)) + p_minus_q
+    if wanted[1]:
+        d_q = d_from(_argmax(b))
+        grad_b = q * ((q * d_q).sum(-1, keepdim=True) - d_q) - p_minus_q
+    return (p_minus_q * r).clamp(min=0).sum(-1).where(distance.isfinite(), distance), grad_a, grad_b
+
+
+def _bernoulli_symmetric_kl_rows(a: Tensor, b: Tensor, wanted: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return J, dJ/da and dJ/db."""
+    huge = torch.finfo(a.dtype).max
+    masked = a.isneginf() & b.isneginf()
+    a, b = a.where(~masked, 0), b.where(~masked, 0)
+    d = (a - b).clamp(-huge, huge)
+    # sigma(a) - sigma(b) = sigma(max) sigma(-min) (1 - exp(-|d|)) sign(d), which cancels nothing
+    size = torch.maximum(a, b).sigmoid() * (-torch.minimum(a, b)).sigmoid() * -(-d.abs()).expm1()
+    difference = d.sign() * size
+    grad_a = a.sigmoid() * (-a).sigmoid() * d + difference if wanted[0] else None
+    grad_b = -(b.sigmoid() * (-b).sigmoid() * d + difference) if wanted[1] else None
+    return (difference * d).sum(-1), grad_a, grad_b
 
 
 class _HigherDerivatives(torch.autograd.Function):
@@ -211,8 +269,7 @@ class _HigherDerivatives(torch.autograd.Function):
         if not torch.is_grad_enabled():
             return None, grad, None, None, None
         a, b, mask = ctx.saved_tensors
-        gradients = ctx.gradients(*_pair("second derivative", a, b, mask))
-        grad_a, grad_b = _times(grad, tuple(g - g.detach() for g in gradients))
+        grad_a, grad_b = (grad.unsqueeze(-1) * (g - g.detach()) for g in ctx.gradients(*_widened(a, b, mask)))
         return None, grad, grad_a, grad_b, None
 
 
@@ -221,7 +278,7 @@ def _symmetric_kl_gradients(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     huge = torch.finfo(a.dtype).max / 16
     a, b = a.clamp(-huge, huge), b.clamp(-huge, huge)
     p, q, d_from = a.softmax(-1), b.softmax(-1), _difference(a, b)
-    r_p, r_q = d_from(a.argmax(-1, keepdim=True)), d_from(b.argmax(-1, keepdim=True))  # up to a shift
+    r_p, r_q = d_from(_argmax(a)), d_from(_argmax(b))  # up to a shift
     grad_a = p * (r_p - (p * r_p).sum(-1, keepdim=True)) + (p - q)
     grad_b = q * ((q * r_q).sum(-1, keepdim=True) - r_q) - (p - q)
     return grad_a, grad_b
@@ -241,7 +298,8 @@ def _difference(a: Tensor, b: Tensor) -> Callable[[Tensor], Tensor]:
     A common shift may be far larger than what is left without it, so the rounding of a - b is kept (Knuth's two-sum).
     """
     high = a - b
-    low = (a - (high - (high - a))) - (b + (high - a))
+    minus_b = high - a
+    low = (a - (high - minus_b)) - (b + minus_b)
 
     def d_from(at: Tensor) -> Tensor:
         return (high - high.gather(-1, at)) + (low - low.gather(-1, at))
@@ -257,6 +315,6 @@ def _softmax(z: Tensor) -> tuple[Tensor, Tensor]:
     return exp / total, shifted - total.log()
 
 
-def _times(grad: Tensor, gradients: tuple[Tensor | None, Tensor | None]) -> tuple[Tensor | None, Tensor | None]:
-    a, b = (None if g is None else grad.unsqueeze(-1) * g for g in gradients)
-    return a, b
+def _argmax(z: Tensor) -> Tensor:
+    """Return where the largest entry is; on a CPU, max is three times faster than argmax."""
+    return z.max(-1, keepdim=True).indices

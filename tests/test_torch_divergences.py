@@ -1,12 +1,14 @@
-"""Higher derivatives of l_s in PyTorch: gradient penalties, Hessian-vector products, meta-learning."""
+"""l_s in PyTorch: computed in blocks, and its higher derivatives (gradient penalties, meta-learning)."""
 
+import numpy as np
 import pytest
 import torch
 from paper_settings import papers
 from torch import nn
 from torch.autograd import grad, gradcheck, gradgradcheck
 
-from smartreg_torch import SMART
+from smartreg import divergences as reference
+from smartreg_torch import SMART, divergences
 from smartreg_torch.divergences import DIVERGENCES
 
 KLS = ["symmetric_kl", "bernoulli_symmetric_kl"]
@@ -31,6 +33,68 @@ def test_first_and_second_derivatives_against_finite_differences(name, distance,
     one, other = pair
     assert gradgradcheck(lambda a: function(a, other.detach()), one)  # theta~ is held
     assert gradgradcheck(lambda b: function(one.detach(), b), other)
+
+
+def values_and_gradients(name, a, b, mask):
+    a, b = a.detach().requires_grad_(), b.detach().requires_grad_()
+    value = DIVERGENCES[name](a, b, mask)
+    return [value, *grad((value * torch.arange(1, 1 + len(value))).sum(), (a, b), retain_graph=True)]
+
+
+@pytest.mark.parametrize("block", [1, 9])
+@pytest.mark.parametrize("shape", [(5, 4), (3, 5, 4), (2, 3, 2, 4)])
+@pytest.mark.parametrize("masked", [False, True], ids=["all positions", "some left out"])
+@pytest.mark.parametrize("name", KLS)
+def test_blocks_change_nothing(name, masked, shape, block, monkeypatch):
+    """Cut into blocks at every axis, with masked positions of NaN, classes of -inf and other strides than usual."""
+    pair = [z.detach()[..., :-1, :] for z in outputs(1.0, (*shape[:-2], shape[-2] + 1, shape[-1]))]
+    pair = [z.masked_fill(torch.arange(shape[-1]) == 1, -torch.inf) for z in pair]
+    mask = torch.arange(int(np.prod(shape[:-1]))).reshape(shape[:-1]) % 3 if masked else None
+    if mask is not None:
+        pair[0] = pair[0].masked_fill((mask == 0).unsqueeze(-1), torch.nan)
+    whole = values_and_gradients(name, *pair, mask)
+    monkeypatch.setattr(divergences, "BLOCK", block)
+    assert len(list(divergences._blocks(torch.Size(shape), block))) > 1
+    for got, want in zip(values_and_gradients(name, *pair, mask), whole, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-13, atol=1e-15)  # vector instructions round otherwise at an end
+        assert torch.equal(got == 0, want == 0)
+
+
+@pytest.mark.parametrize("shape", [(5, 4), (3, 5, 4), (2, 3, 2, 4)])
+@pytest.mark.parametrize("size", [1, 5, 20, 41, 1000])
+def test_the_blocks_cover_each_position_once(shape, size):
+    counts = torch.zeros(shape)
+    for at in divergences._blocks(torch.Size(shape), size):
+        assert counts[at].numel() <= max(size, shape[-1])
+        counts[at] += 1
+    assert torch.all(counts == 1)
+
+
+@pytest.mark.parametrize("distance", [1e-4, 1.0])
+def test_a_vocabulary_of_fifty_thousand(distance):
+    """Values and gradients of logits in float32, in blocks, against NumPy's in float64."""
+    a, b = outputs(distance, (2, 3, 50257), torch.float32)
+    assert a.numel() > divergences.BLOCK
+    value, *gradients = values_and_gradients("symmetric_kl", a, b, MASK)
+    exact = [z.detach().double().numpy() for z in (a, b)]
+    torch.testing.assert_close(
+        value.double(), torch.from_numpy(reference.symmetric_kl(*exact, MASK.numpy())), rtol=1e-5, atol=0
+    )
+    for got, want in zip(gradients, reference.symmetric_kl_grad(*exact, MASK.numpy()), strict=True):
+        want = torch.from_numpy(want) * torch.arange(1, 3)[:, None, None]
+        assert torch.all((got - want).abs().amax(-1) <= 1e-5 * want.abs().amax(-1))
+
+
+@pytest.mark.parametrize("name", KLS)
+def test_saved_gradients_are_scaled_in_place_only_by_the_last_backward(name):
+    a, b = outputs(1.0)
+    value = DIVERGENCES[name](a, b).sum()
+    first = grad(value, (a, b), retain_graph=True)
+    kept = [g.clone() for g in first]
+    again = grad(3 * value, (a, b))
+    for g, copy, other in zip(first, kept, again, strict=True):
+        assert torch.equal(g, copy)
+        torch.testing.assert_close(other, 3 * copy, rtol=1e-15, atol=0)
 
 
 def plain(name, a, b):

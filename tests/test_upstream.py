@@ -223,6 +223,21 @@ def another_backward_is_told_apart():
     assert found == [True, False, False]
 
 
+@trial("torch", "frees_the_graph")
+def a_backward_that_keeps_the_graph_is_told_apart():
+    import torch
+
+    from smartreg_torch import compat
+
+    assert torch._C._autograd._get_current_graph_task_keep_graph
+    found = []
+    loss = torch.ones(1, requires_grad=True).square().sum()
+    loss.register_hook(lambda gradient: found.append(compat.frees_the_graph()))
+    loss.backward(retain_graph=True)
+    loss.backward()
+    assert found == [False, True]
+
+
 @trial("torch", "is_checkpointed")
 def a_checkpointed_region_is_seen():
     import torch
