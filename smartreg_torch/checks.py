@@ -10,12 +10,14 @@ from torch import Tensor
 
 from smartreg.divergences import takes_logits
 from smartreg_torch.outputs import Compared, Head
+from smartreg_torch.projection import Output
 
 
 def check_values(compared: Compared, masks_were_found: bool) -> None:
     """Raise ValueError if the outputs are no logits, or a mask that nobody named seems to be true at padding."""
     for z, head in zip(compared.targets, compared.heads, strict=True):
-        check_probabilities(z, head)
+        if isinstance(z, Tensor):
+            check_probabilities(z, head)
     for mask in compared.inputs.masks if masks_were_found else []:
         if mask is not None:
             check_real(mask, compared.inputs.mask_name)
@@ -80,7 +82,7 @@ def zero_sum_error(gradient: Tensor, z: Tensor, head: Head) -> str:
     )
 
 
-def watch_loss(outputs: Mapping[str, Tensor], heads: Sequence[Head], say: Callable[[str], Any]) -> None:
+def watch_loss(outputs: Mapping[str, Output], heads: Sequence[Head], say: Callable[[str], Any]) -> None:
     """Look, in the first backward, whether the loss is one of classes, if l_s = symmetric_kl was but a guess."""
 
     def watch(z: Tensor, head: Head) -> None:
@@ -95,5 +97,5 @@ def watch_loss(outputs: Mapping[str, Tensor], heads: Sequence[Head], say: Callab
         handle = z.register_hook(on_gradient)  # type: ignore[no-untyped-call]
 
     for z, head in zip(outputs.values(), heads, strict=True):
-        if head.is_guess and z.requires_grad:
+        if head.is_guess and isinstance(z, Tensor) and z.requires_grad:
             watch(z, head)

@@ -8,7 +8,7 @@ Float32 and float64 are computed as they come; bf16 and fp16 in float32, which i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -97,7 +97,7 @@ def mean_positions(values: Tensor, mask: Tensor | None = None) -> Tensor:
     """
     if mask is None:
         return values.flatten(1).mean(1) if values.ndim > 1 else values
-    _check_mask(mask, values.shape)
+    check_mask(mask, values.shape)
     keep = (mask != 0).unsqueeze(-1).flatten(1)  # (n, 1) if an example is one position
     return values.unsqueeze(-1).flatten(1).where(keep, 0).sum(1) / keep.sum(1).clamp(min=1)
 
@@ -120,10 +120,11 @@ def _check_pair(call: str, a: Tensor, b: Tensor, mask: Tensor | None) -> None:
             f"{call}: expected two tensors of one shape (n, ..., C), got {tuple(a.shape)} and {tuple(b.shape)}"
         )
     if mask is not None:
-        _check_mask(mask, a.shape[:-1])
+        check_mask(mask, a.shape[:-1])
 
 
-def _check_mask(mask: Tensor, shape: torch.Size) -> None:
+def check_mask(mask: Tensor, shape: torch.Size) -> None:
+    """Raise ValueError if the mask has not the outputs' shape without the last axis."""
     if mask.shape != shape:
         raise ValueError(
             f"the mask must have the outputs' shape without the last axis, {tuple(shape)}, got {tuple(mask.shape)}"
@@ -144,35 +145,40 @@ def _widened(a: Tensor, b: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]
     return a.where(keep, 0), b.where(keep, 0)
 
 
-class _ByBlocks(torch.autograd.Function):
-    """Compute (n, ..., C) -> (n, ...) and its gradients at once, block by block of the positions.
+def values_and_gradients(
+    rows: Formula, a: Tensor, b: Tensor, mask: Tensor | None, wanted: Sequence[bool]
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return l_s of each position, (n, ...), and the gradients that are wanted, block by block of the positions.
 
     Beside the inputs and the gradients only one block's temporaries are in memory. On a CPU, blocks leave out the
     positions where the mask is false; on a GPU the host would wait to learn their number.
     """
+    size = BLOCK if a.is_cpu else DEVICE_BLOCK
+    if a.numel() <= size or torch.compiler.is_compiling():
+        return rows(*_widened(a, b, mask), wanted)
+    dtype = _dtype(a, b)
+    values = a.new_empty(a.shape[:-1], dtype=dtype)
+    grad_a, grad_b = (a.new_empty(a.shape, dtype=dtype) if want else None for want in wanted)
+    for at in _blocks(a.shape, size):
+        keep = None if mask is None else mask[at] != 0
+        leaving_out = keep is not None and a.is_cpu
+        inside = (a[at][keep], b[at][keep], None) if leaving_out else (a[at], b[at], keep)
+        for whole, part in zip((values, grad_a, grad_b), rows(*_widened(*inside), wanted), strict=True):
+            if whole is None or part is None:
+                continue
+            if leaving_out:
+                whole[at].zero_()[keep] = part
+            else:
+                whole[at] = part
+    return values, grad_a, grad_b
+
+
+class _ByBlocks(torch.autograd.Function):
+    """(n, ..., C) -> (n, ...); the gradients are computed with the values."""
 
     @staticmethod
     def forward(ctx: Any, rows: Formula, a: Tensor, b: Tensor, mask: Tensor | None) -> Tensor:
-        wanted = ctx.needs_input_grad[1:3]
-        size = BLOCK if a.is_cpu else DEVICE_BLOCK
-        if a.numel() <= size or torch.compiler.is_compiling():
-            values, *gradients = rows(*_widened(a, b, mask), wanted)
-            ctx.save_for_backward(*gradients)
-            return values
-        dtype = _dtype(a, b)
-        values = a.new_empty(a.shape[:-1], dtype=dtype)
-        gradients = [torch.empty_like(z, dtype=dtype) if want else None for z, want in zip((a, b), wanted, strict=True)]
-        for at in _blocks(a.shape, size):
-            keep = None if mask is None else mask[at] != 0
-            leaving_out = keep is not None and a.is_cpu
-            inside = (a[at][keep], b[at][keep], None) if leaving_out else (a[at], b[at], keep)
-            for whole, part in zip((values, *gradients), rows(*_widened(*inside), wanted), strict=True):
-                if whole is None or part is None:
-                    continue
-                if leaving_out:
-                    whole[at].zero_()[keep] = part
-                else:
-                    whole[at] = part
+        values, *gradients = values_and_gradients(rows, a, b, mask, ctx.needs_input_grad[1:3])
         ctx.save_for_backward(*gradients)
         return values
 
@@ -242,6 +248,13 @@ def _bernoulli_symmetric_kl_rows(a: Tensor, b: Tensor, wanted: Any) -> tuple[Ten
     grad_a = a.sigmoid() * (-a).sigmoid() * d + difference if wanted[0] else None
     grad_b = -(b.sigmoid() * (-b).sigmoid() * d + difference) if wanted[1] else None
     return (difference * d).sum(-1), grad_a, grad_b
+
+
+# what l_s of two distributions is for each position, by name
+ROWS: dict[str, Formula] = {
+    "symmetric_kl": _symmetric_kl_rows,
+    "bernoulli_symmetric_kl": _bernoulli_symmetric_kl_rows,
+}
 
 
 class _HigherDerivatives(torch.autograd.Function):

@@ -11,12 +11,14 @@ from torch import Tensor, nn
 from smartreg.config import one_each
 from smartreg.divergences import check_divergence, takes_logits
 from smartreg.report import LATER, Choice
+from smartreg_torch.divergences import ROWS
 from smartreg_torch.inputs import Inputs, Masks, read_inputs, virtual_tokens
 from smartreg_torch.passes import Passes
 from smartreg_torch.perturbation import output_mask
+from smartreg_torch.projection import Output, Projection
 from smartreg_torch.site import Call, argument_names
 
-Outputs = str | int | Sequence[str | int] | Callable[[Any], Tensor | Sequence[Tensor]]
+Outputs = str | int | Sequence[str | int] | Callable[[Any], Output | Sequence[Output]]
 
 # What Hugging Face calls the loss that goes with the outputs, and the l_s that goes with that.
 _PROBLEM_TYPES = {
@@ -48,8 +50,10 @@ class Head(NamedTuple):
         """Tell whether nothing said what l_s is."""
         return self.why_divergence == DEFAULT
 
-    def arranged(self, z: Tensor) -> Tensor:
+    def arranged(self, z: Any) -> Any:
         """Arrange the output as (n, ..., C)."""
+        if isinstance(z, Projection):
+            return z
         if self.axis is None:
             return z.unsqueeze(-1)
         return z if self.axis in (-1, z.ndim - 1) else z.movedim(self.axis, -1)
@@ -109,9 +113,14 @@ def chosen(output: Any, outputs: Outputs | None) -> dict[str, Any]:
     """
     if callable(outputs):
         found = outputs(output)
-        if isinstance(found, Tensor):
-            return {"outputs=": found}
-        return {f"outputs=[{i}]": z for i, z in enumerate(found)}
+        named: dict[str, Any] = (
+            {"outputs=": found}
+            if isinstance(found, (Tensor, Projection))
+            else {f"outputs=[{i}]": z for i, z in enumerate(found)}
+        )
+        if not torch.is_grad_enabled():  # so that a projection keeps theta~, which stands in for the weights now
+            named = {name: z.detach() if isinstance(z, Projection) else z for name, z in named.items()}
+        return named
     if isinstance(output, Tensor):
         if outputs is not None:
             raise ValueError(f"SMART: the model returns one tensor; outputs={outputs!r} chooses nothing in it")
@@ -136,7 +145,8 @@ def chosen(output: Any, outputs: Outputs | None) -> dict[str, Any]:
     if "logits" in fields and fields["logits"] is None:
         raise ValueError(
             "SMART: the model's output has logits=None: a fused loss computes none while training. Switch it off "
-            "(use_liger_kernel=False in Hugging Face and TRL), since SMART compares the logits"
+            "(use_liger_kernel=False in Hugging Face and TRL), or let outputs= be a function that returns a Projection "
+            "of the hidden states and the head's weight (docs/recipes.md)"
         )
     several = {key: z for key, z in fields.items() if isinstance(z, Tensor) and z.is_floating_point() and z.ndim > 0}
     if len(several) == 1:
@@ -148,13 +158,13 @@ def chosen(output: Any, outputs: Outputs | None) -> dict[str, Any]:
 
 
 def check_output(z: Any, n: int | None) -> None:
-    """Raise TypeError or ValueError if an output is no float tensor (n, ..., C)."""
+    """Raise TypeError or ValueError if an output is no float tensor (n, ..., C), nor a projection."""
     if isinstance(z, Tensor) and z.is_floating_point() and z.ndim == 0:
         raise TypeError(
             "SMART: the model's output is one number, most likely its loss. SMART compares what the loss compares: let "
             "forward return the logits too, (loss, logits), and say outputs=1; or make SMART of the model inside"
         )
-    if not (isinstance(z, Tensor) and z.is_floating_point()):
+    if not (isinstance(z, Projection) or (isinstance(z, Tensor) and z.is_floating_point())):
         got = f"{z.dtype} of shape {tuple(z.shape)}" if isinstance(z, Tensor) else type(z).__name__
         raise TypeError(f"SMART: outputs must be floating-point tensors (n, ..., C), got {got}; see outputs=")
     if n is not None and len(z) != n:
@@ -167,7 +177,7 @@ def check_output(z: Any, n: int | None) -> None:
 
 
 def find_heads(
-    outputs: Mapping[str, Tensor],
+    outputs: Mapping[str, Output],
     evidence: Evidence,
     divergence: str | Sequence[str] | None = None,
     class_axis: int | None = None,
@@ -195,7 +205,13 @@ def find_heads(
         axis, why_axis = (class_axis, "class_axis=") if class_axis is not None else (None, "")
         if class_axis is not None and not -z.ndim <= class_axis < z.ndim:
             raise ValueError(f"SMART: class_axis={class_axis}, but an output has the shape {tuple(z.shape)}")
-        if class_axis is None:
+        if isinstance(z, Projection):
+            if l_s not in ROWS:
+                raise ValueError(f"SMART: a projection's l_s must be one of {sorted(ROWS)}, got {l_s!r} ({why})")
+            if class_axis not in (None, -1, z.ndim - 1):
+                raise ValueError(f"SMART: class_axis={class_axis}, but a projection has its classes on the last axis")
+            axis, why_axis = -1, "a projection's last axis"
+        elif class_axis is None:
             axis, why_axis = _axis(name, z, l_s, why, evidence, before[i] if len(before) == len(outputs) else None)
         head = Head(name, l_s, axis, why, why_axis)
         if l_s == "symmetric_kl" and head.arranged(z).shape[-1] == 1:
@@ -207,7 +223,7 @@ def find_heads(
     return heads
 
 
-def _divergence(name: str, z: Tensor, evidence: Evidence) -> tuple[str, str]:
+def _divergence(name: str, z: Output, evidence: Evidence) -> tuple[str, str]:
     """Decide l_s of an output that the user said nothing of, and say why."""
     config, labels = evidence.config, evidence.labels
     problem = getattr(config, "problem_type", None)
@@ -271,7 +287,7 @@ def _axis(
     )
 
 
-def _positions(z: Tensor, masks: Sequence[Tensor | None], virtual: int = 0) -> Tensor | None:
+def _positions(z: Output, masks: Sequence[Tensor | None], virtual: int = 0) -> Tensor | None:
     """Find the mask that has the positions of an output (n, ..., C). `virtual` more of them may be in front."""
     found = output_mask(z, masks)
     if found is None and virtual and z.ndim == 3:
@@ -292,7 +308,7 @@ class Compared(NamedTuple):
     """
 
     heads: list[Head]
-    targets: list[Tensor]
+    targets: list[Output]
     positions: list[Tensor | None]
     inputs: Inputs
 
@@ -301,7 +317,7 @@ class Compared(NamedTuple):
         """Name l_s of each output."""
         return [head.divergence for head in self.heads]
 
-    def arranged(self, outputs: Mapping[str, Tensor]) -> list[Tensor]:
+    def arranged(self, outputs: Mapping[str, Output]) -> list[Output]:
         """Arrange the outputs of a pass as (n, ..., C)."""
         return [head.arranged(z) for head, z in zip(self.heads, outputs.values(), strict=True)]
 
@@ -362,7 +378,7 @@ class Reader:
         """Note for `describe` what was chosen for this batch."""
         self.choices = _describe_batch(compared, calls)
 
-    def _count(self, z: Tensor, inputs: Inputs, label_mask: Tensor | None) -> Tensor | None:
+    def _count(self, z: Output, inputs: Inputs, label_mask: Tensor | None) -> Tensor | None:
         """Find which positions of an output count: those of the site, or of a decoder if there is one, with a label."""
         masks = inputs.masks
         if "decoder_input_ids" in self.names:

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from smartreg_torch import compat
+from smartreg_torch.projection import Output, values_of
 from smartreg_torch.replay import Given, Known, State, device_of, differing, first_differing_module
 from smartreg_torch.sharding import HALF, fully_sharded, reshard
 from smartreg_torch.site import Call, Site, shift
 from smartreg_torch.teacher import Teacher, in_model
 
-Outputs = dict[str, Tensor]  # those that are compared, by name, as the model gives them
+Outputs = dict[str, Output]  # those that are compared, by name, as the model gives them
 _ONE_BACKWARD = (
     "SMART: the model's backward frees or overwrites what it needs, as some fused kernels do, and the margin start "
     "runs it once before loss.backward(): your gradients would be wrong. Say SMARTConfig(start='gaussian')"
@@ -250,8 +251,8 @@ class Passes:
 
     def check_repeated(
         self,
-        read: Callable[[Outputs], list[Tensor]],
-        targets: list[Tensor],
+        read: Callable[[Outputs], list[Output]],
+        targets: list[Output],
         positions: list[Tensor | None],
         own_x: bool,
     ) -> None:
@@ -272,12 +273,16 @@ class Passes:
             with site.shifted(zeros, graph=False) if own_x else site.replaced(points, graph=False):
                 return self._run()
 
+        def compared() -> str:
+            again = read(self._without_graph(repeated, trying=True))
+            return differing(values_of(targets), values_of(again), positions)
+
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # reentrant checkpointing is refused by the ascent
-            difference = differing(targets, read(self._without_graph(repeated, trying=True)), positions)
+            difference = compared()
             if difference:  # a value taken as initialised for good changed again
                 self._state.reject()
-                difference = differing(targets, read(self._without_graph(repeated, trying=True)), positions)
+                difference = compared()
             if not difference:
                 return
             where = first_differing_module(self._runner.model, lambda: self._without_graph(self._run, trying=True))
@@ -291,16 +296,17 @@ class Passes:
             "pass it as an argument, or draw random numbers from torch's, NumPy's or Python's global stream"
         )
 
-    def check_backward(self, targets: list[Tensor]) -> None:
+    def check_backward(self, targets: list[Output]) -> None:
         """Raise RuntimeError if the model's backward changes what it needs: the margin start runs it once more."""
         xs = self.starts
         if self._runner.has_static_graph or not all(x.requires_grad for x in xs):
             return
-        ones = [torch.ones_like(z) for z in targets]
+        values = values_of(targets)
+        ones = [torch.ones_like(z) for z in values]
         with self._own_backward():
             try:
                 first, second = (
-                    torch.autograd.grad(targets, xs, ones, retain_graph=True, allow_unused=True) for _ in range(2)
+                    torch.autograd.grad(values, xs, ones, retain_graph=True, allow_unused=True) for _ in range(2)
                 )
             except (AttributeError, IndexError, KeyError, RuntimeError) as error:  # what it has saved is gone
                 raise RuntimeError(_ONE_BACKWARD) from error

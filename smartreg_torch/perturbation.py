@@ -16,7 +16,7 @@ from torch import Tensor
 from smartreg.config import Granularity, Norm, SMARTConfig
 from smartreg.divergences import check_divergence
 from smartreg.perturbation import NormOfRows, climb, start_noise
-from smartreg_torch.divergences import DIVERGENCES
+from smartreg_torch.projection import Output, Projection, at_hidden, sum_divergence, values_of
 
 T = TypeVar("T", Tensor, list[Tensor])
 
@@ -105,7 +105,7 @@ def project_l1_ball(delta: Tensor, epsilon: Tensor | float, granularity: Granula
 def ascend(
     forward: Callable[[Any], Any],
     x: T,
-    target: Tensor | Sequence[Tensor],
+    target: Output | Sequence[Output],
     config: SMARTConfig,
     noise: Tensor | Sequence[Tensor | None] | None,
     mask: Tensor | Sequence[Tensor | None] | None = None,
@@ -162,7 +162,7 @@ def ascend(
             outputs = outputs_at(points)
             total = torch.stack(
                 [
-                    DIVERGENCES[name](z.detach(), z_at, m).sum()
+                    sum_divergence(name, z.detach(), z_at, m)
                     for name, z, z_at, m in zip(names, targets, outputs, positions, strict=True)
                 ]
             ).sum()
@@ -170,14 +170,14 @@ def ascend(
 
     if config.needs_clean_graph:
         with torch.enable_grad():
-            in_graph = all(point.requires_grad for point in xs) and all(z.requires_grad for z in targets)
+            in_graph = all(point.requires_grad for point in xs) and all(z.requires_grad for z in values_of(targets))
             points = xs if in_graph else [point.detach().requires_grad_() for point in xs]
             outputs = targets if in_graph else outputs_at(points)
             upwards = [
                 margin_gradient(z, nu, m, name)
                 for z, nu, m, name in zip(outputs, noises or [None] * len(outputs), positions, names, strict=True)
             ]
-        given = _gradients(outputs, points, upwards, retain_graph=in_graph)
+        given = _gradients(values_of(outputs), points, upwards, retain_graph=in_graph)
     else:
         given = start_noise(noises or None, config)
     starts = [ball.start(value) for ball, value in zip(balls, given, strict=True)]
@@ -234,37 +234,54 @@ class Ball:
 
 
 def margin_gradient(
-    outputs: Tensor, noise: Tensor | None = None, mask: Tensor | None = None, divergence: str = "symmetric_kl"
+    outputs: Output,
+    noise: Tensor | None = None,
+    mask: Tensor | None = None,
+    divergence: str = "symmetric_kl",
 ) -> Tensor:
     """Return the gradient at the outputs that leads to the model's nearest decision boundary.
 
     -(e_top1 - e_top2) for classes; -sign(z_k) e_k of the least certain label k; the sign of the noise in regression.
 
     Args:
-        outputs: (n, ..., C). noise: of that shape, in regression. mask: of that shape less the last axis.
+        outputs: (n, ..., C); of a projection it is the gradient at its hidden states. noise: of that shape, in
+            regression. mask: of that shape less the last axis.
 
     Example:
         >>> margin_gradient(torch.tensor([[3.0, 1.0, 2.0]]))
         tensor([[-1.,  0.,  1.]])
     """
     check_divergence("margin_gradient", divergence)
+    if divergence == "symmetric_kl" and outputs.shape[-1] < 2:
+        raise ValueError(
+            f"margin start: symmetric_kl needs at least 2 classes, got outputs of shape {tuple(outputs.shape)}"
+        )
+    if isinstance(outputs, Projection):
+        return at_hidden(outputs, mask, _NEAREST[divergence])
     z = outputs.detach()
-    if divergence == "symmetric_kl":
-        if z.shape[-1] < 2:
-            raise ValueError(
-                f"margin start: symmetric_kl needs at least 2 classes, got outputs of shape {tuple(z.shape)}"
-            )
-        top = z.topk(2, dim=-1).indices
-        gradient = torch.zeros_like(z).scatter(-1, top[..., :1], -1).scatter(-1, top[..., 1:], 1)
-    elif divergence == "bernoulli_symmetric_kl":
-        least = z.abs().argmin(-1, keepdim=True)
-        towards_0 = torch.where(z.gather(-1, least) < 0, 1, -1).to(z.dtype)
-        gradient = torch.zeros_like(z).scatter(-1, least, towards_0)
+    if divergence in _NEAREST:
+        gradient = torch.zeros_like(z).scatter(-1, *_NEAREST[divergence](z))
     else:
         if noise is None:
             raise ValueError(f"margin start: {divergence} needs noise of the outputs' shape for its sign, got None")
         gradient = torch.where(noise < 0, -1, 1).to(z)
     return gradient if mask is None else gradient * (mask != 0).unsqueeze(-1)
+
+
+def _two_largest(z: Tensor) -> tuple[Tensor, Tensor]:
+    return z.topk(2, dim=-1).indices, z.new_tensor([-1.0, 1.0]).expand(*z.shape[:-1], 2)
+
+
+def _least_certain(z: Tensor) -> tuple[Tensor, Tensor]:
+    least = z.abs().argmin(-1, keepdim=True)
+    return least, torch.where(z.gather(-1, least) < 0, 1, -1).to(z.dtype)
+
+
+# where the margin gradient at the logits is not 0, and what it is there
+_NEAREST: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
+    "symmetric_kl": _two_largest,
+    "bernoulli_symmetric_kl": _least_certain,
+}
 
 
 def rms(x: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -296,7 +313,7 @@ def _counted(x: Tensor, mask: Tensor | None) -> Tensor:
     return x.isfinite() if mask is None else x.isfinite() & expand_mask(mask, x)
 
 
-def output_mask(outputs: Tensor, mask: Tensor | Sequence[Tensor | None] | None) -> Tensor | None:
+def output_mask(outputs: Output, mask: Tensor | Sequence[Tensor | None] | None) -> Tensor | None:
     """Return the mask if the outputs have its axes (one output a position), else None (one output an example).
 
     Of several masks it is the first that fits.
@@ -381,4 +398,4 @@ def _wide(x: Tensor) -> torch.dtype:
 def _listed(value: Any) -> list[Any]:
     if value is None:
         return []
-    return [value] if isinstance(value, Tensor) else list(value)
+    return [value] if isinstance(value, (Tensor, Projection)) else list(value)

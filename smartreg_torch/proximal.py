@@ -11,10 +11,10 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from smartreg.divergences import check_divergence
 from smartreg.proximal import momentum
-from smartreg_torch.divergences import DIVERGENCES
 from smartreg_torch.perturbation import output_mask
+from smartreg_torch.projection import Output, sum_divergence
 
-__all__ = ["bregman_divergence", "ema_update", "local", "mean_examples", "momentum"]
+__all__ = ["bregman_divergence", "ema_update", "local", "momentum"]
 
 
 @torch.no_grad()
@@ -36,8 +36,8 @@ def ema_update(teacher: Mapping[str, Tensor], theta: Mapping[str, Tensor], beta:
 
 
 def bregman_divergence(
-    outputs: Tensor,
-    teacher_outputs: Tensor,
+    outputs: Output,
+    teacher_outputs: Output,
     divergence: str = "symmetric_kl",
     mask: Tensor | None = None,
     sample_weight: Tensor | None = None,
@@ -60,23 +60,7 @@ def bregman_divergence(
     """
     check_divergence("bregman_divergence", divergence)
     positions = output_mask(outputs, mask)
-    return mean_examples(DIVERGENCES[divergence](outputs, teacher_outputs.detach(), positions), sample_weight)
-
-
-def mean_examples(values: Tensor, sample_weight: Tensor | None = None) -> Tensor:
-    """Return 1/n sum_i w_i v_i, the mean over the batch that R_s and D_Breg take.
-
-    Example:
-        >>> mean_examples(torch.tensor([1.0, 3.0]), torch.tensor([1.0, 0.0]))
-        tensor(0.5000)
-    """
-    if sample_weight is None:
-        return values.mean()
-    if sample_weight.shape != values.shape:
-        raise ValueError(
-            f"sample_weight must have one weight an example, {tuple(values.shape)}, got {tuple(sample_weight.shape)}"
-        )
-    return (values * sample_weight.to(values)).mean()
+    return sum_divergence(divergence, outputs, teacher_outputs.detach(), positions, sample_weight) / len(outputs)
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from smartreg_torch.checks import check_values
 from smartreg_torch.inputs import Masks, virtual_tokens
 from smartreg_torch.labels import IGNORED, Positions
 from smartreg_torch.outputs import SPANS, Outputs
+from smartreg_torch.projection import whole
 from smartreg_torch.replay import device_of
 from smartreg_torch.smart import SMART
 from smartreg_torch.step import Step
@@ -99,7 +100,7 @@ def report(
                     if k == 0:
                         _add(tallies, step, given, offset, virtual_tokens(smart.model))
                     for head, z in zip(step.compared.heads, step.stages["perturbed"], strict=True):
-                        tallies.of(head.name, head.divergence).change(k, _array(z))
+                        tallies.of(head.name, head.divergence).change(k, _array(whole(z)))
                     R_s.append(float(step.terms["R_s"].detach()))
                 n = len(step.compared.targets[0])
                 tallies.add([n * value for value in R_s], n, n)
@@ -120,7 +121,7 @@ def _add(tallies: Tallies, step: Step, given: Any, offset: int, virtual: int) ->
         if head.name in SPANS:
             y = y.where(y < z.shape[1], IGNORED)  # the answer is cut off
         tally = tallies.of(head.name, head.divergence)
-        tally.add(_array(z), _array(y), None if mask is None else _array(mask))
+        tally.add(_array(whole(z)), _array(y), None if mask is None else _array(mask))
 
 
 def _split(

@@ -13,6 +13,7 @@ from torch import Tensor
 from smartreg.checking.recording import Recorder
 from smartreg.config import SMARTConfig, SMARTWarning
 from smartreg.report import StepSeen, not_finite, warn_of
+from smartreg_torch.projection import Output, values_of, whole
 from smartreg_torch.site import Call, shift
 from smartreg_torch.step import Step
 
@@ -21,10 +22,14 @@ class Report:
     """Send what a step found to main memory. The host waits for a GPU only when somebody asks."""
 
     def __init__(
-        self, step: int, values: Mapping[str, Tensor], stages: Mapping[str, list[Tensor]], dtype: torch.dtype | None
+        self, step: int, values: Mapping[str, Tensor], stages: Mapping[str, list[Output]], dtype: torch.dtype | None
     ) -> None:
         self.step, self.dtype, self.judged = step, dtype, False
-        self.stages = {name: [z.detach() for z in tensors] for name, tensors in stages.items()}
+        # a sum is finite if the entries are; the outputs themselves would stay in memory
+        self.sums = {
+            name: [z.detach().sum(dtype=torch.promote_types(z.dtype, torch.float32)) for z in values_of(outputs)]
+            for name, outputs in stages.items()
+        }
         self.names = list(values)
         penalty = values["penalty"].detach()
         found = torch.stack([value.detach().to(penalty) for value in values.values()])
@@ -45,10 +50,11 @@ class Report:
         return dict(zip(self.names, self._found.tolist(), strict=True))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update({"names": state.pop("_names")} | state if "_names" in state else state)
+        older = {"names": state.pop("_names")} if "_names" in state else {}
+        vars(self).update(older | {"sums": {}} | state)
 
     def __getstate__(self) -> dict[str, Any]:
-        return dict(vars(self)) | {"stages": {}, "_found": torch.tensor(list(self.values.values())), "_sent": None}
+        return dict(vars(self)) | {"sums": {}, "_found": torch.tensor(list(self.values.values())), "_sent": None}
 
     @property
     def is_finite(self) -> bool:
@@ -92,7 +98,7 @@ class Reports:
         if report is None or report.judged:
             return
         report.judged = True
-        stages, report.stages = report.stages, {}
+        sums, report.sums = report.sums, {}
         found = dict(report.values)
         # under autocast the next layer has x in a narrower dtype
         found["vanished"] = found.get("vanished in the next layer", found.get("vanished", 0.0))
@@ -101,7 +107,7 @@ class Reports:
         if config.non_finite == "skip" or report.is_finite:
             return
         first = next(
-            (name for name, tensors in stages.items() if not all(bool(z.isfinite().all()) for z in tensors)),
+            (name for name, found in sums.items() if not all(bool(value.isfinite()) for value in found)),
             "divergence",
         )
         raise FloatingPointError(not_finite(report.step, first, report.values))
@@ -141,7 +147,7 @@ def see(step: Step, report: Report, beta: float | None) -> StepSeen:
     """Build the StepSeen of a step; wait for the device."""
     found = report.values
     metrics = {name: found[name] for name in ("R_s", "D_Breg", "vanished", "max_delta", "penalty") if name in found}
-    stages = {name: [z.detach() for z in tensors] for name, tensors in step.stages.items()}
+    stages = {name: list(map(whole, outputs)) for name, outputs in step.stages.items()}
     return StepSeen(
         step=report.step,
         x=[call.x.detach() for call in step.passes.clean.calls],

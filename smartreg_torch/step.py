@@ -13,12 +13,12 @@ from torch import Tensor
 from smartreg.config import SMARTConfig
 from smartreg.divergences import takes_logits, term_weights
 from smartreg_torch.checks import check_values, watch_loss
-from smartreg_torch.divergences import DIVERGENCES
 from smartreg_torch.lean import Afterwards, check_backward, check_no_graph
 from smartreg_torch.outputs import Compared, Reader
 from smartreg_torch.passes import Passes
 from smartreg_torch.perturbation import ascend
-from smartreg_torch.proximal import bregman_divergence, mean_examples
+from smartreg_torch.projection import Output, sum_divergence, values_of
+from smartreg_torch.proximal import bregman_divergence
 from smartreg_torch.site import shift
 from smartreg_torch.teacher import Teacher
 
@@ -29,7 +29,7 @@ class Step(NamedTuple):
     Attributes:
         penalty: lambda_s R_s + mu D_Breg for the loss.
         terms: R_s and D_Breg, those that the step has.
-        stages: the tensors of each pass by its name, one a head: clean, teacher and perturbed; and ascent, the delta of
+        stages: the outputs of each pass by its name, one a head: clean, teacher and perturbed; and ascent, the delta of
             each run of the site.
         passes, compared: what was run, and how its outputs were compared.
         sample_weight: w_i.
@@ -37,7 +37,7 @@ class Step(NamedTuple):
 
     penalty: Tensor
     terms: dict[str, Tensor]
-    stages: dict[str, list[Tensor]]
+    stages: dict[str, list[Any]]
     passes: Passes
     compared: Compared
     sample_weight: Tensor | None
@@ -65,7 +65,8 @@ def smart_step(
     Source: paper, equations 1 to 3 and Algorithm 1.
     """
     targets, masks = compared.targets, compared.inputs.masks  # f(x; theta), and which positions of x are real
-    stages, terms = {"clean": targets}, dict[str, Tensor]()
+    stages: dict[str, list[Any]] = {"clean": targets}
+    terms = dict[str, Tensor]()
     lambda_s, mu = term_weights(config, lambda_s, compared.divergences)
 
     def masks_of_its_own() -> int | None:
@@ -97,19 +98,19 @@ def smart_step(
 
 
 def smoothness(
-    perturbed: list[Tensor], targets: list[Tensor], compared: Compared, sample_weight: Tensor | None
+    perturbed: list[Output], targets: list[Output], compared: Compared, sample_weight: Tensor | None
 ) -> Tensor:
     """Return R_s = 1/n sum_i w_i l_s( f(x_i + delta_i; theta), f(x_i; theta) ), added up over the heads.
 
     Source: paper, equation 2.
     """
     return _total(
-        mean_examples(DIVERGENCES[name](z_perturbed, z, mask), sample_weight)
+        sum_divergence(name, z_perturbed, z, mask, sample_weight) / len(z)
         for name, z_perturbed, z, mask in zip(compared.divergences, perturbed, targets, compared.positions, strict=True)
     )
 
 
-def proximity(targets: list[Tensor], taught: list[Tensor], compared: Compared, sample_weight: Tensor | None) -> Tensor:
+def proximity(targets: list[Output], taught: list[Output], compared: Compared, sample_weight: Tensor | None) -> Tensor:
     """Return D_Breg = 1/n sum_i w_i l_s( f(x_i; theta), f(x_i; theta~) ), added up over the heads.
 
     Source: paper, equation 3.
@@ -125,7 +126,7 @@ def _draw(draw: Noise, xs: list[Tensor], compared: Compared, config: SMARTConfig
     if not config.needs_clean_graph:
         return [draw(x) for x in xs]
     if not all(takes_logits(name) for name in compared.divergences):
-        return [draw(z) for z in compared.targets]
+        return [draw(z) for z in values_of(compared.targets)]
     return [None] * len(compared.targets)
 
 

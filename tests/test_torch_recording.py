@@ -19,7 +19,8 @@ from torch import nn
 from smartreg.checking import compare_run
 from smartreg_torch import SMART, SMARTConfig, SMARTWarning
 from smartreg_torch.perturbation import ascend
-from smartreg_torch.proximal import bregman_divergence, mean_examples
+from smartreg_torch.projection import sum_divergence
+from smartreg_torch.proximal import bregman_divergence
 
 BOTH = papers(total_steps=20, epsilon=0.1)
 
@@ -275,13 +276,13 @@ def test_an_ascent_that_never_starts(tmp_path):
 
 
 BROKEN = {
-    "mean_examples": lambda *given: 1.001 * mean_examples(*given),
+    "sum_divergence": lambda *given: 1.001 * sum_divergence(*given),
     "bregman_divergence": lambda *given: 1.001 * bregman_divergence(*given),
     "momentum": lambda step, config: 0.9,
     "ascend": lambda *given: [1.001 * delta for delta in ascend(*given)],
 }
 SHOWS = {
-    "mean_examples": {"R_s", "D_Breg", "penalty"},
+    "sum_divergence": {"R_s", "D_Breg", "penalty"},
     "bregman_divergence": {"D_Breg", "penalty"},
     "momentum": {"beta"},
     "ascend": {"delta in the ball"},
