@@ -57,9 +57,9 @@ def measure(model: str, batch: int, length: int, method: str, device: str) -> di
     return {"before": before, "after": peak(device)}
 
 
-def in_a_process(*arguments: object) -> dict[str, float]:
-    """Run `measure` in a process of its own."""
-    command = [sys.executable, __file__, "--one", *map(str, arguments)]
+def in_a_process(file: str, *arguments: object) -> dict[str, float]:
+    """Run `file --one arguments` in a process of its own, and return what it prints."""
+    command = [sys.executable, file, "--one", *map(str, arguments)]
     # glibc keeps freed memory in pieces, unless each tensor is mapped on its own
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_MMAP_MAX_": "1000000"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
@@ -109,7 +109,7 @@ def main() -> None:
         for batch in args.batch:
             megabytes = {}
             for method in dict.fromkeys(["plain", *args.method]):
-                found = in_a_process(args.model, batch, length, method, args.device)
+                found = in_a_process(__file__, args.model, batch, length, method, args.device)
                 megabytes[method] = found["after"] - found["before"]
             title = f"{args.model}, {batch} x {length} tokens"
             table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
