@@ -224,7 +224,9 @@ def _add_up(sums: list[Tensor | None], at: Any, gradient: Tensor, weight: Tensor
     with torch.autocast(hidden.device.type, enabled=False):
         if of_hidden is not None:
             of_hidden.flatten(0, -2)[at] = (narrow @ weight.to(hidden.dtype)).to(of_hidden.dtype)
-        if of_weight is not None:
+        if of_weight is not None and of_weight.dtype == hidden.dtype:
+            of_weight.addmm_(narrow.T, hidden)  # without a second matrix of its size
+        elif of_weight is not None:
             of_weight += narrow.T @ hidden
         if of_bias is not None:
             of_bias += gradient.sum(0)
