@@ -145,8 +145,8 @@ def chosen(output: Any, outputs: Outputs | None) -> dict[str, Any]:
     if "logits" in fields and fields["logits"] is None:
         raise ValueError(
             "SMART: the model's output has logits=None: a fused loss computes none while training. Switch it off "
-            "(use_liger_kernel=False in Hugging Face and TRL), or let outputs= be a function that returns a Projection "
-            "of the hidden states and the head's weight (docs/recipes.md)"
+            "(use_liger_kernel=False in Hugging Face), or compare the hidden states times the head's weight: "
+            "outputs=without_logits(model) (docs/recipes.md)"
         )
     several = {key: z for key, z in fields.items() if isinstance(z, Tensor) and z.is_floating_point() and z.ndim > 0}
     if len(several) == 1:

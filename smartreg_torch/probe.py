@@ -23,6 +23,7 @@ from smartreg.report import Description
 from smartreg_torch.compat import compiled_call, may_compile, original_forward, set_compiled_call
 from smartreg_torch.labels import IGNORED, SAYS, Positions, find_divergence, find_positions
 from smartreg_torch.outputs import chosen
+from smartreg_torch.projection import Output, Projection, has_head, values_of
 from smartreg_torch.replay import State
 from smartreg_torch.smart import SMART
 from smartreg_torch.values import tensors_in
@@ -151,7 +152,10 @@ class Probe:
             several = len(outputs) > 1
             for z, gradient in zip(outputs, gradients, strict=True):
                 if gradient is not None and (not several or z.ndim > 2):
-                    answer, counted = _judge(z, gradient, labels, inputs, first, _classes(smart.model))
+                    if isinstance(z, Projection):
+                        answer, counted = _judge_hidden(gradient, labels, inputs, first)
+                    else:
+                        answer, counted = _judge(z, gradient, labels, inputs, first, _classes(smart.model))
                     break
             if several:
                 answer = answer._replace(divergence=None, unsaid=False)
@@ -261,8 +265,11 @@ def first_call(model: nn.Module, instead: Callable[..., tuple[Any, Any]]) -> Ite
 
 def _outputs_and_gradients(
     trainer: Trainer, smart: SMART, compute_loss: ComputeLoss, inputs: Mapping[str, Any], num_items: Any
-) -> tuple[list[Tensor], list[Tensor | None]] | None:
-    """Return the compared outputs and d loss / d outputs; None if compute_loss does not call the model."""
+) -> tuple[list[Output], list[Tensor | None]] | None:
+    """Return the compared outputs and d loss / d outputs; None if compute_loss does not call the model.
+
+    Of a projection it is the gradient at its hidden states.
+    """
     model = smart.model
     forward = original_forward(model) or model.forward
 
@@ -277,29 +284,31 @@ def _outputs_and_gradients(
     if not seen:
         return None
     output = seen[0]
-    if smart._reader.outputs is None and hasattr(output, "logits") and output.logits is None:
+    if smart._reader.outputs is None and getattr(output, "logits", None) is None and has_head(model):
         raise ValueError(
             f"{type(trainer).__name__}: the model gives no logits while it trains, so SMART has nothing to compare: "
-            "its loss is fused with its last layer. Switch that off: use_liger_kernel=False in TrainingArguments (or "
-            "liger_kernel_config={'fused_linear_cross_entropy': False}), loss_type='nll' in TRL's SFTConfig, "
-            "UNSLOTH_RETURN_LOGITS=1 in the environment with Unsloth."
+            "its loss is fused with its head. Override create_smart and return SMART(model, config, "
+            "outputs=without_logits(model)), which compares the hidden states (docs/recipes.md). Or switch that off: "
+            "use_liger_kernel=False in TrainingArguments (or liger_kernel_config={'fused_linear_cross_entropy': "
+            "False}), UNSLOTH_RETURN_LOGITS=1 in the environment with Unsloth."
         )
     compared = list(chosen(output, smart._reader.outputs).values())
+    values = values_of(compared)
     tensors = {id(tensor): tensor for tensor in tensors_in(output) if tensor.requires_grad}
-    if all(id(z) in tensors for z in compared):
-        tensors = {id(z): tensors[id(z)] for z in compared}
+    if all(id(z) in tensors or isinstance(seen, Projection) for z, seen in zip(values, compared, strict=True)):
+        tensors = {id(z): z for z in values if z.requires_grad}
     if not (isinstance(loss, Tensor) and loss.requires_grad and tensors):
         return compared, [None] * len(compared)
     scale = torch.full_like(loss, _SCALE)
     found = torch.autograd.grad(loss, list(tensors.values()), scale, allow_unused=True)
     by_id = dict(zip(tensors, found, strict=True))
-    if all(id(z) in by_id for z in compared):
-        gradients: list[Tensor | None] = [by_id[id(z)] for z in compared]
+    if all(id(z) in by_id for z in values):
+        gradients: list[Tensor | None] = [by_id[id(z)] for z in values]
     elif any(gradient is not None for key, gradient in by_id.items() if tensors[key] is not loss):
         # outputs= takes parts or moves axes: the same of the gradient
         filled = {key: torch.zeros_like(tensors[key]) if grad is None else grad for key, grad in by_id.items()}
         given = _mapped(output, lambda value: filled.get(id(value), value))
-        gradients = list(chosen(given, smart._reader.outputs).values())
+        gradients = list(values_of(list(chosen(given, smart._reader.outputs).values())))
     else:
         gradients = list[Tensor | None]([None] * len(compared))
     return [z.detach() for z in compared], gradients
@@ -311,7 +320,7 @@ def _judge(
     if not bool((gradient != 0).any()):
         return _Answer("nothing"), None
     tokens = inputs.get("attention_mask", inputs.get("input_ids"))
-    real = tokens if isinstance(tokens, Tensor) and "attention_mask" in inputs else None
+    real = _real(inputs)
     if z.ndim == 1 or (z.ndim == 2 and _a_token_each(z, gradient, labels, tokens, real, classes)):
         z, gradient = z.unsqueeze(-1), gradient.unsqueeze(-1)
     axes = (-1, 1) if z.ndim > 2 else ()
@@ -323,6 +332,29 @@ def _judge(
     divergence = find_divergence(z, gradient, values)
     unsaid = divergence is None and values is not None and classes != 1
     answer = _Answer("told", None, divergence, unsaid=unsaid, axis=axis)
+    return _judge_positions(answer, z, gradient, counted, labels, first, real)
+
+
+def _judge_hidden(
+    gradient: Tensor, labels: Tensor, inputs: Mapping[str, Any], first: int
+) -> tuple[_Answer, Tensor | None]:
+    """Judge by the gradient at the hidden states. It tells which positions count, and nothing of the classes."""
+    counted = (gradient != 0).any(-1)
+    if not bool(counted.any()):
+        return _Answer("nothing"), None
+    each = counted.unsqueeze(-1).to(gradient.dtype)
+    return _judge_positions(_Answer("told"), each, each, counted, labels, first, _real(inputs))
+
+
+def _real(inputs: Mapping[str, Any]) -> Tensor | None:
+    mask = inputs.get("attention_mask")
+    return mask if isinstance(mask, Tensor) else None
+
+
+def _judge_positions(
+    answer: _Answer, z: Tensor, gradient: Tensor, counted: Tensor, labels: Tensor, first: int, real: Tensor | None
+) -> tuple[_Answer, Tensor | None]:
+    """Add to the answer which positions count, by those at which a gradient is."""
     marks = _marks(labels)
     if counted.ndim < 2 or marks.ndim != counted.ndim or (counted.ndim > 2 and marks.shape != counted.shape):
         return answer, None

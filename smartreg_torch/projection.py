@@ -105,6 +105,70 @@ class Projection:
 
 
 Output = Tensor | Projection
+# what Hugging Face's configs call a factor, or a squashing, between the head and the logits
+_RESHAPED = ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier", "lm_head_multiplier")
+
+
+def _inside(model: Any) -> Any:
+    base = getattr(model, "get_base_model", None)  # PEFT's
+    return base() if callable(base) else model
+
+
+def has_head(model: Any) -> bool:
+    """Tell whether this is a Hugging Face language model: its outputs are hidden states times a head's weight."""
+    find = getattr(_inside(model), "get_output_embeddings", None)
+    return callable(find) and isinstance(getattr(find(), "weight", None), Tensor)
+
+
+def without_logits(model: Any) -> Callable[[Any], Projection]:
+    """Return the function for `outputs=` of a Hugging Face language model whose loss is fused with its head.
+
+    Such a model gives no logits while it trains (TRL's SFTTrainer, Liger). A hook keeps what its backbone returned, and
+    the outputs are those hidden states times the head's weight.
+
+    Args:
+        model: a model with `base_model` and `get_output_embeddings`, or a PEFT model of one.
+
+    Raises:
+        ValueError: it has no such head, or its logits are not h W^T + b, because they are scaled or capped.
+
+    Example:
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=8, n_layer=1, n_head=2))
+        >>> outputs = without_logits(model)
+        >>> outputs(model(torch.ones(2, 7, dtype=torch.long))).shape
+        torch.Size([2, 7, 50])
+    """
+    language = _inside(model)
+    backbone = getattr(language, "base_model", language)
+    if backbone is language or not has_head(model):
+        raise ValueError(
+            f"without_logits: {type(model).__name__} has no backbone (base_model) with a head (get_output_embeddings). "
+            "Give outputs= a function that returns Projection(hidden states, weight of the head)"
+        )
+    config: Any = getattr(language, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    for name in _RESHAPED:
+        value = getattr(text, name, None)
+        if value not in (None, 1):
+            raise ValueError(
+                f"without_logits: config.{name} is {value}, so the logits are not the hidden states times the head's "
+                "weight. Compare the model's logits instead"
+            )
+    kept: list[Any] = []
+
+    def keep(module: Any, args: Any, output: Any) -> None:
+        kept[:] = [output.last_hidden_state]
+
+    backbone.register_forward_hook(keep)
+
+    def outputs(output: Any) -> Projection:
+        if not kept:
+            raise RuntimeError(f"without_logits: the model did not call its backbone, {type(backbone).__name__}")
+        own = language.get_output_embeddings()
+        return Projection(kept[0], own.weight, own.bias)
+
+    return outputs
 
 
 def values_of(outputs: Sequence[Output]) -> list[Tensor]:

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from torch.autograd import grad
 
-from smartreg_torch import SMART, Projection, SMARTConfig, projection
+from smartreg_torch import SMART, Projection, SMARTConfig, projection, without_logits
 from smartreg_torch.perturbation import margin_gradient
 from smartreg_torch.projection import sum_divergence
 
@@ -224,3 +225,34 @@ def test_a_divergence_or_axis_that_a_projection_has_not():
         smart = SMART(body, SMARTConfig(total_steps=5), outputs=outputs, **settings)
         with smart, pytest.raises(ValueError, match=message):
             smart(torch.ones(2, 3, dtype=torch.long))
+
+
+def language(**settings):
+    config = transformers.GPT2Config(vocab_size=30, n_embd=8, n_layer=1, n_head=2, **settings)
+    return transformers.GPT2LMHeadModel(config)
+
+
+def test_without_logits_gives_the_models_own():
+    """Those of its last forward, by the weight that the head has then."""
+    model = language().eval()
+    outputs = without_logits(model)
+    for _ in range(2):
+        ids = torch.randint(30, (2, 5))
+        output = model(ids)
+        torch.testing.assert_close(outputs(output).logits(), output.logits)
+        model.set_output_embeddings(nn.Linear(8, 30))
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: without_logits(nn.Linear(2, 2)), ValueError, "Linear has no backbone"),
+        (lambda: without_logits(language().transformer), ValueError, "GPT2Model has no backbone"),
+        (lambda: without_logits(language(final_logit_softcapping=30.0)), ValueError, "final_logit_softcapping is 30.0"),
+        (lambda: without_logits(language(logit_scale=0.5)), ValueError, "logit_scale is 0.5"),
+        (lambda: without_logits(language())(None), RuntimeError, "did not call its backbone, GPT2Model"),
+    ],
+)
+def test_a_model_of_which_the_hidden_states_do_not_do(make, error, message):
+    with pytest.raises(error, match=message):
+        make()

@@ -28,6 +28,7 @@ from paper_settings import papers  # noqa: E402
 
 import smartreg_torch  # noqa: E402
 from smartreg_torch import SMART, SMARTConfig  # noqa: E402
+from smartreg_torch.divergences import symmetric_kl  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
@@ -508,3 +509,41 @@ def test_text_without_labels_in_the_trainer(tmp_path):
     assert trainer.smart.metrics["R_s"] > 0
     model.eval()
     assert torch.equal(trainer.compute_loss(model, batch), model(**batch).loss)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("wrapped", [False, True], ids=["all weights", "LoRA"])
+def test_trls_trainer(tmp_path, monkeypatch, wrapped):
+    """The penalty is that of the logits, which TRL's own training never has."""
+    trl, peft = pytest.importorskip("trl"), pytest.importorskip("peft")
+    datasets = pytest.importorskip("datasets")
+    words = {word: i for i, word in enumerate(["<pad>", "<eos>", *"abcdefgh"])}
+    own = tokenizers.Tokenizer(WordLevel(words, unk_token="<pad>"))
+    own.pre_tokenizer = Whitespace()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=own, pad_token="<pad>", eos_token="<eos>")
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(vocab_size=len(words), n_embd=8, n_layer=1, n_head=2, pad_token_id=0)
+    model = transformers.GPT2LMHeadModel(config)
+    weight = model.lm_head.weight.detach().clone()
+    seen = []
+
+    class Watched(SMART):
+        def __init__(self, model, config, **settings):
+            super().__init__(model, config, on_step=seen.append, **settings)
+
+    monkeypatch.setattr(smartreg_torch, "SMART", Watched)
+    if wrapped:
+        lora = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["c_attn"], fan_in_fan_out=True)
+        model = peft.get_peft_model(model, lora)
+    given = {"report_to": [], "use_cpu": True, "bf16": False, "save_strategy": "no", "disable_tqdm": True, "seed": 0}
+    args = trl.SFTConfig(str(tmp_path), max_steps=2, per_device_train_batch_size=4, logging_steps=1, **given)
+    rows = datasets.Dataset.from_list([{"text": " ".join("abcdefgh"[i % 4 :])} for i in range(8)])
+    trainer = recipe("SFTTrainer", model=model, args=args, rows=rows, tokenizer=tokenizer)["trainer"]
+    first = seen[0]
+    assert first.outputs[0].shape == (4, 9, len(words))
+    labelled = first.positions[0]
+    assert torch.equal(labelled[:, :-1].any(0), torch.ones(8, dtype=torch.bool))
+    R_s = symmetric_kl(first.perturbed[0], first.outputs[0], labelled).mean()
+    torch.testing.assert_close(torch.tensor(trainer.state.log_history[0]["R_s"]), R_s, rtol=1e-4, atol=0)
+    assert float(R_s) > 0
+    assert torch.equal(trainer.model.get_output_embeddings().weight, weight) == wrapped

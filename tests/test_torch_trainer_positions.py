@@ -25,7 +25,7 @@ from transformers import Trainer
 from transformers.modeling_outputs import CausalLMOutput, TokenClassifierOutput
 
 from smartreg.report import Choice, Description
-from smartreg_torch import SMART, SMARTWarning
+from smartreg_torch import SMART, SMARTWarning, without_logits
 from smartreg_torch.labels import Positions, find_divergence, find_positions
 from smartreg_torch.probe import Probe, likely_offset
 from smartreg_torch.transformers import SMARTMixin
@@ -474,8 +474,49 @@ def test_a_model_without_logits_in_training(tmp_path):
 
     model = gpt2()
     model.__class__ = Fused
-    with pytest.raises(ValueError, match=r"no logits while it trains.*use_liger_kernel=False.*loss_type='nll'"):
+    with pytest.raises(ValueError, match=r"no logits while it trains.*without_logits\(model\).*use_liger_kernel=False"):
         watched(tmp_path, model, make_rows(6, causal_labels))
+
+
+class LigersWay(transformers.GPT2LMHeadModel):
+    """Gives a loss and its hidden states."""
+
+    def forward(self, input_ids, attention_mask, labels=None, **others):
+        hidden = self.transformer(input_ids, attention_mask=attention_mask).last_hidden_state
+        logits = self.lm_head(hidden)
+        loss = cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        return CausalLMOutput(loss=loss, hidden_states=(hidden,))
+
+
+class TRLsWay(LigersWay):
+    """Gives the labels' log-probabilities, at the positions that have a label."""
+
+    def forward(self, input_ids, attention_mask, labels=None, **others):
+        hidden = self.transformer(input_ids, attention_mask=attention_mask).last_hidden_state[:, :-1]
+        mask = labels[:, 1:] != -100
+        found = -cross_entropy(self.lm_head(hidden[mask]), labels[:, 1:][mask], reduction="none")
+        return CausalLMOutput(loss=-found.mean(), hidden_states=(torch.zeros_like(mask, dtype=found.dtype),))
+
+
+@pytest.mark.parametrize("kind", [LigersWay, TRLsWay])
+@pytest.mark.parametrize("wrapped", [False, True], ids=["all weights", "LoRA"])
+def test_hidden_states_instead_of_logits(tmp_path, kind, wrapped):
+    """The same penalties and weights as of the model with logits: the loss's gradient at h says what counts."""
+    found = []
+    for fused in (False, True):
+        model = lora() if wrapped else gpt2()
+        inside = model.get_base_model() if wrapped else model
+        if fused:
+            inside.__class__ = kind
+        settings = {"outputs": without_logits(model)} if fused else {}
+        rows = make_rows(6, causal_labels)
+        found.append(watched(tmp_path, model, rows, smart_settings=settings, optim="sgd", learning_rate=0.1))
+    logits, hidden = found
+    for name, weight in hidden.model.named_parameters():
+        torch.testing.assert_close(weight, logits.model.get_parameter(name), rtol=1e-4, atol=1e-6)
+    for got, want in zip(*(logged(trainer, "loss", "R_s", "D_Breg") for trainer in (hidden, logits)), strict=True):
+        assert got == pytest.approx(want, rel=1e-4, abs=1e-7)
+    assert all(torch.equal(*masks) for masks in zip(hidden.smart.masks, logits.smart.masks, strict=True))
 
 
 # l_s

@@ -32,7 +32,12 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = {"numpy": "smartreg", "torch": "smartreg_torch", "tf": "smartreg_tf"}
-CHECKED = ("divergences.py", "perturbation.py", "projection.py", "proximal.py")  # what `python -m smartreg check` runs of a backend
+CHECKED = (
+    "divergences.py",
+    "perturbation.py",
+    "projection.py",
+    "proximal.py",
+)  # what `python -m smartreg check` runs of a backend
 # A crash that has nothing to do with the formula: the mutation is badly written.
 CRASH = re.compile(
     r"(?:^E\s+|raised )((?:Syntax|Indentation|Name|UnboundLocal|Import|ModuleNotFound|Attribute)Error)", re.M
