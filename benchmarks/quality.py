@@ -315,12 +315,15 @@ def is_of(line: dict[str, Any], arm: str) -> bool:
     return line["settings"] == settings_of(arm, "ece" not in line)
 
 
-def chosen_by(lines: list[dict[str, Any]], arm: str) -> tuple[float, float] | None:
-    """The epochs and learning rate of an arm with the best mean score over the tasks and seeds of `--select`."""
+def chosen_by(lines: list[dict[str, Any]], arm: str, size: int) -> tuple[float, float] | None:
+    """The epochs and learning rate of an arm with the best mean score over the tasks and seeds of `--select`.
+
+    With as many training rows; if that was not tried, with any number.
+    """
+    tried = [line for line in lines if line["select"] and is_of(line, arm)]
     found: dict[tuple[float, float], dict[Any, float]] = defaultdict(dict)
-    for line in lines:
-        if line["select"] and is_of(line, arm):
-            found[line["epochs"], line["rate"]][line["task"], line["size"], line["seed"]] = line["score"]
+    for line in [line for line in tried if line["size"] == size] or tried:
+        found[line["epochs"], line["rate"]][line["task"], line["size"], line["seed"]] = line["score"]
     full = max(map(len, found.values()), default=0)  # what lacks a task cannot be compared
     means = {at: statistics.fmean(scores.values()) for at, scores in found.items() if len(scores) == full}
     return max(means, key=means.__getitem__) if means else None
@@ -340,7 +343,7 @@ def run(args: argparse.Namespace) -> None:
                     settings = settings_of(arm, rows_of(args.data / task)[2] is None)
                     at = (args.epochs, args.rate)
                     if args.tuned:
-                        at = chosen_by(lines_of(args.lines), arm) or at
+                        at = chosen_by(lines_of(args.lines), arm, size) or at
                     line = {"task": task, "size": size, "arm": arm, "seed": seed, "epochs": at[0], "rate": at[1]}
                     line |= {
                         "batch": args.batch_size,
@@ -392,11 +395,11 @@ Arms = dict[str, dict[int, dict[str, Any]]]  # of each arm the line of each seed
 
 def grouped(lines: list[dict[str, Any]], select: bool, against: str = "") -> dict[tuple[str, int], Arms]:
     """The lines by task and size: first the arm of that name, or plain as --select chose its epochs and rate."""
-    base = chosen_by(lines, "plain")
+    base = {size: chosen_by(lines, "plain", size) for size in {line["size"] for line in lines}}
 
     def order(line: dict[str, Any]) -> tuple[int, bool, int, str]:
         plain = is_of(line, "plain") and "theta~" not in line
-        first = name_of(line) == against if against else plain and (line["epochs"], line["rate"]) == base
+        first = name_of(line) == against if against else plain and (line["epochs"], line["rate"]) == base[line["size"]]
         arm = next((at for at, arm in enumerate(ARMS) if is_of(line, arm)), len(ARMS))
         return line["size"], not first, arm, name_of(line)
 
@@ -482,7 +485,7 @@ def summary(lines: list[dict[str, Any]], size: int, against: str = "") -> str:
     """
     names = [name for name in MEASURES if name != "R_s" and any(name in line for line in lines)]
     rows = [["", "seeds", *[TITLES[name] for name in names]], ["---", *["---:"] * (len(names) + 1)]]
-    groups, at = grouped(lines, select=False, against=against), chosen_by(lines, "SMARTConfig()")
+    groups, at = grouped(lines, select=False, against=against), chosen_by(lines, "SMARTConfig()", size)
     p = adjusted(groups)
     for (task, rows_of_it), arms in groups.items():
         base = next(iter(arms))
@@ -545,7 +548,7 @@ def filled(page: str, shown: dict[str, str]) -> str:
 def everything(lines: list[dict[str, Any]]) -> dict[str, str]:
     """Every table by its title."""
     plain = {name_of(line) for line in lines if is_of(line, "plain") and not line["select"] and line["size"] == 500}
-    chosen = chosen_by(lines, "plain")
+    chosen = chosen_by(lines, "plain", 500)
     other = sorted(plain - {f"plain, {chosen[0]:g} epochs, rate {chosen[1]:g}"} if chosen else [])
     shown = {"summary": summary(lines, 500)}
     shown |= {f"summary against {name}": summary(lines, 500, name) for name in other}

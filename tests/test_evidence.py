@@ -42,9 +42,13 @@ def test_epochs_and_rate_are_chosen_by_arm_over_all_tasks(quality):
         for task, score in zip("ab", scores, strict=False)
     ]
     lines += [line(quality, score=99, epochs=3), line(quality, "R_s", score=99, select=True, epochs=3)]
-    assert quality.chosen_by(lines, "plain") == (6, 1e-4)
-    assert quality.chosen_by(lines, "R_s") == (3, 1e-4)
-    assert quality.chosen_by(lines, "D_Breg") is None
+    size = lines[0]["size"]
+    assert quality.chosen_by(lines, "plain", size) == (6, 1e-4)
+    assert quality.chosen_by(lines, "plain", 2 * size) == (6, 1e-4)  # no run had as many rows
+    assert quality.chosen_by(lines, "R_s", size) == (3, 1e-4)
+    assert quality.chosen_by(lines, "D_Breg", size) is None
+    lines += [line(quality, score=1, select=True, epochs=20) | {"size": 2 * size}]
+    assert quality.chosen_by(lines, "plain", 2 * size) == (20, 1e-4)
 
 
 def test_holm(quality):
