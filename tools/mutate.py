@@ -87,15 +87,17 @@ MUTATIONS = [
 
 
 @cache
-def nodes(folder: Path) -> dict[type, list[Node]]:
-    """Every node of a package by its type."""
-    found: dict[type, list[Node]] = defaultdict(list)
+def nodes(folder: Path) -> dict[tuple[type, Any], list[Node]]:
+    """Every node of a package by its type and first leaf, and by its type and None."""
+    found: dict[tuple[type, Any], list[Node]] = defaultdict(list)
 
     def walk(file: Path, tree: ast.Module, scopes: tuple[str, ...], owner: ast.AST) -> None:
         for field, value in ast.iter_fields(owner):
             for index, child in enumerate(value) if isinstance(value, list) else [(None, value)]:
                 if isinstance(child, ast.AST):
-                    found[type(child)].append(Node(file, tree, scopes, owner, field, index))
+                    node = Node(file, tree, scopes, owner, field, index)
+                    for leaf in {first_leaf(child), None}:
+                        found[type(child), leaf].append(node)
                     walk(
                         file,
                         tree,
@@ -107,6 +109,22 @@ def nodes(folder: Path) -> dict[type, list[Node]]:
         tree = ast.parse(file.read_text())
         walk(file, tree, (), tree)
     return found
+
+
+def first_leaf(node: ast.AST) -> str | None:
+    """The first name or constant in a tree, where a node that fits has the same; None if that is a body `...`."""
+    for name in node._fields:
+        value = getattr(node, name, None)
+        if is_open(value):
+            return None
+        for child in value if isinstance(value, list) else [value]:
+            if isinstance(child, ast.AST):
+                if isinstance(child, ast.expr_context):
+                    continue
+                return first_leaf(child)
+            if child is not None:
+                return repr(child)
+    return type(node).__name__
 
 
 def parsed(code: str) -> list[Any]:
@@ -124,7 +142,9 @@ def pattern_of(mutation: Mutation) -> list[Any]:
 
 def is_open(body: Any) -> bool:
     """Whether this is the body `...`."""
-    return isinstance(body, list) and len(body) == 1 and ast.dump(body[0]) == "Expr(value=Constant(value=Ellipsis))"
+    if not isinstance(body, list) or len(body) != 1 or not isinstance(body[0], ast.Expr):
+        return False
+    return isinstance(body[0].value, ast.Constant) and body[0].value.value is ...
 
 
 def same(pattern: Any, found: Any, bodies: list[list[ast.stmt]]) -> bool:
@@ -145,7 +165,7 @@ def same(pattern: Any, found: Any, bodies: list[list[ast.stmt]]) -> bool:
 def place(mutation: Mutation, root: Path = ROOT) -> tuple[Node, list[list[ast.stmt]]]:
     """The one place of a mutation, and its bodies `...`; LookupError if there is none, or more than one."""
     pattern, fitting = pattern_of(mutation), []
-    for node in nodes(root / PACKAGES[mutation.backend])[type(pattern[0])]:
+    for node in nodes(root / PACKAGES[mutation.backend])[type(pattern[0]), first_leaf(pattern[0])]:
         held, bodies = getattr(node.owner, node.field), list[list[ast.stmt]]()
         code = [held] if node.index is None else held[node.index : node.index + len(pattern)]
         if (not mutation.within or mutation.within in node.scopes) and same(pattern, code, bodies):
