@@ -80,6 +80,7 @@ def test_bregman_divergence(backend, dtype, data):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", list(DIVERGENCES))
+@by_day(40)
 @given(data=st.data())
 def test_every_pair_of_backends(every_backend, name, dtype, data):
     """Values and gradients of any two backends against each other."""
