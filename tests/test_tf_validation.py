@@ -172,15 +172,21 @@ class Interrupts(keras.callbacks.Callback):
             raise KeyboardInterrupt
 
 
+@pytest.fixture(scope="module", params=[ALONE, ALL], ids=["alone", "R_s and D_Breg"])
+def unbroken(request, tmp_path_factory):
+    """A configuration, and what a run with it has seen and reports."""
+    seen, backup = Seen(), keras.callbacks.BackupAndRestore(tmp_path_factory.mktemp("unbroken") / "backup")
+    return request.param, seen, fit(classifier(), [SMARTCallback(request.param), backup, seen])
+
+
 @pytest.mark.parametrize("ours_first", [True, False], ids=["ours first", "ours last"])
-@pytest.mark.parametrize("config", [ALONE, ALL], ids=["alone", "R_s and D_Breg"])
-def test_backup_and_restore(tmp_path, config, ours_first):
+def test_backup_and_restore(tmp_path, unbroken, ours_first):
+    config, seen, whole = unbroken
+
     def callbacks():
         both = [SMARTCallback(config), keras.callbacks.BackupAndRestore(tmp_path / "backup")]
         return both if ours_first else both[::-1]
 
-    seen = Seen()
-    whole = fit(classifier(), [*callbacks(), seen])
     with pytest.raises(KeyboardInterrupt):
         fit(classifier(), [*callbacks(), Interrupts()])
     again = Seen()
