@@ -88,7 +88,6 @@ def run(
     model.compile(
         keras.optimizers.AdamW(rate, weight_decay=0.01),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-        jit_compile=False,  # on a CPU, XLA takes minutes to compile a step of several passes; "auto" would use it
     )
     settings = METHODS[method]
     # the first batches are slow: TensorFlow traces the step

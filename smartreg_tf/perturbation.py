@@ -80,8 +80,8 @@ def project_l2_ball(delta: Tensor, epsilon: Tensor, granularity: Granularity = "
 def project_l1_ball(delta: Tensor, epsilon: Tensor, granularity: Granularity = "example") -> Tensor:
     """Return the Euclidean projection onto {delta: ||delta||_1 <= epsilon}: sign(delta) max(|delta| - tau, 0).
 
-    tau is found by sorting (Duchi et al. 2008, figure 1), of |delta| less its largest entry, which loses no digits far
-    outside the ball. Not a rescaling: small entries become 0.
+    tau is found by dropping the entries that it makes 0, until there is none more (Michelot 1986), of |delta| less its
+    largest entry, which loses no digits far outside the ball. Not a rescaling: small entries become 0.
 
     Args: as `project_linf_ball`.
 
@@ -94,11 +94,20 @@ def project_l1_ball(delta: Tensor, epsilon: Tensor, granularity: Granularity = "
     radius = _radius(epsilon, rows)
     size = tf.abs(rows)
     size -= tf.reduce_max(size, -1, keepdims=True)
-    descending = tf.sort(size, direction="DESCENDING")
-    over = tf.cumsum(descending, axis=-1) - radius
-    count = tf.cast(tf.range(1, tf.shape(rows)[-1] + 1), rows.dtype)
-    kept = tf.maximum(tf.reduce_sum(tf.cast(descending * count > over, tf.int32), -1, keepdims=True), 1)
-    tau = tf.gather(over, kept - 1, axis=-1, batch_dims=rows.shape.rank - 1) / tf.cast(kept, rows.dtype)
+
+    def threshold(kept: Tensor) -> Tensor:  # the kept entries of size - tau add up to the radius
+        total = tf.reduce_sum(tf.where(kept, size, 0), -1, keepdims=True)
+        count = tf.reduce_sum(tf.cast(kept, size.dtype), -1, keepdims=True)
+        return (total - radius) / tf.maximum(count, 1)
+
+    def drop(kept: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
+        fewer = kept & (size > threshold(kept))
+        fewer.set_shape(kept.shape)
+        return fewer, tf.reduce_any(fewer != kept)
+
+    # not tf.sort: XLA takes its top_k for a tensor of unknown size, and then copies the step's functions
+    everything = tf.ones_like(size, tf.bool), tf.constant(True)
+    tau = threshold(tf.while_loop(lambda kept, dropped: dropped, drop, everything)[0])
     inside = _scaled_length(rows, "1") <= radius
     shrunk = tf.where(inside, rows, tf.sign(rows) * tf.maximum(size - tau, 0))
     return tf.reshape(_shrink(shrunk, _scaled_length(shrunk, "1"), radius, inside), tf.shape(delta))
@@ -267,8 +276,12 @@ def margin_gradient(
     if divergence == "symmetric_kl":
         if z.shape[-1] is not None and z.shape[-1] < 2:
             raise ValueError(f"margin start: symmetric_kl needs at least 2 classes, got outputs of shape {z.shape}")
-        order = tf.math.top_k(z, 2).indices  # of two equal ones the lower class first, as a stable sort has them
-        gradient = tf.one_hot(order[..., 1], classes, dtype=z.dtype) - tf.one_hot(order[..., 0], classes, dtype=z.dtype)
+        # of two equal classes the lower one, as a stable sort has them; not top_k, see `project_l1_ball`
+        best = tf.argmax(z, -1)
+        others = tf.where(tf.range(classes - 1, dtype=best.dtype) < best[..., None], z[..., :-1], z[..., 1:])
+        second = tf.argmax(others, -1)
+        second += tf.cast(second >= best, best.dtype)
+        gradient = tf.one_hot(second, classes, dtype=z.dtype) - tf.one_hot(best, classes, dtype=z.dtype)
     elif divergence == "bernoulli_symmetric_kl":
         least = tf.one_hot(tf.argmin(tf.abs(z), -1), classes, dtype=z.dtype)
         gradient = least * tf.where(z < 0, tf.ones_like(z), -tf.ones_like(z))

@@ -138,7 +138,8 @@ class Site:
 
         def put(x: Tensor, mask: Tensor | None, source: int | None) -> Tensor:
             if points is not None and len(calls) < len(points):
-                x = tf.ensure_shape(points[len(calls)], x.shape)
+                shape, x = x.shape, tf.identity(points[len(calls)])
+                x.set_shape(shape)  # not ensure_shape: under XLA it makes the size unknown, see `project_l1_ball`
             return self._seen(calls, x, mask, tape)
 
         with self._handling(put):

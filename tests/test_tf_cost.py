@@ -18,7 +18,7 @@ STARTS = {"gaussian": {"start": "gaussian", "ascent_steps": 1}, "margin": {"star
 PRODUCTS = {"MatMul", "BatchMatMulV2", "Einsum"}
 
 
-def transformer():
+def transformer(jit_compile=False):
     keras.utils.set_random_seed(0)
     ids = keras.Input([TOKENS], dtype="int32")
     x = layers.Embedding(WORDS, WIDTH)(ids)
@@ -26,7 +26,7 @@ def transformer():
     x = layers.GlobalAveragePooling1D()(layers.Dropout(0.1)(layers.Dense(WIDTH, "gelu")(x)))
     model = keras.Model(ids, layers.Dense(2)(x))
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    model.compile(keras.optimizers.SGD(0.1), loss, jit_compile=False)
+    model.compile(keras.optimizers.SGD(0.1), loss, jit_compile=jit_compile)
     return model
 
 
@@ -108,3 +108,15 @@ def test_conditions_do_not_go_over_all_weights(ours):
     for shape in set(shapes) - {(WORDS, WIDTH)}:
         assert chosen[shape] == shapes.count(shape)
     assert chosen[WORDS, WIDTH] == 0
+
+
+@pytest.mark.parametrize("norm", ["inf", "2", "1"])
+@pytest.mark.parametrize("start", STARTS)
+def test_xla_knows_every_size(start, norm):
+    """With one that it does not know it copies the step's functions, random bits included: three times the work."""
+    model = transformer(jit_compile=True)
+    with attach(model, papers(**STARTS[start], norm=norm, mu=1.0, total_steps=10)):
+        function = tf.function(lambda x, y: model.train_step((x, y)), jit_compile=True, autograph=False)
+        program = function.experimental_get_compiler_ir(IDS, LABELS)(stage="hlo")
+    assert "rng-bit-generator(" in program  # dropout's
+    assert "set-dimension-size(" not in program

@@ -138,6 +138,22 @@ def test_ascend_in_a_graph_and_under_xla(start, mode):
     assert np.abs(shorter.numpy()[0, 3:]).max() > 0  # the mask is what keeps them 0
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_the_margin_between_equal_and_masked_classes_is_numpys(mode):
+    inf = np.inf
+    z = [
+        [2, 2, 2, 2],
+        [1, 3, 3, 0],
+        [3, 1, 3, 3],
+        [0, 1, 2, 3],
+        [1, -inf, -inf, -inf],
+        [-inf, -inf, 1, -inf],
+        [-inf] * 4,
+    ]
+    got = in_mode(mode, perturbation.margin_gradient)(tf.constant(z, tf.float64))
+    np.testing.assert_array_equal(got, reference.margin_gradient(z))
+
+
 def test_the_released_codes_update():
     rng = np.random.default_rng(2)
     in_numpy, in_tensorflow = network(rng, "symmetric_kl", True)
