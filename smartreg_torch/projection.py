@@ -87,13 +87,20 @@ class Projection:
 
     def logits(self) -> Tensor:
         """Return all logits, (n, ..., C)."""
-        return self.logits_of(self.hidden)
+        same = self.in_one_dtype()
+        return same.logits_of(same.hidden)
+
+    def in_one_dtype(self) -> Projection:
+        """Return the same in the dtype of the hidden states; in float32 if theirs is float16, which is too narrow."""
+        dtype = torch.float32 if self.hidden.dtype == torch.float16 else self.hidden.dtype
+        return Projection(
+            self.hidden.to(dtype), self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype)
+        )
 
     def logits_of(self, hidden: Tensor) -> Tensor:
-        """Return the logits of other hidden states, in their precision."""
-        dtype = hidden.dtype
+        """Return the logits of other hidden states of this dtype."""
         with torch.autocast(hidden.device.type, enabled=False):
-            return linear(hidden, self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
+            return linear(hidden, self.weight, self.bias)
 
     def chunks(self, keep: Tensor | None) -> list[Tensor | slice]:
         """Return indices of the positions, (n ...) flattened, chunk by chunk; on a CPU of those alone that are kept."""
@@ -155,20 +162,27 @@ def without_logits(model: Any) -> Callable[[Any], Projection]:
                 f"without_logits: config.{name} is {value}, so the logits are not the hidden states times the head's "
                 "weight. Compare the model's logits instead"
             )
-    kept: list[Any] = []
+    return _LastHidden(language, backbone)
 
-    def keep(module: Any, args: Any, output: Any) -> None:
-        kept[:] = [output.last_hidden_state]
 
-    backbone.register_forward_hook(keep)
+class _LastHidden:
+    """Keep what the backbone of a language model returned last, and give it with the head's weight."""
 
-    def outputs(output: Any) -> Projection:
-        if not kept:
-            raise RuntimeError(f"without_logits: the model did not call its backbone, {type(backbone).__name__}")
-        own = language.get_output_embeddings()
-        return Projection(kept[0], own.weight, own.bias)
+    def __init__(self, language: Any, backbone: Any) -> None:
+        self._language, self._backbone, self._hidden = language, type(backbone).__name__, None
+        backbone.register_forward_hook(self._keep)
 
-    return outputs
+    def _keep(self, module: Any, args: Any, output: Any) -> None:
+        self._hidden = output.last_hidden_state
+
+    def __call__(self, output: Any) -> Projection:
+        if self._hidden is None:
+            raise RuntimeError(f"without_logits: the model did not call its backbone, {self._backbone}")
+        head = self._language.get_output_embeddings()
+        return Projection(self._hidden, head.weight, head.bias)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_hidden": None}  # it is of a graph
 
 
 def values_of(outputs: Sequence[Output]) -> list[Tensor]:
@@ -249,7 +263,7 @@ class _SumDivergence(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rows: Formula, weights: Tensor, *tensors: Any) -> Tensor:
-        sides = [Projection(*tensors[side::2]) for side in (0, 1)]
+        sides = [Projection(*tensors[side::2]).in_one_dtype() for side in (0, 1)]
         dtype = torch.promote_types(torch.promote_types(tensors[0].dtype, tensors[1].dtype), torch.float32)
         wanted = ctx.needs_input_grad[2:]
         sums = [z.new_zeros(z.shape, dtype=dtype) if want else None for z, want in zip(tensors, wanted, strict=True)]
@@ -287,7 +301,7 @@ def _add_up(sums: list[Tensor | None], at: Any, gradient: Tensor, weight: Tensor
     narrow = gradient.to(hidden.dtype)
     with torch.autocast(hidden.device.type, enabled=False):
         if of_hidden is not None:
-            of_hidden.flatten(0, -2)[at] = (narrow @ weight.to(hidden.dtype)).to(of_hidden.dtype)
+            of_hidden.flatten(0, -2)[at] = (narrow @ weight).to(of_hidden.dtype)
         if of_weight is not None and of_weight.dtype == hidden.dtype:
             of_weight.addmm_(narrow.T, hidden)  # without a second matrix of its size
         elif of_weight is not None:
@@ -302,9 +316,10 @@ def at_hidden(z: Projection, mask: Tensor | None, entries: Callable[[Tensor], tu
     Args:
         mask: which positions count, (n, ...). entries: logits -> the classes and the values of g there, (..., k).
     """
-    hidden = z.hidden.detach().flatten(0, -2)
+    same = z.detach().in_one_dtype()
+    hidden = same.hidden.flatten(0, -2)
     found, keep = torch.zeros_like(hidden), None if mask is None else mask.flatten() != 0
     for at in z.chunks(keep):
-        classes, values = entries(z.detach().logits_of(hidden[at]))
-        found[at] = (z.weight.detach()[classes] * values.unsqueeze(-1)).sum(-2).to(found.dtype)
-    return (found if keep is None else found.where(keep.unsqueeze(-1), 0)).view_as(z.hidden)
+        classes, values = entries(same.logits_of(hidden[at]))
+        found[at] = (same.weight[classes] * values.unsqueeze(-1)).sum(-2)
+    return (found if keep is None else found.where(keep.unsqueeze(-1), 0)).to(z.hidden.dtype).view_as(z.hidden)

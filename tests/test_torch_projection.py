@@ -1,5 +1,8 @@
 """Projection: outputs that are hidden states times a head's weight, of which no logits are ever all in memory."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 import transformers
@@ -49,9 +52,9 @@ def test_it_is_the_sum_of_the_logits_it_stands_for(chunks, name, shared, weight,
     tensors = leaves(a, b)
     first = grad(value, tensors, retain_graph=True)
     kept = [g.clone() for g in first]
-    for got, copy, again, want in zip(first, kept, grad(value, tensors), grad(logits, tensors), strict=True):
+    for got, before, again, want in zip(first, kept, grad(value, tensors), grad(logits, tensors), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-13)
-        assert torch.equal(got, copy)
+        assert torch.equal(got, before)
         assert torch.equal(got, again)
 
 
@@ -81,13 +84,23 @@ def test_half_precision_hidden_states(dtype):
     a, b = (Projection(z.hidden.to(dtype), z.weight.float()) for z in two(shared=True, bias=False))
     tensors = leaves(a, b)
     value = sum_divergence("symmetric_kl", a, b)
-    logits = [nn.functional.linear(z.hidden, z.weight.to(dtype)) for z in (a, b)]
+    wide = torch.float32 if dtype == torch.float16 else dtype  # whose range is too small for gradients before scaling
+    logits = [nn.functional.linear(z.hidden.to(wide), z.weight.to(wide)) for z in (a, b)]
     want = sum_divergence("symmetric_kl", *logits)
     torch.testing.assert_close(value, want, rtol=1e-5, atol=0)
     for got, exact in zip(grad(value, tensors), grad(want, tensors), strict=True):
         assert got.dtype == exact.dtype
         scale = float(exact.abs().max())
         torch.testing.assert_close(got.float(), exact.float(), rtol=0, atol=8 * torch.finfo(dtype).eps * scale)
+
+
+def test_small_gradients_survive_float16():
+    """They are scaled up only afterwards, by the loss scaler."""
+    hidden = torch.ones(64, 64, 4, dtype=torch.float16, requires_grad=True)
+    one = Projection(hidden, torch.randn(9, 4, generator=torch.Generator().manual_seed(0)))
+    other = Projection((hidden * 1.001).detach(), one.weight)
+    found = grad(2.0**16 / 4096 * sum_divergence("symmetric_kl", one, other), hidden)[0]
+    assert torch.all((found != 0).any(-1))
 
 
 def test_there_are_no_second_derivatives():
@@ -241,6 +254,16 @@ def test_without_logits_gives_the_models_own():
         output = model(ids)
         torch.testing.assert_close(outputs(output).logits(), output.logits)
         model.set_output_embeddings(nn.Linear(8, 30))
+
+
+def test_a_model_with_it_can_be_copied_and_pickled():
+    model = language()
+    outputs = without_logits(model)
+    output = model(torch.ones(2, 3, dtype=torch.long))
+    assert outputs(output).hidden.requires_grad
+    copied, _ = pickle.loads(pickle.dumps((model, outputs)))
+    copy.deepcopy(model)
+    assert copied.state_dict().keys() == model.state_dict().keys()
 
 
 @pytest.mark.parametrize(
