@@ -14,6 +14,10 @@ import tensorflow as tf
 
 Tensor = Any
 
+# With as many classes and as many logits, a CPU works on blocks of positions with about BLOCK logits, which its caches
+# hold. A GPU would wait for each block.
+CLASSES, LOGITS, BLOCK = 1 << 12, 1 << 22, 1 << 16
+
 
 def symmetric_kl(a: Tensor, b: Tensor, mask: Tensor | None = None) -> Tensor:
     """Return the symmetrised KL divergence of the distributions softmax(a) and softmax(b), differentiable in both.
@@ -36,6 +40,9 @@ def symmetric_kl(a: Tensor, b: Tensor, mask: Tensor | None = None) -> Tensor:
         >>> print(f"{symmetric_kl([[0.0, 1e-5]], [[0.0, 0.0]])[0]:.5g}")
         2.5e-11
     """
+    a, b = _pair("symmetric_kl", a, b)
+    if _in_blocks(a):
+        return _symmetric_kl_in_blocks(a, b, mask)
     return _with_gradient("symmetric_kl", lambda a, b: _symmetric_kl_terms(a, b)[0], symmetric_kl_grad, a, b, mask)
 
 
@@ -51,12 +58,10 @@ def symmetric_kl_grad(a: Tensor, b: Tensor, mask: Tensor | None = None) -> tuple
         array([[0., 0.]], dtype=float32)
     """
     a, b = _pair("symmetric_kl_grad", a, b)
-    _, p, q, p_minus_q, d_from = _symmetric_kl_terms(a, b)
-    # r - E_p r = d - E_p d; d is centred anew, exact near the largest p as it was near the largest q
-    d_p, d_q = d_from(_argmax(a)), d_from(_argmax(b))
-    grad_a = p * (d_p - _sum(p * d_p)) + p_minus_q
-    grad_b = q * (_sum(q * d_q) - d_q) - p_minus_q
-    return _mean_grad(grad_a, mask), _mean_grad(grad_b, mask)
+    if _in_blocks(a):
+        weights = position_weights(a, mask)
+        return tuple(grad * weights for grad in _blocks(a, b, mask)[1:])
+    return tuple(_mean_grad(grad, mask) for grad in _symmetric_kl_rows(a, b)[1:])
 
 
 def bernoulli_symmetric_kl(a: Tensor, b: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -189,6 +194,77 @@ def _with_gradient(
     return divergence(a, b)
 
 
+def _in_blocks(a: Tensor) -> bool:
+    """Tell whether logits are so many that all temporaries at once cost more than blocks of positions one by one."""
+    classes, logits = a.shape[-1], a.shape.num_elements()
+    large = classes is not None and classes >= CLASSES and (logits is None or logits >= LOGITS)
+    return large and all(device.device_type == "CPU" for device in tf.config.list_logical_devices())
+
+
+def _symmetric_kl_in_blocks(a: Tensor, b: Tensor, mask: Tensor | None) -> Tensor:
+    """Compute `symmetric_kl` and its gradients at once: the logits, the gradients and a block are in memory."""
+
+    @tf.custom_gradient  # type: ignore[untyped-decorator]
+    def divergence(a: Tensor, b: Tensor) -> Any:
+        weights = position_weights(a, mask)
+        j, *grads = _blocks(tf.stop_gradient(a), tf.stop_gradient(b), mask)
+
+        def vjp(upstream: Tensor) -> list[Tensor]:
+            each = tf.reshape(upstream, [-1] + [1] * (a.shape.rank - 1)) * weights
+            return [each * first(grad, i)(a, b) for i, grad in enumerate(grads)]
+
+        return mean_positions(j, mask), vjp
+
+    def first(grad: Tensor, argument: int) -> Callable[..., Tensor]:
+        @tf.custom_gradient  # type: ignore[untyped-decorator]
+        def known(a: Tensor, b: Tensor) -> Any:
+            def vjp(upstream: Tensor) -> Any:  # of the second derivative, all positions at once
+                with tf.GradientTape() as tape:
+                    tape.watch((a, b))
+                    found = _unmasked(_symmetric_kl_rows(a, b)[1 + argument], mask)
+                return tape.gradient(found, (a, b), output_gradients=upstream)
+
+            return tf.identity(grad), vjp
+
+        found: Callable[..., Tensor] = known
+        return found
+
+    return divergence(a, b)
+
+
+def _blocks(a: Tensor, b: Tensor, mask: Tensor | None) -> list[Tensor]:
+    """Return what `_symmetric_kl_rows` does, block by block; 0 where the mask is false."""
+    classes, shape = a.shape[-1], tf.shape(a)
+    size = max(1, BLOCK // classes)
+    keep = tf.reshape(tf.ones(shape[:-1], tf.bool) if mask is None else as_mask(mask), [-1])
+    a, b = tf.reshape(a, [-1, classes]), tf.reshape(b, [-1, classes])
+    signature = [tf.TensorSpec([size, *rest], a.dtype) for rest in ([], [classes], [classes])]
+
+    def block(start: Tensor) -> list[Tensor]:
+        at = tf.minimum(start + tf.range(size), tf.shape(a)[0] - 1)  # all blocks have one size, as XLA needs it
+        kept = tf.gather(keep, at)
+
+        def rows() -> list[Tensor]:
+            return [_unmasked(z, kept) for z in _symmetric_kl_rows(tf.gather(a, at), tf.gather(b, at))]
+
+        found: list[Tensor] = tf.cond(
+            tf.reduce_any(kept), rows, lambda: [tf.zeros(z.shape, z.dtype) for z in signature]
+        )
+        return found
+
+    found = tf.map_fn(block, tf.range(0, tf.shape(a)[0], size), fn_output_signature=signature)
+    whole = [tf.reshape(z, [-1, *rest.shape[1:]])[: tf.shape(a)[0]] for z, rest in zip(found, signature, strict=True)]
+    return [tf.reshape(whole[0], shape[:-1]), *(tf.reshape(z, shape) for z in whole[1:])]
+
+
+def _unmasked(values: Tensor, mask: Tensor | None) -> Tensor:
+    """Put 0 where the mask, of the leading axes, is false."""
+    if mask is None:
+        return values
+    keep = as_mask(mask)
+    return tf.where(keep if values.shape.rank == keep.shape.rank else keep[..., None], values, 0)
+
+
 def _pair(call: str, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     a, b = tf.convert_to_tensor(a), tf.convert_to_tensor(b)
     if a.shape.rank is None or a.shape.rank < 2 or not a.shape.is_compatible_with(b.shape):
@@ -249,6 +325,16 @@ def _symmetric_kl_terms(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor, T
     p_minus_q = tf.where(near & alike, q * tf.math.expm1(tf.where(near & alike, r, zero)), p - q)
     j = tf.reduce_sum(tf.maximum(p_minus_q * r, 0), -1)
     return tf.where(tf.math.is_finite(distance), j, distance), p, q, p_minus_q, d_from
+
+
+def _symmetric_kl_rows(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return J, dJ/da and dJ/db of each position."""
+    j, p, q, p_minus_q, d_from = _symmetric_kl_terms(a, b)
+    # r - E_p r = d - E_p d; d is centred anew, exact near the largest p as it was near the largest q
+    d_p, d_q = d_from(_argmax(a)), d_from(_argmax(b))
+    grad_a = p * (d_p - _sum(p * d_p)) + p_minus_q
+    grad_b = q * (_sum(q * d_q) - d_q) - p_minus_q
+    return j, grad_a, grad_b
 
 
 def _softmax(a: Tensor) -> tuple[Tensor, Tensor]:

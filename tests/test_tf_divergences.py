@@ -224,3 +224,79 @@ def test_the_third_derivative_where_a_logit_is_0():
             slope = first.gradient(value, a)
         curvature = second.gradient(slope, a)
     assert third.gradient(curvature, a).numpy() == pytest.approx(0.7 / 8, rel=1e-12)
+
+
+@pytest.fixture
+def in_blocks(monkeypatch):
+    """Let small logits be computed in blocks of two positions, as those of a vocabulary's size are."""
+    monkeypatch.setattr(divergences, "CLASSES", 1)
+    monkeypatch.setattr(divergences, "LOGITS", 1)
+    monkeypatch.setattr(divergences, "BLOCK", 12)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("shape", [(3, 5, 6), (2, 4, 3, 6), (5, 6)])
+@pytest.mark.usefixtures("in_blocks")
+def test_blocks_equal_numpy_with_masked_positions(shape, mode):
+    """An odd number of positions, masked blocks, NaN where masked, and gradients by each argument alone."""
+    rng = np.random.default_rng(0)
+    a = 3 * rng.normal(size=shape)
+    b = a + 10.0 ** rng.uniform(-6, 1, size=(*shape[:-1], 1)) * rng.normal(size=shape)
+    a[..., 1] = b[..., 1] = -np.inf
+    mask = np.arange(np.prod(shape[:-1])).reshape(shape[:-1]) % 5 > 2
+    want = reference.symmetric_kl(a, b, mask), *reference.symmetric_kl_grad(a, b, mask)
+    a[~mask] = np.nan
+
+    def run(a, b, mask):
+        with tf.GradientTape(persistent=True) as tape:
+            tape.watch((a, b))
+            value = divergences.symmetric_kl(a, b, mask)
+            total = tf.reduce_sum(value * tf.range(1.0, 1.0 + shape[0], dtype=a.dtype))
+        alone = tape.gradient(total, a), tape.gradient(total, b)
+        return value, *tape.gradient(total, (a, b)), *alone, *divergences.symmetric_kl_grad(a, b, mask)
+
+    value, *got = in_mode(mode, run)(tf.constant(a), tf.constant(b), tf.constant(mask))
+    np.testing.assert_allclose(value, want[0], rtol=1e-12)
+    each = np.arange(1.0, 1 + shape[0]).reshape(-1, *[1] * (len(shape) - 1))
+    for found, expected in zip(got, [each * g for g in want[1:]] * 2 + list(want[1:]), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-12 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("case", ["far", "near", "masked positions", "masked class"])
+@pytest.mark.usefixtures("in_blocks")
+def test_second_derivatives_of_blocks(case):
+    test_second_derivatives_are_those_of_the_gradient("symmetric_kl", case)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@settings(max_examples=2, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), distance=st.floats(-6, 1))
+def test_a_vocabulary_of_fifty_thousand(dtype, mode, seed, distance):
+    """Values and gradients, in blocks, against NumPy's in float64."""
+    rng = np.random.default_rng(seed)
+    a = (3 * rng.normal(size=(2, 42, 50257))).astype(dtype)
+    b = (a + 10**distance * rng.normal(size=a.shape)).astype(dtype)
+    mask = np.arange(84).reshape(2, 42) % 14 == 0
+    assert divergences._in_blocks(tf.constant(a))
+    a, b = (np.where(mask[..., None], z, 0) for z in (a, b))  # the reference is slow
+    got = in_mode(mode, both_masked)(tf.constant(a), tf.constant(b), tf.constant(mask))
+    rows = [z[mask].reshape(2, 3, -1).astype(np.float64) for z in (a, b)]
+    np.testing.assert_allclose(got[0], reference.symmetric_kl(*rows), rtol=BOUND[dtype])
+    for found, want in zip(got[1:], reference.symmetric_kl_grad(*rows), strict=True):
+        assert (found.numpy()[~mask] == 0).all()
+        error = np.abs(found.numpy()[mask].reshape(want.shape) - want).max(-1)
+        assert (error <= BOUND[dtype] * np.abs(want).max(-1)).all()
+
+
+def both_masked(a, b, mask):
+    with tf.GradientTape() as tape:
+        tape.watch((a, b))
+        value = divergences.symmetric_kl(a, b, mask)
+    return value, *tape.gradient(value, (a, b))
+
+
+def test_small_logits_are_not_cut_into_blocks():
+    assert not divergences._in_blocks(tf.zeros([1000, 4095]))
+    assert not divergences._in_blocks(tf.zeros([2, 50257]))
+    assert divergences._in_blocks(tf.zeros([1024, 4096]))
