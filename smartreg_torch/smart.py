@@ -46,8 +46,8 @@ class SMART:
         config: the settings. `total_steps` is needed if beta is scheduled, as it is by default.
         site: where x is, see `smartreg_torch.site.Site`; a list of names perturbs several at once.
         outputs: which of the model's outputs f(x) are: a name or index, several (they add up), or a function from
-            the model's output to a tensor, a `Projection` or several. By default a plain tensor, "logits", "start_logits" with
-            "end_logits", or the only floating-point tensor there is.
+            the model's output to a tensor, a `Projection` or several. By default a plain tensor, "logits",
+            "start_logits" with "end_logits", or the only floating-point tensor there is.
         divergence: l_s, "symmetric_kl", "bernoulli_symmetric_kl" or "squared_error", one for all outputs or one for
             each. By default what the model's `config.problem_type` says, else "symmetric_kl". That guess is checked
             against the loss's own gradient in the first backward.
