@@ -185,7 +185,8 @@ def set_compiled_call(module: nn.Module, call: Any) -> None:
 
     Private: torch.nn.Module._compiled_call_impl
     For: the Trainer's call of the model, which SMART takes the place of once a step
-    Without: nothing; torch.compile then goes through SMART's code as well, which is slow
+    Without: torch.compile goes through SMART's code as well, which is slow; and a model of fully_shard is refused in
+        the Trainer's first step, since its hooks have run before SMART does
     """
     if compiled_call(module) is not call:
         module._compiled_call_impl = call

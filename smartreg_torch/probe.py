@@ -25,6 +25,7 @@ from smartreg_torch.labels import IGNORED, SAYS, Positions, find_divergence, fin
 from smartreg_torch.outputs import chosen
 from smartreg_torch.projection import Output, Projection, has_head, values_of
 from smartreg_torch.replay import State
+from smartreg_torch.sharding import is_root
 from smartreg_torch.smart import SMART
 from smartreg_torch.values import tensors_in
 
@@ -255,8 +256,19 @@ def first_call(model: nn.Module, instead: Callable[..., tuple[Any, Any]]) -> Ite
         kept.append(beside)
         return output
 
-    vars(model)["forward"] = forward
-    set_compiled_call(model, None)  # model.compile()'s, which would compile `instead` too
+    def call(*args: Any, **kwargs: Any) -> Any:
+        restore()
+        try:
+            return forward(*args, **kwargs) if torch.is_grad_enabled() else model(*args, **kwargs)
+        finally:
+            if not kept:
+                set_compiled_call(model, call)
+
+    if is_root(model):  # what its hooks have gathered before a forward, no pass inside it could gather anew
+        set_compiled_call(model, call)
+    else:
+        vars(model)["forward"] = forward
+        set_compiled_call(model, None)  # model.compile()'s, which would compile `instead` too
     try:
         yield kept
     finally:
@@ -271,7 +283,8 @@ def _outputs_and_gradients(
     Of a projection it is the gradient at its hidden states.
     """
     model = smart.model
-    forward = original_forward(model) or model.forward
+    # only the hooks of fully_shard's root gather its weights
+    forward = model if is_root(model) else original_forward(model) or model.forward
 
     def call(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
         with trainer.accelerator.autocast():

@@ -30,6 +30,11 @@ def fully_sharded(model: nn.Module) -> list[Any]:
     return [] if fsdp is None else [module for module in model.modules() if isinstance(module, fsdp.FSDPModule)]
 
 
+def is_root(model: nn.Module) -> bool:
+    """Tell whether `fully_shard` was called on the model itself, so that its hooks run around the model's forward."""
+    return any(module is model for module in fully_sharded(model))
+
+
 def is_sharded(tensor: Tensor) -> bool:
     """Tell whether this is a DTensor."""
     return hasattr(tensor, "to_local")

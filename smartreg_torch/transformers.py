@@ -17,6 +17,7 @@ from smartreg_torch.compat import check_trainer
 
 try:
     import transformers
+    from accelerate.utils import gather_object  # type: ignore[import-untyped]
     from packaging.version import Version
     from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
@@ -34,6 +35,8 @@ except ImportError as error:
 from smartreg.config import SMARTConfig, SMARTWarning
 from smartreg.report import Description
 from smartreg_torch.probe import Probe, cloned, first_call, undone
+from smartreg_torch.proximal import local
+from smartreg_torch.sharding import is_sharded
 from smartreg_torch.smart import SMART
 from smartreg_torch.window import Window
 
@@ -248,7 +251,7 @@ class SMARTMixin(_Base):
         teacher = torch.load(file, map_location="cpu", weights_only=True)["smart"]["teacher"]
         _put(self.smart, teacher)
         for name, average in self.smart.teacher.items():  # an evaluation in swap_teacher gives that metric again
-            average.copy_(teacher[name])
+            local(average).copy_(local(teacher[name]))
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
@@ -304,9 +307,11 @@ class SMARTMixin(_Base):
         config, args = self.smart_config, self.args
         if not config.active:
             return
+        fsdp1 = self.is_fsdp_enabled and not getattr(self.accelerator, "is_fsdp2", False)
         unsupported = {
             "several GPUs in one process (nn.DataParallel); start it with torchrun": args.n_gpu > 1,
-            "FSDP; use SMART in a loop of your own after fully_shard(model), docs/distributed.md": self.is_fsdp_enabled,
+            "FSDP1; say fsdp_config={'version': 2} in TrainingArguments": fsdp1,
+            "torch_xla's FSDP; use that of PyTorch, fsdp_config={'version': 2}": self.is_fsdp_xla_enabled,
             "DeepSpeed": self.is_deepspeed_enabled,
             "torch_compile=True with several processes; leave it out, and call model.compile() before the trainer "
             "is made": args.torch_compile and args.world_size > 1,
@@ -446,17 +451,19 @@ def _check_scaling(
 @torch.no_grad()
 def _put(smart: SMART, averages: Mapping[str, Tensor]) -> None:
     """Copy averages into the weights of the model, for good."""
-    for name, weight in smart.model.named_parameters():
+    for name, weight in smart._look().items():
         if name in averages:
-            weight.copy_(averages[name])
+            local(weight).copy_(local(averages[name]))
 
 
 @torch.no_grad()
 def _has_averages(smart: SMART) -> bool:
     """Tell whether the model has theta~ now, whoever put it there."""
-    theta = dict(smart.model.named_parameters())
-    pairs = [(theta[name], average) for name, average in smart.teacher.items()]
-    return bool(pairs) and all(torch.equal(weight, average.to(weight)) for weight, average in pairs)
+    theta = smart._look()
+    pairs = [(local(theta[name]), local(average)) for name, average in smart.teacher.items()]
+    same = bool(pairs) and all(torch.equal(weight, average.to(weight)) for weight, average in pairs)
+    # each process has seen its own shards
+    return all(gather_object([same])) if any(map(is_sharded, theta.values())) else same
 
 
 def _of_averages(evaluations: list[tuple[bool, dict[str, float]]], name: str, value: float) -> bool:

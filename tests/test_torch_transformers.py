@@ -980,7 +980,10 @@ def test_bad_input_is_named(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"torch_compile=True with several processes; .*model\.compile\(\)"):
         trainer._begin_smart()
     trainer.args.torch_compile, trainer.is_fsdp_enabled = False, True
-    with pytest.raises(ValueError, match=r"FSDP; use SMART in a loop of your own after fully_shard\(model\)"):
+    with pytest.raises(ValueError, match=r"FSDP1; say fsdp_config=\{'version': 2\}"):
+        trainer._begin_smart()
+    trainer.is_fsdp_enabled, trainer.is_fsdp_xla_enabled = False, True
+    with pytest.raises(ValueError, match=r"torch_xla's FSDP; use that of PyTorch"):
         trainer._begin_smart()
 
 
