@@ -303,7 +303,8 @@ def run_once(args: argparse.Namespace, line: dict[str, Any]) -> dict[str, Any]:
 
 def key(line: dict[str, Any]) -> str:
     names = ("task", "size", "seed", "epochs", "rate", "batch", "select", "model", "settings")
-    return json.dumps([line[name] for name in names], sort_keys=True)
+    same = line | {"epochs": float(line["epochs"]), "rate": float(line["rate"])}  # 6 is 6.0
+    return json.dumps([same[name] for name in names], sort_keys=True)
 
 
 def lines_of(path: Path) -> list[dict[str, Any]]:
@@ -312,15 +313,19 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
 
 def is_of(line: dict[str, Any], arm: str) -> bool:
     """Whether a line is of an arm, whatever the arm was called when it was run."""
-    return line["settings"] == settings_of(arm, "ece" not in line)
+    return line["settings"] == settings_of(arm, is_regression(line))
 
 
-def chosen_by(lines: list[dict[str, Any]], arm: str, size: int) -> tuple[float, float] | None:
+def is_regression(line: dict[str, Any]) -> bool:
+    return "ece" not in line
+
+
+def chosen_by(lines: list[dict[str, Any]], arm: str, regression: bool, size: int) -> tuple[float, float] | None:
     """The epochs and learning rate of an arm with the best mean score over the tasks and seeds of `--select`.
 
-    With as many training rows; if that was not tried, with any number.
+    Over the tasks of this kind with as many training rows; if that was not tried, with any number of rows.
     """
-    tried = [line for line in lines if line["select"] and is_of(line, arm)]
+    tried = [line for line in lines if line["select"] and is_of(line, arm) and is_regression(line) == regression]
     found: dict[tuple[float, float], dict[Any, float]] = defaultdict(dict)
     for line in [line for line in tried if line["size"] == size] or tried:
         found[line["epochs"], line["rate"]][line["task"], line["size"], line["seed"]] = line["score"]
@@ -340,10 +345,11 @@ def run(args: argparse.Namespace) -> None:
         for task in args.task:
             for size in args.size:
                 for arm in args.arm:
-                    settings = settings_of(arm, rows_of(args.data / task)[2] is None)
+                    regression = rows_of(args.data / task)[2] is None
+                    settings = settings_of(arm, regression)
                     at = (args.epochs, args.rate)
                     if args.tuned:
-                        at = chosen_by(lines_of(args.lines), arm, size) or at
+                        at = chosen_by(lines_of(args.lines), arm, regression, size) or at
                     line = {"task": task, "size": size, "arm": arm, "seed": seed, "epochs": at[0], "rate": at[1]}
                     line |= {
                         "batch": args.batch_size,
@@ -395,11 +401,12 @@ Arms = dict[str, dict[int, dict[str, Any]]]  # of each arm the line of each seed
 
 def grouped(lines: list[dict[str, Any]], select: bool, against: str = "") -> dict[tuple[str, int], Arms]:
     """The lines by task and size: first the arm of that name, or plain as --select chose its epochs and rate."""
-    base = {size: chosen_by(lines, "plain", size) for size in {line["size"] for line in lines}}
+    base = {at: chosen_by(lines, "plain", *at) for at in {(is_regression(line), line["size"]) for line in lines}}
 
     def order(line: dict[str, Any]) -> tuple[int, bool, int, str]:
+        chosen = (line["epochs"], line["rate"]) == base[is_regression(line), line["size"]]
         plain = is_of(line, "plain") and "theta~" not in line
-        first = name_of(line) == against if against else plain and (line["epochs"], line["rate"]) == base[line["size"]]
+        first = name_of(line) == against if against else plain and chosen
         arm = next((at for at, arm in enumerate(ARMS) if is_of(line, arm)), len(ARMS))
         return line["size"], not first, arm, name_of(line)
 
@@ -481,21 +488,26 @@ def tables(lines: list[dict[str, Any]], select: bool) -> dict[str, str]:
 def summary(lines: list[dict[str, Any]], size: int, against: str = "") -> str:
     """A Markdown table of plain training and of SMARTConfig(), each with what --select chose for it.
 
-    `against` names another setting of plain training.
+    `against` names another setting of plain training; then only the tasks are in for which --select did not choose it.
     """
     names = [name for name in MEASURES if name != "R_s" and any(name in line for line in lines)]
     rows = [["", "seeds", *[TITLES[name] for name in names]], ["---", *["---:"] * (len(names) + 1)]]
-    groups, at = grouped(lines, select=False, against=against), chosen_by(lines, "SMARTConfig()", size)
+    groups = {at: arms for at, arms in grouped(lines, select=False, against=against).items() if at[1] == size}
+    if against:
+        own = {at: next(iter(arms)) for at, arms in grouped(lines, select=False).items()}
+        groups = {at: arms for at, arms in groups.items() if next(iter(arms)) == against != own[at]}
     p = adjusted(groups)
-    for (task, rows_of_it), arms in groups.items():
+    for (task, _), arms in groups.items():
         base = next(iter(arms))
+        regression = is_regression(next(iter(arms[base].values())))
+        at = chosen_by(lines, "SMARTConfig()", regression, size)
         ours = {
             arm
             for arm, runs in arms.items()
             for line in runs.values()
             if "theta~" not in line and (is_of(line, "SMARTConfig()") and (line["epochs"], line["rate"]) == at)
         }
-        for arm in [base, *ours] if rows_of_it == size else []:
+        for arm in [base, *ours]:
             cells = [f"{task}, {'plain' if arm == base else '`SMARTConfig()`'}", str(len(arms[arm]))]
             for name in names:
                 apart = differences(arms, base, arm, name)
@@ -520,7 +532,7 @@ def plot(lines: list[dict[str, Any]], path: Path, size: int) -> None:
         *(len(groups), len(names)), figsize=(11, 1 + 0.28 * height), squeeze=False, layout="constrained"
     )
     for row, ((task, _), arms) in zip(axes, groups.items(), strict=True):
-        base, *others = arms
+        base, *others = arms  # plain training as --select chose it
         for ax, name in zip(row, names, strict=True):
             ax.axvline(0, color="0.6", linewidth=1)
             for y, arm in enumerate(others):
@@ -533,7 +545,7 @@ def plot(lines: list[dict[str, Any]], path: Path, size: int) -> None:
             ax.set_yticks(range(len(others)), others if ax is row[0] else [""] * len(others), fontsize=8)
             ax.set_title(f"{task}: {TITLES[name]}", fontsize=9)
             ax.tick_params(axis="x", labelsize=8)
-    figure.suptitle(f"Difference to {base} by seed, 95% interval, {size} training rows", fontsize=10)
+    figure.suptitle(f"Difference to plain training by seed, 95% interval, {size} training rows", fontsize=10)
     figure.savefig(path, dpi=120)
 
 
@@ -547,11 +559,12 @@ def filled(page: str, shown: dict[str, str]) -> str:
 
 def everything(lines: list[dict[str, Any]]) -> dict[str, str]:
     """Every table by its title."""
-    plain = {name_of(line) for line in lines if is_of(line, "plain") and not line["select"] and line["size"] == 500}
-    chosen = chosen_by(lines, "plain", 500)
-    other = sorted(plain - {f"plain, {chosen[0]:g} epochs, rate {chosen[1]:g}"} if chosen else [])
+    plain = [line for line in lines if is_of(line, "plain") and not line["select"] and line["size"] == 500]
+    other = [
+        line for line in plain if (line["epochs"], line["rate"]) != chosen_by(lines, "plain", is_regression(line), 500)
+    ]
     shown = {"summary": summary(lines, 500)}
-    shown |= {f"summary against {name}": summary(lines, 500, name) for name in other}
+    shown |= {f"summary against {name}": summary(lines, 500, name) for name in sorted(set(map(name_of, other)))}
     return shown | tables(lines, select=False) | tables(lines, select=True)
 
 

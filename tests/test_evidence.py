@@ -35,20 +35,22 @@ def test_settings_leave_out_what_is_off_and_know_the_task(quality):
     assert "memory" not in quality.settings_of("the paper's values", regression=False)
 
 
-def test_epochs_and_rate_are_chosen_by_arm_over_all_tasks(quality):
+def test_epochs_and_rate_are_chosen_for_each_arm_and_kind_of_task(quality):
     lines = [
         line(quality, task=task, score=score, select=True, epochs=epochs)
         for epochs, scores in ((3, (80, 70)), (6, (79, 72)), (12, (99,)))  # 12 lacks a task
         for task, score in zip("ab", scores, strict=False)
     ]
     lines += [line(quality, score=99, epochs=3), line(quality, "R_s", score=99, select=True, epochs=3)]
-    size = lines[0]["size"]
-    assert quality.chosen_by(lines, "plain", size) == (6, 1e-4)
-    assert quality.chosen_by(lines, "plain", 2 * size) == (6, 1e-4)  # no run had as many rows
-    assert quality.chosen_by(lines, "R_s", size) == (3, 1e-4)
-    assert quality.chosen_by(lines, "D_Breg", size) is None
-    lines += [line(quality, score=1, select=True, epochs=20) | {"size": 2 * size}]
-    assert quality.chosen_by(lines, "plain", 2 * size) == (20, 1e-4)
+    assert quality.chosen_by(lines, "plain", False, 500) == (6, 1e-4)
+    assert quality.chosen_by(lines, "plain", False, 100) == (6, 1e-4)  # no run had as many rows
+    assert quality.chosen_by(lines, "R_s", False, 500) == (3, 1e-4)
+    assert quality.chosen_by(lines, "D_Breg", False, 500) is None
+    assert quality.chosen_by(lines, "plain", True, 500) is None
+    few = line(quality, score=1, select=True, epochs=20) | {"size": 100}
+    values = {name: value for name, value in line(quality, score=1, select=True, epochs=9).items() if name != "ece"}
+    assert quality.chosen_by([*lines, few], "plain", False, 100) == (20, 1e-4)
+    assert quality.chosen_by([*lines, values], "plain", True, 500) == (9, 1e-4)
 
 
 def test_holm(quality):
