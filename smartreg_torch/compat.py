@@ -229,6 +229,45 @@ def mixed_precision_policy(sharded: Any) -> Any:
         ) from error
 
 
+def partition(weight: Tensor) -> Tensor | None:
+    """Return this process's part of a weight that ZeRO 3 has partitioned, without its padding, or None.
+
+    Private: ds_tensor, ds_numel and ds_process_group, attributes of the parameters of a model of ZeRO 3
+    Seen: deepspeed 0.19
+    For: theta~ of ZeRO 3, which is made of the parts, and is put into the model in their place
+    Without: None, and SMART refuses ZeRO 3
+    """
+    part: Tensor | None = getattr(weight, "ds_tensor", None)
+    if part is None:
+        return None
+    zero: Any = weight
+    begin = torch.distributed.get_rank(zero.ds_process_group) * part.numel()
+    return part.narrow(0, 0, min(max(zero.ds_numel - begin, 0), part.numel()))
+
+
+def release_partitions(engine: Any) -> None:
+    """Give up the whole weights that ZeRO 3 has gathered; the next pass gathers them anew.
+
+    Private: DeepSpeedZeroOptimizer_Stage3.empty_partition_cache (the engine's own collects garbage, too, which is slow)
+    Seen: deepspeed 0.19
+    For: passes with theta~, or with x + delta after it, that are not of stale weights
+    Without: AttributeError in the first step
+    """
+    engine.optimizer.empty_partition_cache()
+
+
+def is_of_zero(name: str) -> bool:
+    """Tell whether ZeRO 3 keeps its own under this name in a module: how often a weight is still needed.
+
+    Private: the names of attributes that DeepSpeed gives to modules
+    Seen: deepspeed 0.19
+    For: leaving them as the last pass left them, while all else is put back
+    Without: False; the backward then finds weights that are not gathered, and fails
+    """
+    own = ("applied_pre_backward_ref_cnt", "_external_params", "_original_parameters", "_parameters")
+    return name.startswith("ds_") or name in own
+
+
 def says(error: BaseException, what: str) -> bool:
     """Tell whether an error of torch's says this: "compiler disabled", "no leaf" or "reentrant".
 

@@ -15,7 +15,7 @@ from torch.func import functional_call
 from smartreg_torch import compat
 from smartreg_torch.projection import Output, values_of
 from smartreg_torch.replay import Given, Known, State, device_of, differing, first_differing_module
-from smartreg_torch.sharding import HALF, fully_sharded, reshard
+from smartreg_torch.sharding import HALF, is_engine, is_wrapper, reshard, sharded_parts
 from smartreg_torch.site import Call, Site, shift
 from smartreg_torch.teacher import Teacher, in_model
 
@@ -43,7 +43,8 @@ class Runner:
 
     def __init__(self, wrapped: nn.Module, choose: Callable[[Any], Outputs], precision: str) -> None:
         self.wrapped, self.choose, self.precision = wrapped, choose, precision
-        self.called: nn.Module = wrapped.module if isinstance(wrapped, nn.parallel.DistributedDataParallel) else wrapped
+        inside: Any = wrapped.module if is_wrapper(wrapped) else wrapped
+        self.called: nn.Module = inside
         self.model: nn.Module = compat.uncompiled(self.called)
         if isinstance(self.model, nn.parallel.DistributedDataParallel):
             raise ValueError(
@@ -66,17 +67,18 @@ class Runner:
         """Return the parameters by name. Walk over the model only if a module holds others than before."""
         reshard(self.sharded)
         if not self.modules or list(map(_held, self.modules)) != self._held:
-            self.sharded = fully_sharded(self.model)
+            self.sharded = sharded_parts(self.wrapped, self.model)
             reshard(self.sharded)
             self.modules, self.theta = list(self.model.modules()), dict(self.model.named_parameters())
             self._held = list(map(_held, self.modules))
         return self.theta
 
     @property
-    def has_static_graph(self) -> bool:
-        """Tell whether the wrapper is DistributedDataParallel(static_graph=True)."""
+    def takes_one_backward(self) -> bool:
+        """Tell whether the wrapper takes the first backward through it for the loss's: static_graph=True, DeepSpeed."""
         wrapped = self.wrapped
-        return isinstance(wrapped, nn.parallel.DistributedDataParallel) and bool(wrapped.static_graph)
+        static = isinstance(wrapped, nn.parallel.DistributedDataParallel) and bool(wrapped.static_graph)
+        return static or is_engine(wrapped)
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"known": Known(), "modules": [], "theta": {}, "sharded": [], "_held": []}
@@ -213,7 +215,7 @@ class Passes:
         """Return x, on the graph of the clean outputs if a gradient may be taken of it."""
         xs = [call.x for call in self.clean.calls]
         # static_graph=True averages gradients in the first backward; the margin start's must not be that one
-        return [x.detach() for x in xs] if self._runner.has_static_graph else xs
+        return [x.detach() for x in xs] if self._runner.takes_one_backward else xs
 
     @contextmanager
     def ascending(self) -> Iterator[Callable[[list[Tensor], int | None], Outputs]]:
@@ -299,7 +301,7 @@ class Passes:
     def check_backward(self, targets: list[Output]) -> None:
         """Raise RuntimeError if the model's backward changes what it needs: the margin start runs it once more."""
         xs = self.starts
-        if self._runner.has_static_graph or not all(x.requires_grad for x in xs):
+        if self._runner.takes_one_backward or not all(x.requires_grad for x in xs):
             return
         values = values_of(targets)
         ones = [torch.ones_like(z) for z in values]
@@ -369,7 +371,7 @@ class _Float32:
             "checkpointed layers, which run again with the weights as they are": any(
                 getattr(module, "gradient_checkpointing", False) for module in runner.modules
             ),
-            "fully_shard, which puts its own in their place": bool(runner.sharded),
+            "fully_shard or ZeRO 3, which puts its own in their place": bool(runner.sharded),
             "nn.LSTM, nn.GRU and nn.RNN": any(isinstance(module, nn.RNNBase) for module in runner.modules),
         }
         for what, found in unsupported.items():

@@ -11,6 +11,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from smartreg.divergences import check_divergence
 from smartreg.proximal import momentum
+from smartreg_torch.compat import partition
 from smartreg_torch.perturbation import output_mask
 from smartreg_torch.projection import Output, sum_divergence
 
@@ -64,11 +65,12 @@ def bregman_divergence(
 
 
 def local(tensor: Tensor) -> Tensor:
-    """Return what this process has of a sharded tensor (a DTensor), or the tensor itself; off the graph.
+    """Return what this process has of a sharded tensor (a DTensor, or of ZeRO 3), or the tensor itself; off the graph.
 
     Example:
         >>> local(torch.ones(1, requires_grad=True))
         tensor([1.])
     """
-    own: Any = tensor.detach()
+    part = partition(tensor)
+    own: Any = (tensor if part is None else part).detach()
     return cast(Tensor, own.to_local()) if hasattr(own, "to_local") else own

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from smartreg_torch.compat import forward_hooks, own_buffers, own_parameters
-from smartreg_torch.values import CELL, ENTRIES, Generator, Slot, Value, attributes, items
+from smartreg_torch.compat import forward_hooks, own_buffers, own_parameters, partition
+from smartreg_torch.values import CELL, ENTRIES, ZERO_ENTRIES, Generator, Slot, Value, attributes, items
 
 Given = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -27,7 +27,7 @@ _GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, rand
 _CODE = (types.FunctionType, types.BuiltinFunctionType, types.ModuleType, enum.Enum)
 # Packages whose objects are no data of a forward.
 _FOREIGN = frozenset(
-    {"torch", "smartreg", "smartreg_torch", "bitsandbytes", "logging", "threading", "weakref", "_thread"}
+    {"torch", "smartreg", "smartreg_torch", "bitsandbytes", "deepspeed", "logging", "threading", "weakref", "_thread"}
 )
 _LARGE = 2**20  # bytes: after the first step, what a module keeps beyond this is copied only if it was seen to change
 _MANY = 2000  # values: an attribute that leads to more of them is left alone
@@ -90,8 +90,9 @@ class Reach:
 
     def _keep_module(self, module: nn.Module) -> None:
         label = type(module).__name__
-        self.slots.append(Slot(label, id(module), vars(module), *ENTRIES, named=True))
-        for name, value in vars(module).items():
+        entries = ZERO_ENTRIES if any(partition(weight) is not None for weight in module.parameters()) else ENTRIES
+        self.slots.append(Slot(label, id(module), vars(module), *entries, named=True))
+        for name, value in self.slots[-1].before.items():
             if type(value) not in _PLAIN and name not in _OWN:
                 self._root(value, f"{label}.{name}", (id(module), name))
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from smartreg_torch.compat import own_buffers, own_parameters, version
 from smartreg_torch.kept import Kept
 from smartreg_torch.reach import Given, Known
+from smartreg_torch.sharding import is_sharded
 from smartreg_torch.values import alike, clone, tensors_in
 
 __all__ = ["Given", "Known", "State", "device_of", "differing", "first_differing_module"]
@@ -265,7 +266,7 @@ def _refill(own: list[tuple[dict[str, Any], dict[str, Any]]]) -> None:
 
 def _is_plainly_frozen(weight: Tensor) -> bool:
     """Tell whether this is a frozen parameter that is neither sharded nor packed."""
-    plain = type(weight) is nn.Parameter and not hasattr(weight, "to_local") and not weight.is_inference()
+    plain = type(weight) is nn.Parameter and not is_sharded(weight) and not weight.is_inference()
     return plain and not weight.requires_grad and not weight.is_meta
 
 

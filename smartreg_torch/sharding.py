@@ -1,4 +1,4 @@
-"""Do what fully_shard (FSDP2) needs, and refuse what cannot work with it."""
+"""Do what fully_shard (FSDP2) and DeepSpeed's engine need, and refuse what cannot work with them."""
 
 from __future__ import annotations
 
@@ -9,9 +9,41 @@ import torch
 from torch import Tensor, nn
 
 from smartreg.config import SMARTConfig
-from smartreg_torch.compat import mixed_precision_policy
+from smartreg_torch.compat import mixed_precision_policy, partition, release_partitions
 
 HALF = (torch.bfloat16, torch.float16)
+
+
+def is_engine(model: nn.Module) -> bool:
+    """Tell whether this is what `deepspeed.initialize` made of a model."""
+    deepspeed = sys.modules.get("deepspeed")  # not to be imported for this alone
+    return deepspeed is not None and isinstance(model, deepspeed.DeepSpeedEngine)
+
+
+def is_wrapper(model: nn.Module) -> bool:
+    """Tell whether this is DistributedDataParallel, or DeepSpeed's engine: its `module` is the model itself."""
+    return isinstance(model, nn.parallel.DistributedDataParallel) or is_engine(model)
+
+
+class Partitions:
+    """Stand for a model whose weights ZeRO 3 has partitioned, as a module of fully_shard does for its weights.
+
+    Args:
+        engine: DeepSpeed's.
+    """
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+
+    def reshard(self) -> None:
+        """Make the weights parts again."""
+        release_partitions(self._engine)
+
+
+def sharded_parts(wrapped: nn.Module, model: nn.Module) -> list[Any]:
+    """Return what `reshard` takes: the modules of fully_shard, or that of ZeRO 3; none if the weights are whole."""
+    zero: Any = wrapped
+    return [Partitions(zero)] if is_engine(wrapped) and zero.zero_optimization_stage() == 3 else fully_sharded(model)
 
 
 def reshard(sharded: list[Any]) -> None:
@@ -36,11 +68,11 @@ def is_root(model: nn.Module) -> bool:
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Tell whether this is a DTensor."""
-    return hasattr(tensor, "to_local")
+    """Tell whether this is a DTensor, or a weight of ZeRO 3: this process has a part of it."""
+    return hasattr(tensor, "to_local") or partition(tensor) is not None
 
 
-def check_sharding(model: nn.Module, config: SMARTConfig, precision: str) -> None:
+def check_sharding(wrapped: nn.Module, model: nn.Module, config: SMARTConfig, precision: str) -> None:
     """Raise ValueError if the model is sharded in a way that cannot work with these settings."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     if fsdp is not None and any(isinstance(module, fsdp.FullyShardedDataParallel) for module in model.modules()):
@@ -48,10 +80,11 @@ def check_sharding(model: nn.Module, config: SMARTConfig, precision: str) -> Non
             "SMART: FullyShardedDataParallel (FSDP1) is not supported: its flat weights have neither names nor values "
             "between two passes. Shard with torch.distributed.fsdp.fully_shard(model), FSDP2"
         )
-    sharded = fully_sharded(model)
+    _check_zero(wrapped, model)
+    sharded = sharded_parts(wrapped, model)
     if not sharded and any(map(is_sharded, model.parameters())):
         raise ValueError("SMART: of models with DTensor weights only those of fully_shard(model) are supported")
-    for module in sharded:
+    for module in fully_sharded(model):
         policy = mixed_precision_policy(module)
         half = next((dtype for dtype in (policy.param_dtype, policy.output_dtype) if dtype in HALF), None)
         if half is not None and precision == "float32":
@@ -63,6 +96,24 @@ def check_sharding(model: nn.Module, config: SMARTConfig, precision: str) -> Non
             )
     if sharded and config.non_finite != "raise":
         raise ValueError(
-            "SMART: non_finite='skip' cannot work with fully_shard: a process that skips its penalty gathers less in "
-            "the backward pass than the others, and they wait for ever. Use non_finite='raise'"
+            "SMART: non_finite='skip' cannot work with fully_shard or ZeRO 3: a process that skips its penalty gathers "
+            "less in the backward pass than the others, and they wait for ever. Use non_finite='raise'"
+        )
+
+
+def _check_zero(wrapped: nn.Module, model: nn.Module) -> None:
+    parts = [partition(weight) for weight in model.parameters()]
+    engine: Any = wrapped if is_engine(wrapped) else None
+    if engine is None and any(part is not None for part in parts):
+        raise ValueError(
+            "SMART: ZeRO 3 has partitioned the model's weights. Give SMART the engine that "
+            "deepspeed.initialize returned"
+        )
+    if engine is None or engine.zero_optimization_stage() != 3:
+        return
+    offload = engine.zero_offload_param()
+    if any(part is None for part in parts) or getattr(offload, "device", None) == "nvme":
+        raise ValueError(
+            "SMART: under ZeRO 3 each process must have its part of every weight in memory. Leave offload_param to "
+            "NVMe out of DeepSpeed's settings, and give deepspeed.initialize the whole model"
         )

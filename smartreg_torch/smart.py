@@ -173,7 +173,7 @@ class SMART:
     def config(self, config: SMARTConfig) -> None:
         check_options("SMART", config)
         config.check_total_steps("SMART")
-        check_sharding(self.model, config, self.precision)
+        check_sharding(self._runner.wrapped, self.model, config, self.precision)
         if config.lambda_s > 0 and self._site is None:
             self._site = Site(self.model, self._site_asked)
             if is_compiled(self._runner.wrapped):

@@ -43,7 +43,7 @@ class Teacher:
                 f"SMART: the model no longer has {gone[:3]}, of which theta~ was made ({len(gone)} parameters in all). "
                 "Make SMART after adapters are added, merged or deleted: SMART(get_peft_model(model, ...), config)"
             )
-        whole = [name for name, average in self.averages.items() if is_sharded(theta[name]) != is_sharded(average)]
+        whole = [name for name, average in self.averages.items() if _is_dtensor(theta[name]) != _is_dtensor(average)]
         if whole:
             raise RuntimeError(
                 f"SMART: {whole[:3]} were sharded after theta~ was made of them. Make SMART after fully_shard(model)"
@@ -62,7 +62,8 @@ class Teacher:
             stamp = None if self._stamps is None else self._stamps.get(name)
             moved = stamp is not None and not stamp.holds(parameter)
             if average is None or moved:
-                self.averages[name] = parameter.detach().to(wide, copy=True)
+                own = parameter.detach() if _is_dtensor(parameter) else local(parameter)
+                self.averages[name] = own.to(wide, copy=True)
                 if self._stamps is not None:
                     self._stamps[name] = Stamp(parameter)
             elif local(average).shape != local(parameter).shape:
@@ -71,7 +72,7 @@ class Teacher:
                     f"{tuple(average.shape)}: it was resized during training. Make a new SMART(model, config) after it"
                 )
             else:  # moved to another device, or a wider dtype
-                self.averages[name] = average.to(parameter.device, torch.promote_types(average.dtype, wide))
+                self.averages[name] = average.to(local(parameter).device, torch.promote_types(average.dtype, wide))
 
     def begin(self, theta: Theta) -> None:
         """Stop following loaded weights: the training steps begin."""
@@ -194,7 +195,7 @@ def in_model(
 
     reshard(sharded)
     averages = {name: average for name, average in averages.items() if name not in without}
-    own = {name: theta[name].data.clone() if is_sharded(theta[name]) else theta[name].data for name in averages}
+    own = {name: local(theta[name]).clone() if is_sharded(theta[name]) else theta[name].data for name in averages}
     cached = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)  # its half-precision copies are of theta
     try:
@@ -204,6 +205,10 @@ def in_model(
         torch.set_autocast_cache_enabled(cached)
         put(own)
         reshard(sharded)  # what was gathered inside was of theta~
+
+
+def _is_dtensor(tensor: Tensor) -> bool:
+    return hasattr(tensor, "to_local")
 
 
 def _equal(average: Tensor, parameter: Tensor) -> bool:

@@ -184,6 +184,8 @@ class SMARTMixin(_Base):
         if not penalties:
             raise RuntimeError(f"{type(self).__name__}: compute_loss did not call the model, so SMART saw no outputs")
         window.add(smart, share)
+        if self.is_deepspeed_enabled:  # whose engine moves theta right after the backward
+            smart._reports.judge(smart.config)
         penalty = penalties[0] * share * (self.current_gradient_accumulation_steps if divided else 1)
         if return_outputs:
             loss, outputs = found
@@ -312,7 +314,6 @@ class SMARTMixin(_Base):
             "several GPUs in one process (nn.DataParallel); start it with torchrun": args.n_gpu > 1,
             "FSDP1; say fsdp_config={'version': 2} in TrainingArguments": fsdp1,
             "torch_xla's FSDP; use that of PyTorch, fsdp_config={'version': 2}": self.is_fsdp_xla_enabled,
-            "DeepSpeed": self.is_deepspeed_enabled,
             "torch_compile=True with several processes; leave it out, and call model.compile() before the trainer "
             "is made": args.torch_compile and args.world_size > 1,
         }
@@ -391,7 +392,8 @@ class _Steps(TrainerCallback):
     def on_optimizer_step(self, *_: Any, **__: Any) -> None:
         # If a gradient overflows, theta does not move and GradScaler lowers its scale. accelerate's own
         # optimizer_step_was_skipped misses that with a fused optimiser, which is called and then does nothing.
-        if self._trainer.smart is not None and self._loss_scale() >= self._scale:
+        skipped = self._trainer.is_deepspeed_enabled and self._trainer.accelerator.optimizer_step_was_skipped
+        if self._trainer.smart is not None and self._loss_scale() >= self._scale and not skipped:
             self._trainer.smart.update()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
@@ -462,8 +464,7 @@ def _has_averages(smart: SMART) -> bool:
     theta = smart._look()
     pairs = [(local(theta[name]), local(average)) for name, average in smart.teacher.items()]
     same = bool(pairs) and all(torch.equal(weight, average.to(weight)) for weight, average in pairs)
-    # each process has seen its own shards
-    return all(gather_object([same])) if any(map(is_sharded, theta.values())) else same
+    return all(gather_object([same])) if any(map(is_sharded, theta.values())) else same  # each has its own shards
 
 
 def _of_averages(evaluations: list[tuple[bool, dict[str, float]]], name: str, value: float) -> bool:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from smartreg_torch.compat import version
+from smartreg_torch.compat import is_of_zero, version
 
 Get = Callable[[Any], Any]
 Put = Callable[[Any, Any], None]
@@ -206,5 +206,16 @@ def _set_dict(owner: dict[Any, Any], values: dict[Any, Any]) -> None:
         base.__setitem__(owner, name, value)
 
 
+def _without_zero(owner: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in owner.items() if not is_of_zero(name)}
+
+
+def _set_without_zero(owner: dict[str, Any], values: dict[str, Any]) -> None:
+    for name in _without_zero(owner).keys() - values.keys():
+        del owner[name]
+    owner.update(values)
+
+
+ZERO_ENTRIES: tuple[Get, Put] = (_without_zero, _set_without_zero)  # of a module's `__dict__` under ZeRO 3
 ENTRIES: tuple[Get, Put] = (dict.copy, _set_entries)  # of a `__dict__`
 CELL: tuple[Get, Put] = (_cell, _set_cell)  # a variable of a closure

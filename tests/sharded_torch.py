@@ -1,9 +1,11 @@
 """What test_torch_sharded.py trains in two processes, in the Trainer and with Accelerate: `python ... FOLDER`."""
 
 import gc
+import importlib.util
 import json
 import os
 import sys
+import warnings
 from contextlib import contextmanager, nullcontext
 from functools import partial
 
@@ -43,6 +45,11 @@ FSDP = {
     "theta~ alone": ({"auto_wrap_policy": "NO_WRAP"}, {"smart": SMARTConfig(lambda_s=0, mu=0, evaluate="teacher")}),
 }
 ACCELERATE = {"ddp": False, "fsdp": True}
+ZERO = {
+    f"ZeRO {stage}, {start}": (stage, config)
+    for stage in (1, 2, 3)
+    for start, config in (("gaussian", loops.CONFIG), ("margin", loops.MARGIN))
+}
 
 
 @contextmanager
@@ -173,7 +180,56 @@ def ended(job):
     distributed.destroy_process_group()
 
 
+def train_zero():
+    """Train with DeepSpeed's engine, in float32."""
+    import deepspeed
+
+    warnings.simplefilter("ignore")  # of functions of torch's that it uses
+    deepspeed.init_distributed("gloo", verbose=False)
+    rank, found = distributed.get_rank(), {}
+    for name, (stage, config) in ZERO.items():
+        model = loops.make(torch.float32)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+        settings = {
+            "train_micro_batch_size_per_gpu": loops.ROWS // 2,
+            "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+        }
+        engine = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)[0]
+        smart = SMART(engine, config, noise=loops.Noise(lambda rows, _: rows.chunk(2)[rank], 0, 1))
+        history = []
+        for step in range(STEPS):
+            ids, labels = (rows.chunk(2)[rank] for rows in loops.batch(step))
+            logits, penalty = smart(ids)
+            engine.backward(cross_entropy(logits, labels) + penalty)
+            engine.step()
+            smart.update()
+            history.append({key: smart.metrics[key] for key in ("R_s", "D_Breg")})
+        found[name] = {"weights": gathered(model), "history": history}
+        found[name]["sizes"] = {key: average.numel() for key, average in smart.teacher.items()}
+        with smart.swap_teacher():
+            found[name]["teacher"] = gathered(model)
+        assert all(map(torch.equal, gathered(model).values(), found[name]["weights"].values()))
+        if stage == 3:
+            try:
+                SMART(engine.module, config)
+            except ValueError as error:
+                found[name]["refused"] = str(error)
+    torch.save(found, f"zero_{rank}.pt")
+
+
+def gathered(model):
+    """The whole weights."""
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(list(model.parameters())):
+        return {name: weight.detach().clone() for name, weight in model.named_parameters()}
+
+
 JOBS = {"trainer": train_fsdp, "accelerate": train_accelerate}
+if importlib.util.find_spec("deepspeed") is not None:
+    JOBS["zero"] = train_zero
 
 if __name__ == "__main__":
     os.chdir(sys.argv[1])

@@ -112,3 +112,22 @@ def test_a_loop_with_accelerate(name, left):
         mean = {key: (own[key] + other[key]) / 2 for key in expected}
         assert mean == pytest.approx(expected, rel=1e-9, abs=1e-12)
     assert first["resumed"]["history"] == first["history"][2:]
+
+
+@pytest.mark.parametrize("name", tests.ZERO)
+def test_deepspeed(name, left):
+    pytest.importorskip("deepspeed")
+    first, second = (found[name] for found in left["zero"])
+    smart, _, history = loops.train(loops.make(torch.float32), tests.ZERO[name][1])
+    alone = loops.results(smart, history)
+    for part in ("weights", "teacher"):
+        assert differ(first[part], second[part]) == 0
+        assert differ(first[part], alone[part]) < 1e-5
+    for own, other, expected in zip(first["history"], second["history"], alone["history"], strict=True):
+        mean = {key: (own[key] + other[key]) / 2 for key in expected}
+        assert mean == pytest.approx(expected, rel=1e-4, abs=1e-9)
+    if "ZeRO 3" in name:  # theta~ once over all processes
+        for key, average in alone["teacher"].items():
+            assert first["sizes"][key] + second["sizes"][key] == average.numel()
+            assert first["sizes"][key] < average.numel() or average.numel() == 1
+        assert re.search("ZeRO 3 has partitioned.*Give SMART the engine", first["refused"])

@@ -6,6 +6,7 @@ A failure says which name broke, in which releases it was seen, what it is for, 
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -315,6 +316,35 @@ def the_policy_is_read():
         assert compat.mixed_precision_policy(model) == policy
     finally:
         torch.distributed.destroy_process_group()
+
+
+@trial("torch", "partition", "release_partitions", "is_of_zero")
+@functools.cache  # DeepSpeed is set up once a process
+def zero_has_its_parts():
+    import torch
+
+    from smartreg_torch import compat
+
+    deepspeed = pytest.importorskip("deepspeed")
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29671", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    os.environ.update(place)
+    deepspeed.init_distributed("gloo", verbose=False)
+    try:
+        model = torch.nn.Linear(2, 2)
+        settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
+        settings |= {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        engine = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)[0]
+        engine(torch.ones(1, 2))
+        compat.release_partitions(engine)
+        assert model.weight.numel() == 0
+        assert compat.partition(model.weight).numel() == 4
+        assert "ds_id" in vars(model)
+        assert compat.is_of_zero("ds_id")
+    finally:
+        torch.distributed.destroy_process_group()
+        for name in place:
+            os.environ.pop(name)
 
 
 @trial("torch", "says")
