@@ -237,7 +237,7 @@ def partition(weight: Tensor) -> Tensor | None:
     For: theta~ of ZeRO 3, which is made of the parts, and is put into the model in their place
     Without: None, and SMART refuses ZeRO 3
     """
-    part: Tensor | None = getattr(weight, "ds_tensor", None)
+    part: Tensor | None = getattr(weight, "ds_tensor", None) if "deepspeed" in sys.modules else None
     if part is None:
         return None
     zero: Any = weight

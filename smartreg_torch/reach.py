@@ -70,6 +70,8 @@ class Reach:
         self.generators: list[Generator] = []
         self.tensors: dict[int, Value] = {}
         self._known, self._room = known, _MANY
+        weights = [weight for module in modules for weight in own_parameters(module).values() if weight is not None]
+        self._entries = ZERO_ENTRIES if any(partition(weight) is not None for weight in weights) else ENTRIES
         self._seen = dict.fromkeys(map(id, modules))
         args, kwargs = given
         for name, value in (*((f"argument {i + 1}", value) for i, value in enumerate(args)), *kwargs.items()):
@@ -90,8 +92,7 @@ class Reach:
 
     def _keep_module(self, module: nn.Module) -> None:
         label = type(module).__name__
-        entries = ZERO_ENTRIES if any(partition(weight) is not None for weight in module.parameters()) else ENTRIES
-        self.slots.append(Slot(label, id(module), vars(module), *entries, named=True))
+        self.slots.append(Slot(label, id(module), vars(module), *self._entries, named=True))
         for name, value in self.slots[-1].before.items():
             if type(value) not in _PLAIN and name not in _OWN:
                 self._root(value, f"{label}.{name}", (id(module), name))
