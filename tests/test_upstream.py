@@ -12,8 +12,10 @@ import importlib.util
 import inspect
 import os
 import re
+import socket
 import sys
 import threading
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -326,8 +328,12 @@ def zero_has_its_parts():
     from smartreg_torch import compat
 
     deepspeed = pytest.importorskip("deepspeed")
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29671", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
     os.environ.update(place)
+    warnings.simplefilter("ignore")  # of functions of torch's that it uses; pytest restores the filters
     deepspeed.init_distributed("gloo", verbose=False)
     try:
         model = torch.nn.Linear(2, 2)
