@@ -222,7 +222,7 @@ def sum_divergence(
     Example:
         >>> a, b = (Projection(torch.tensor([[1.0, z]]), torch.eye(2)) for z in (1.0, 1.1))
         >>> sum_divergence("symmetric_kl", a, b)
-        tensor(0.0050)
+        tensor(0.0025)
     """
     if sample_weight is not None and sample_weight.shape != a.shape[:1]:
         raise ValueError(
