@@ -541,6 +541,7 @@ def plot(lines: list[dict[str, Any]], path: Path, size: int) -> None:
                     ax.errorbar(
                         statistics.fmean(apart), y, xerr=interval(apart)["half"], fmt="o", markersize=4, color="C0"
                     )
+            ax.set_visible(any(name in run for runs in arms.values() for run in runs.values()))
             ax.set_ylim(len(others) - 0.5, -0.5)
             ax.set_yticks(range(len(others)), others if ax is row[0] else [""] * len(others), fontsize=8)
             ax.set_title(f"{task}: {TITLES[name]}", fontsize=9)
