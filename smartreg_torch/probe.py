@@ -23,7 +23,7 @@ from smartreg.report import Description
 from smartreg_torch.compat import compiled_call, may_compile, original_forward, set_compiled_call
 from smartreg_torch.labels import IGNORED, SAYS, Positions, find_divergence, find_positions
 from smartreg_torch.outputs import chosen
-from smartreg_torch.projection import Output, Projection, has_head, values_of
+from smartreg_torch.projection import Output, Projection, has_head, values_of, without_adapters
 from smartreg_torch.replay import State
 from smartreg_torch.sharding import is_root
 from smartreg_torch.smart import SMART
@@ -409,8 +409,7 @@ def _classes(model: nn.Module) -> int | None:
 
 def likely_offset(model: Any) -> int:
     """Return -1 if a model of this class most likely has the next token's label at each position, else 0."""
-    base = getattr(model, "get_base_model", None)  # PEFT's
-    model = base() if callable(base) else model
+    model = without_adapters(model)
     encodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     return -1 if not encodes and any(kind.__name__ in _SHIFTING for kind in type(model).__mro__) else 0
 

@@ -116,14 +116,15 @@ Output = Tensor | Projection
 _RESHAPED = ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier", "lm_head_multiplier")
 
 
-def _inside(model: Any) -> Any:
+def without_adapters(model: Any) -> Any:
+    """Return the model inside a PEFT model, or the model itself."""
     base = getattr(model, "get_base_model", None)  # PEFT's
     return base() if callable(base) else model
 
 
 def has_head(model: Any) -> bool:
     """Tell whether this is a Hugging Face language model: its outputs are hidden states times a head's weight."""
-    find = getattr(_inside(model), "get_output_embeddings", None)
+    find = getattr(without_adapters(model), "get_output_embeddings", None)
     return callable(find) and isinstance(getattr(find(), "weight", None), Tensor)
 
 
@@ -146,7 +147,7 @@ def without_logits(model: Any) -> Callable[[Any], Projection]:
         >>> outputs(model(torch.ones(2, 7, dtype=torch.long))).shape
         torch.Size([2, 7, 50])
     """
-    language = _inside(model)
+    language = without_adapters(model)
     backbone = getattr(language, "base_model", language)
     if backbone is language or not has_head(model):
         raise ValueError(

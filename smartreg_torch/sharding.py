@@ -67,9 +67,14 @@ def is_root(model: nn.Module) -> bool:
     return any(module is model for module in fully_sharded(model))
 
 
+def is_dtensor(tensor: Tensor) -> bool:
+    """Tell whether this is a DTensor."""
+    return hasattr(tensor, "to_local")
+
+
 def is_sharded(tensor: Tensor) -> bool:
     """Tell whether this is a DTensor, or a weight of ZeRO 3: this process has a part of it."""
-    return hasattr(tensor, "to_local") or partition(tensor) is not None
+    return is_dtensor(tensor) or partition(tensor) is not None
 
 
 def check_sharding(wrapped: nn.Module, model: nn.Module, config: SMARTConfig, precision: str) -> None:

@@ -14,7 +14,7 @@ from smartreg.config import SMARTConfig
 from smartreg.proximal import momentum, moves
 from smartreg_torch.compat import version
 from smartreg_torch.proximal import ema_update, local
-from smartreg_torch.sharding import is_sharded, reshard
+from smartreg_torch.sharding import is_dtensor, is_sharded, reshard
 
 Theta = Mapping[str, nn.Parameter]
 
@@ -43,7 +43,7 @@ class Teacher:
                 f"SMART: the model no longer has {gone[:3]}, of which theta~ was made ({len(gone)} parameters in all). "
                 "Make SMART after adapters are added, merged or deleted: SMART(get_peft_model(model, ...), config)"
             )
-        whole = [name for name, average in self.averages.items() if _is_dtensor(theta[name]) != _is_dtensor(average)]
+        whole = [name for name, average in self.averages.items() if is_dtensor(theta[name]) != is_dtensor(average)]
         if whole:
             raise RuntimeError(
                 f"SMART: {whole[:3]} were sharded after theta~ was made of them. Make SMART after fully_shard(model)"
@@ -62,7 +62,7 @@ class Teacher:
             stamp = None if self._stamps is None else self._stamps.get(name)
             moved = stamp is not None and not stamp.holds(parameter)
             if average is None or moved:
-                own = parameter.detach() if _is_dtensor(parameter) else local(parameter)
+                own = parameter.detach() if is_dtensor(parameter) else local(parameter)
                 self.averages[name] = own.to(wide, copy=True)
                 if self._stamps is not None:
                     self._stamps[name] = Stamp(parameter)
@@ -205,10 +205,6 @@ def in_model(
         torch.set_autocast_cache_enabled(cached)
         put(own)
         reshard(sharded)  # what was gathered inside was of theta~
-
-
-def _is_dtensor(tensor: Tensor) -> bool:
-    return hasattr(tensor, "to_local")
 
 
 def _equal(average: Tensor, parameter: Tensor) -> bool:

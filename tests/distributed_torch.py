@@ -4,11 +4,14 @@ import gc
 import json
 import os
 import runpy
+import signal
 import socket
+import subprocess
 import sys
 from collections import defaultdict
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch._dynamo  # once for all forks
@@ -23,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from smartreg_torch import SMART
 
+ROOT = Path(__file__).parent.parent
 ROWS, STEPS = 8, 4
 CONFIG = papers(total_steps=STEPS, epsilon=0.1, sigma=0.05, eta=0.1, ascent_steps=2, beta_early=0.5, beta_late=0.7)
 MARGIN = CONFIG.replace(start="margin", ascent_steps=1)
@@ -312,6 +316,26 @@ def fork_two(name, job):
             job()
             sys.exit()
     return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+
+def in_processes(script, *arguments, timeout):
+    """Run a script that forks its processes, warnings being errors; return the exit codes that it prints."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests")))}
+    started = subprocess.Popen(
+        [sys.executable, "-W", "error", script, *map(str, arguments)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        codes, errors = started.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(started.pid, signal.SIGKILL)  # its forks, too
+        raise
+    assert started.returncode == 0, errors
+    return json.loads(codes)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,6 @@
 """Two processes (gloo, on a CPU) are one process with the whole batch: DistributedDataParallel and fully_shard."""
 
-import json
-import os
 import re
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import distributed_torch as tests
@@ -34,22 +29,7 @@ def left(tmp_path_factory):
     for script in SCRIPTS:
         (code,) = re.findall(rf"^```python {re.escape(script)}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
         (folder / script).write_text(code)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests")))}
-    started = subprocess.Popen(
-        [sys.executable, "-W", "error", tests.__file__, str(folder), *SCRIPTS],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        codes, errors = started.communicate(timeout=300)
-    except subprocess.TimeoutExpired:
-        os.killpg(started.pid, signal.SIGKILL)  # its forks, too
-        raise
-    assert started.returncode == 0, errors
-    return folder, json.loads(codes)
+    return folder, tests.in_processes(tests.__file__, folder, *SCRIPTS, timeout=300)
 
 
 def logs(left, name):

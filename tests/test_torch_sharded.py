@@ -1,11 +1,6 @@
 """Two processes (gloo, on a CPU) are one with the whole batch: fully_shard through the Trainer, Accelerate's loop."""
 
-import json
-import os
 import re
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import distributed_torch as loops
@@ -24,22 +19,8 @@ REFUSED = {
 def left(tmp_path_factory):
     """What each of two processes found, by job."""
     folder = tmp_path_factory.mktemp("processes")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests")))}
-    started = subprocess.Popen(
-        [sys.executable, "-W", "error", tests.__file__, str(folder)],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        codes, errors = started.communicate(timeout=600)
-    except subprocess.TimeoutExpired:
-        os.killpg(started.pid, signal.SIGKILL)  # its forks, too
-        raise
-    assert started.returncode == 0, errors
-    for name, code in json.loads(codes).items():
+    codes = loops.in_processes(tests.__file__, folder, timeout=600)
+    for name, code in codes.items():
         assert code == [0, 0], "".join((folder / f"{name}_{rank}.log").read_text() for rank in range(2))
     return {
         name: [torch.load(folder / f"{name}_{rank}.pt", weights_only=True) for rank in range(2)] for name in tests.JOBS
