@@ -19,12 +19,13 @@ import math
 import random
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from memory import in_a_process, now, peak
-from ratios import quartiles
+from ratios import in_turn, spread
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -184,9 +185,9 @@ def main() -> None:
         steps = {name: make(name, *sizes) for name in names}
         for step in steps.values():
             step()
-        turns = [rng.sample(names, len(names)) for _ in range(args.rounds)]
-        rounds = [{name: seconds(steps[name], args.device) for name in turn} for turn in turns]
-        del steps, step
+        timed = {name: partial(seconds, step, args.device) for name, step in steps.items()}
+        rounds = [in_turn(timed, dict, rng) for _ in range(args.rounds)]
+        del steps, step, timed
         tensor = 4 * math.prod(sizes[:3]) / 2**20 if panel == "divergence" else 1.0
         inputs = 2 if panel == "divergence" else 0
         table = Table(title=f"{panel}, {args.batch} x {args.length} x {args.vocabulary}", box=SIMPLE_HEAD)
@@ -195,8 +196,8 @@ def main() -> None:
             table.add_column(head, justify="right" if head else "left", no_wrap=True)
         peaks = {name: in_a_process(__file__, panel, name, *sizes)["MB"] / tensor + inputs for name in names}
         for name in names:
-            low, median, high = quartiles([taken[name] / taken[names[0]] for taken in rounds])
-            cells = [name, f"{median:.2f} ({low:.2f} to {high:.2f})", f"{peaks[name]:.{int(panel == 'divergence')}f}"]
+            ratio = spread([taken[name] / taken[names[0]] for taken in rounds])
+            cells = [name, ratio, f"{peaks[name]:.{int(panel == 'divergence')}f}"]
             table.add_row(*cells, *([f"{peaks[name] / peaks[names[0]]:.2f}"] if panel == "step" else []))
         console.print(table)
         found[panel] = {"rounds": rounds, "peaks": peaks}

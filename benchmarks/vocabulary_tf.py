@@ -16,6 +16,7 @@ import os
 import random
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 from memory import in_a_process, now, peak
-from ratios import quartiles
+from ratios import in_turn, spread
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -108,9 +109,9 @@ def main() -> None:
         steps = {name: make(name, mode, *sizes) for name in names}
         for step in steps.values():
             step()
-        turns = [rng.sample(names, len(names)) for _ in range(args.rounds)]
-        rounds = [{name: seconds(steps[name]) for name in turn} for turn in turns]
-        del steps, step
+        timed = {name: partial(seconds, step) for name, step in steps.items()}
+        rounds = [in_turn(timed, dict, rng) for _ in range(args.rounds)]
+        del steps, step, timed
         tensor = 4 * math.prod(sizes) / 2**20
         peaks = {}
         table = Table(title=f"{mode}, {' x '.join(map(str, sizes))}, {args.threads} threads", box=SIMPLE_HEAD)
@@ -119,8 +120,8 @@ def main() -> None:
         for name in names:
             inputs = 1 if name == "cross entropy" else 2
             peaks[name] = in_a_process(__file__, name, mode, *sizes)["MB"] / tensor + inputs
-            low, median, high = quartiles([taken[name] / taken[names[0]] for taken in rounds])
-            table.add_row(name, f"{median:.2f} ({low:.2f} to {high:.2f})", f"{peaks[name]:.1f}")
+            ratio = spread([taken[name] / taken[names[0]] for taken in rounds])
+            table.add_row(name, ratio, f"{peaks[name]:.1f}")
         console.print(table)
         found[mode] = {"rounds": rounds, "peaks": peaks}
     args.json.parent.mkdir(parents=True, exist_ok=True)
