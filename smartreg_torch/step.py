@@ -246,7 +246,8 @@ class Noise:
                 noise.generator.set_state(stream.cpu())
             except (RuntimeError, TypeError, AttributeError) as error:
                 raise ValueError(
-                    f"SMART.load_state_dict: the state's noise generator cannot be loaded on {device}: {error}"
+                    f"SMART.load_state_dict: the state's noise generator cannot be loaded on {device}: {error}. "
+                    "Resume on the kind of device on which the state was saved"
                 ) from error
         return noise
 
