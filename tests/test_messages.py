@@ -31,6 +31,13 @@ def test_every_message_says_what_to_do_or_what_was_expected_and_got():
     assert not mute
 
 
+def test_a_text_that_is_warned_of_elsewhere_is_on_the_page(tmp_path):
+    texts = {message.text: message.kind for message in MESSAGES}
+    assert texts[next(text for text in texts if text.startswith("SMART: 200 batches without smart.update()"))] == ""
+    assert "trained in eval mode" in PAGE
+    assert "does not sum to 0 over axis" in PAGE
+
+
 def test_what_is_skipped_is_there():
     assert set(tool["SKIPPED"]) <= {message.text for message in MESSAGES}
 

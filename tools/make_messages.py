@@ -28,8 +28,8 @@ GROUPS = {
     "The model, and where it is perturbed": "smart site candidates",
     "The model's outputs, and what is compared": "outputs checks projection",
     "The batch, its masks and its weights": "inputs",
-    "The passes of a step": "passes step penalty lean report perturbation",
-    "The training loop: theta~, saving and resuming": "teacher resume",
+    "The passes of a step": "passes step penalty replay lean report perturbation",
+    "The training loop: theta~, saving and resuming": "teacher resume loop",
     "Several processes": "sharding",
     "The Hugging Face Trainer": "transformers probe",
     "Keras: fit, attach() and SMARTModel": "callback options engine model build observe measure",
@@ -47,8 +47,6 @@ MOVED = {
         "The training loop: theta~, saving and resuming"
     ),
 }
-# Texts that are made in one place and raised or warned of in another.
-TEXTS = {("smartreg/report.py", "STILL"): "SMARTWarning", ("smartreg/report.py", "too_small"): "SMARTWarning"}
 # Texts that are no message of their own, and why.
 SKIPPED = {
     "‹message›": "of report.py: TEXTS has them",
@@ -117,7 +115,7 @@ WORDS = {
 
 
 class Message(NamedTuple):
-    """A message of the code: its text, its kind, and the file that raises or warns."""
+    """A message of the code: its text, its kind ("" if only its text was found), and the file that has it."""
 
     text: str
     kind: str
@@ -166,6 +164,7 @@ class Reader:
             if isinstance(node, ast.ImportFrom)
             for alias in node.names
         }
+        self.texts: list[tuple[ast.expr, ast.FunctionDef | None]] = []
         self._walk(tree, None)
 
     def _walk(self, node: ast.AST, function: ast.FunctionDef | None) -> None:
@@ -174,7 +173,10 @@ class Reader:
                 self.functions[child.name] = child
             if isinstance(child, ast.Call) and child.args:
                 self.calls.append((child, function))
-            self._walk(child, child if isinstance(child, ast.FunctionDef) else function)
+            if is_text(child) or (isinstance(child, ast.BinOp) and isinstance(child.op, ast.Add)):
+                self.texts.append((child, function))
+            elif not (isinstance(child, ast.Expr) and is_text(child.value)):  # a docstring
+                self._walk(child, child if isinstance(child, ast.FunctionDef) else function)
 
     def messages(self) -> Iterator[Message]:
         """Yield the message of each exception that is made, and of each warning."""
@@ -199,11 +201,10 @@ class Reader:
             else:
                 continue
             yield Message(tidy(before + self.text(call.args[0], function)), kind, self.file)
-        for (file, name), kind in TEXTS.items():
-            if file == self.file:
-                known = {**self.constants, **self.functions}[name]
-                returned = known.body[-1].value if isinstance(known, ast.FunctionDef) else known
-                yield Message(tidy(self.text(returned, None)), kind, file)
+        for node, function in self.texts:  # also one that is raised or warned of elsewhere
+            text = tidy(self.text(node, function))
+            if text.startswith("SMART: "):
+                yield Message(text, "", self.file)
 
     def text(self, node: ast.expr, function: ast.FunctionDef | None) -> str:
         """Return what an expression says, its parts that are computed in words."""
@@ -279,7 +280,7 @@ def keys_in_turn(name: str, function: ast.FunctionDef) -> list[ast.expr | None]:
     return []
 
 
-def is_text(node: ast.expr | None) -> bool:
+def is_text(node: ast.AST | None) -> bool:
     if isinstance(node, ast.BinOp):
         return is_text(node.left) and is_text(node.right)
     return isinstance(node, ast.JoinedStr) or (isinstance(node, ast.Constant) and isinstance(node.value, str))
@@ -375,10 +376,11 @@ def page(messages: list[Message]) -> str:
         lines.append(f"## {marked(group)}\n")
         for same in paragraphs:
             wrong, mend = (marked(part) for part in same[0].parts)
-            packages = dict.fromkeys(PACKAGES[one.file.partition("/")[0]] for one in same)
+            known = [one for one in same if one.kind] or [same[0]._replace(kind="SMARTWarning")]
+            packages = dict.fromkeys(PACKAGES[one.file.partition("/")[0]] for one in known)
             where = "" if "" in packages else f", {' and '.join(packages)}"
             mend = f" {mend.rstrip('.')}." if mend else ""
-            lines.append(f"**{wrong}**{mend} *({same[0].kind}{where})*\n")
+            lines.append(f"**{wrong}**{mend} *({known[0].kind}{where})*\n")
     return "\n".join(lines)
 
 
