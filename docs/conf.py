@@ -2,6 +2,7 @@
 
 import os
 import re
+import runpy
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -55,7 +56,7 @@ copybutton_prompt_text = r">>> |\.\.\. "
 copybutton_prompt_is_regexp = True
 
 # Types of the frameworks have no page here, and nothing is fetched to find theirs.
-nitpick_ignore_regex = [("py:.*", r"(?!smartreg).*|.*\.T")]
+nitpick_ignore_regex = [("py:obj", ".*"), ("py:.*", r"(?!smartreg).*|.*\.T")]
 
 ROOT_PAGES = {"README": "index", "CONTRIBUTING": "contributing", "CHANGELOG": "changelog"}
 
@@ -84,16 +85,47 @@ class PagesOfTheRoot(SphinxTransform):
                 node.replace_self(link)
 
 
+# The notation of the docstrings' equations in TeX, in this order.
+TEX = (
+    (r"KL\((\w)\|\|(\w)\)", r"\\mathrm{KL}(\1 \\Vert \2)"),
+    (r"\|\|(.+?)\|\|", r"\\lVert \1 \\rVert"),
+    (r"<-", r"\\leftarrow "),
+    (r"<=", r"\\le "),
+    (r"   +(\(.*\))$", r"\\qquad\\text{\1}"),
+    (r"   +", r"\\qquad "),
+    (r"\bd(\w)/d(\w)\b", r"\\partial \1/\\partial \2"),
+    (r"\b1/n\b", r"\\frac1n"),
+    (r"\bgrad_", r"\\nabla_"),
+    (r"\bl_s\b", r"\\ell_s"),
+    (r"\btheta~", r"\\tilde\\theta "),
+    (r"\b(x|g)~", r"\\tilde \1"),
+    (r"(?<![\\a-zA-Z])(theta|lambda|mu|delta|eta|sigma|beta|log|sum|max)(?![a-zA-Z])", r"\\\1"),
+    (r"(?<![\\a-zA-Z])epsilon\b", r"\\varepsilon"),
+)
+WORD = re.compile(r"\\(?:text|mathrm)\{[^}]*\}|\\[a-zA-Z]+|([A-Za-z]{3,})")  # in roman type if TeX does not know it
+
+
+def tex(equation: str) -> str:
+    """Return an equation of a docstring as a block of mathematics."""
+    for pattern, replacement in TEX:
+        equation = re.sub(pattern, replacement, equation)
+    roman = WORD.sub(lambda found: rf"{{\mathrm{{{found[1]}}}}}" if found[1] else found[0], equation)
+    return f".. math:: {roman}"
+
+
 def plain_text(app: object, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
     """Let a docstring mean in reStructuredText what it says: |x| is no markup, an indented block is as it stands."""
-    text = "\n".join(lines)
+    text = "\n\n" + "\n".join(lines) + "\n"
     text = re.sub(r":\n\n(?=    +\S)", "::\n\n", text)
-    literal = r"`[^`]+`|^ *>>> (?:.+\n)+|(?<=::\n\n)(?:    .*\n|\n)+"
-    parts = re.split(f"({literal})", text + "\n", flags=re.MULTILINE)
+    equation = r"[^ .:>`][^.`\n]*(?: = |<-)[^.`\n]*"
+    literal = rf"`[^`]+`|^ *>>> (?:.+\n)+|(?<=::\n\n)(?:    .*\n|\n)+|(?<=\n\n){equation}(?=\n\n)"
+    parts = re.split(f"({literal})", text, flags=re.MULTILINE)
     parts[::2] = [re.sub(r"([|*]|_(?=\W))", r"\\\1", part) for part in parts[::2]]
     parts[::2] = [re.sub(r"docs/(\w+)\.md", r":doc:`/\1`", part) for part in parts[::2]]
+    parts[1::2] = [tex(part) if re.fullmatch(equation, part) else part for part in parts[1::2]]
+    parts[1::2] = [f":py:obj:{part}" if re.fullmatch(r"`[A-Za-z_][\w.]*`", part) else part for part in parts[1::2]]
     parts[2::2] = [re.sub(r"\A(?=\w)", r"\\ ", part) for part in parts[2::2]]  # the plural of `x`
-    lines[:] = "".join(parts).splitlines()
+    lines[:] = "".join(parts).splitlines()[2:]
 
 
 def no_alias(app: object, what: str, name: str, obj: object, skip: bool, options: object) -> bool | None:
@@ -101,8 +133,19 @@ def no_alias(app: object, what: str, name: str, obj: object, skip: bool, options
     return True if (getattr(obj, "__doc__", None) or "").startswith("Alias for field number") else None
 
 
+def draw_pictures(app: object) -> None:
+    """Let each script of docs/pictures write its files into docs/_generated, unless they are newer than the script."""
+    drawn = HERE / "_generated"
+    drawn.mkdir(exist_ok=True)
+    for script in sorted((HERE / "pictures").glob("*.py")):
+        done = drawn / f"{script.stem}.png"
+        if not done.exists() or done.stat().st_mtime < script.stat().st_mtime:
+            runpy.run_path(str(script))["main"](drawn)
+
+
 def setup(app):
     """Connect the rules above."""
+    app.connect("builder-inited", draw_pictures)
     app.add_transform(PagesOfTheRoot)
     app.connect("autodoc-process-docstring", plain_text, priority=400)
     app.connect("autodoc-skip-member", no_alias)
