@@ -40,6 +40,7 @@ nb_execution_timeout = 600
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
+autodoc_type_aliases = {"Array": "Array", "ArrayLike": "ArrayLike"}
 python_maximum_signature_line_length = 88
 default_role = "code"  # `x` in a docstring is code
 napoleon_custom_sections = ["Source"]
@@ -61,16 +62,20 @@ nitpick_ignore_regex = [("py:obj", ".*"), ("py:.*", r"(?!smartreg).*|.*\.T")]
 ROOT_PAGES = {"README": "index", "CONTRIBUTING": "contributing", "CHANGELOG": "changelog"}
 
 
-class PagesOfTheRoot(SphinxTransform):
-    """Lead a link to README.md, CONTRIBUTING.md or CHANGELOG.md to the page of the site that includes it."""
+class LinksOfGitHub(SphinxTransform):
+    """Let the links that GitHub follows work in the site.
+
+    README.md, CONTRIBUTING.md and CHANGELOG.md are the pages that include them. A link that is called like its file,
+    [docs/math.md](docs/math.md), is called like its page or section.
+    """
 
     default_priority = 5
 
     def apply(self, **_: object) -> None:
-        """Replace the links that MyST takes for downloads or does not find."""
-        for node in list(self.document.findall(addnodes.download_reference)) + list(
-            self.document.findall(addnodes.pending_xref)
-        ):
+        """Replace the links."""
+        for node in list(self.document.findall(addnodes.pending_xref)):
+            if re.fullmatch(r"(?:docs/)?\w+\.md", node.astext()):
+                node["refexplicit"] = False
             page = re.fullmatch(r"(?:.*/)?([A-Z]+)(?:\.md)?(?:#(.*))?", node.get("reftarget", ""))
             if page and page[1] in ROOT_PAGES:
                 link = addnodes.pending_xref(
@@ -79,7 +84,7 @@ class PagesOfTheRoot(SphinxTransform):
                     reftarget=ROOT_PAGES[page[1]],
                     reftargetid=page[2],
                     refdoc=self.env.docname,
-                    refexplicit=True,
+                    refexplicit=node["refexplicit"],
                 )
                 link += node.children
                 node.replace_self(link)
@@ -146,6 +151,6 @@ def draw_pictures(app: object) -> None:
 def setup(app):
     """Connect the rules above."""
     app.connect("builder-inited", draw_pictures)
-    app.add_transform(PagesOfTheRoot)
+    app.add_transform(LinksOfGitHub)
     app.connect("autodoc-process-docstring", plain_text, priority=400)
     app.connect("autodoc-skip-member", no_alias)
