@@ -97,7 +97,7 @@ TEX = (
     (r"<-", r"\\leftarrow "),
     (r"<=", r"\\le "),
     (r"   +(\(.*\))$", r"\\qquad\\text{\1}"),
-    (r"   +", r"\\qquad "),
+    (r"   +", r"\n\n   "),
     (r"\bd(\w)/d(\w)\b", r"\\partial \1/\\partial \2"),
     (r"\b1/n\b", r"\\frac1n"),
     (r"\bgrad_", r"\\nabla_"),
@@ -115,7 +115,8 @@ def tex(equation: str) -> str:
     for pattern, replacement in TEX:
         equation = re.sub(pattern, replacement, equation)
     roman = WORD.sub(lambda found: rf"{{\mathrm{{{found[1]}}}}}" if found[1] else found[0], equation)
-    return f".. math:: {roman}"
+    roman = roman if "\n" not in roman else "& " + roman.replace("\n\n   ", "\n\n   & ")  # lines with one left edge
+    return f".. math::\n\n   {roman}"
 
 
 def plain_text(app: object, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
@@ -131,6 +132,11 @@ def plain_text(app: object, what: str, name: str, obj: object, options: object, 
     parts[1::2] = [f":py:obj:{part}" if re.fullmatch(r"`[A-Za-z_][\w.]*`", part) else part for part in parts[1::2]]
     parts[2::2] = [re.sub(r"\A(?=\w)", r"\\ ", part) for part in parts[2::2]]  # the plural of `x`
     lines[:] = "".join(parts).splitlines()[2:]
+
+
+def plain_names(app: object, what: str, name: str, obj: object, options: object, *parts: str | None) -> tuple[str, ...]:
+    """Show an alias of a type by its name in a signature."""
+    return tuple(part and re.sub(r"TypeAliasForwardRef\('(\w+)'\)", r"\1", part) for part in parts)
 
 
 def no_alias(app: object, what: str, name: str, obj: object, skip: bool, options: object) -> bool | None:
@@ -153,4 +159,5 @@ def setup(app):
     app.connect("builder-inited", draw_pictures)
     app.add_transform(LinksOfGitHub)
     app.connect("autodoc-process-docstring", plain_text, priority=400)
+    app.connect("autodoc-process-signature", plain_names)
     app.connect("autodoc-skip-member", no_alias)
