@@ -18,7 +18,6 @@ HERE = Path(__file__).parent
 project = "smartreg"
 author = "the authors of smartreg"
 version = release = smartreg.__version__
-project_copyright = "MIT licence"
 
 extensions = [
     "myst_nb",
@@ -50,7 +49,7 @@ html_theme = "furo"
 html_title = "smartreg"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
-html_show_sphinx = False
+html_show_sphinx = html_show_copyright = False
 html_copy_source = False
 copybutton_exclude = ".linenos, .gp, .go"
 copybutton_prompt_text = r">>> |\.\.\. "
