@@ -58,7 +58,7 @@ def test_the_settings_page_is_the_docstring():
 
 def test_every_page_is_in_the_contents():
     listed = re.findall(r"^(?:.*<)?([\w/]+)>?$", (DOCS / "index.md").read_text("utf-8"), re.MULTILINE)
-    pages = {str(page.relative_to(DOCS).with_suffix("")) for page in DOCS.rglob("*.md")}
+    pages = {str(page.relative_to(DOCS).with_suffix("")) for page in [*DOCS.rglob("*.md"), *DOCS.rglob("*.ipynb")]}
     assert pages - set(listed) == {"index"}
 
 
