@@ -26,7 +26,15 @@ T = TypeVar("T")
 
 
 class SMARTWarning(UserWarning):
-    """A setting or a precision with which SMART silently does less than it says."""
+    """A setting or a precision with which SMART silently does less than it says.
+
+    Example:
+        >>> with warnings.catch_warnings(record=True) as caught:
+        ...     warnings.simplefilter("always")
+        ...     _ = SMARTConfig(start="gaussian", sigma=0)
+        >>> caught[0].category.__name__
+        'SMARTWarning'
+    """
 
 
 _CHOICES: dict[str, tuple[str, ...]] = {

@@ -201,7 +201,12 @@ def _mean_grad(grad: Array, mask: ArrayLike | None) -> Array:
 
 
 def position_weights(outputs: Array, mask: ArrayLike | None) -> Array:
-    """Return the weight of each position of (n, ..., C) in its example's mean, (n, ..., 1); they add up to 1."""
+    """Return the weight of each position of (n, ..., C) in its example's mean, (n, ..., 1); they add up to 1.
+
+    Example:
+        >>> position_weights(np.zeros((1, 3, 2)), [[1, 1, 0]])[0, :, 0]
+        array([0.5, 0.5, 0. ])
+    """
     shape = outputs.shape[:-1]
     keep = np.ones(shape, bool) if mask is None else np.asarray(mask) != 0
     if keep.shape != shape:

@@ -161,7 +161,14 @@ def ascend(
 
 
 def start_noise(noise: Any, config: SMARTConfig) -> Any:
-    """Return the noise that the start of the ascent needs; ValueError if there is none."""
+    """Return the noise that the start of the ascent needs; ValueError if there is none.
+
+    Example:
+        >>> start_noise(None, SMARTConfig(start="gaussian"))
+        Traceback (most recent call last):
+        ...
+        ValueError: ascend: start='gaussian' needs noise of the shape of x, got None
+    """
     if noise is None:
         raise ValueError(f"ascend: start={config.start!r} needs noise of the shape of x, got None")
     return noise
@@ -175,6 +182,12 @@ def climb(balls: Sequence[Any], starts: list[T], gradient: Callable[[list[T]], l
         gradient: deltas -> the gradient of l_s at each of them.
 
     Source: paper, Algorithm 1, lines 7 to 10.
+
+    Example:
+        >>> config = SMARTConfig(epsilon=0.5, scale="absolute", start="gaussian", ascent_steps=2)
+        >>> ball = Ball(np.ones((1, 1, 2)), config)
+        >>> climb([ball], [np.zeros((1, 1, 2))], lambda deltas: [np.array([[[1.0, 0.0]]])])
+        [array([[[0.5, 0. ]]])]
     """
     deltas = starts
     for _ in range(balls[0].config.ascent_steps):
@@ -188,6 +201,11 @@ class Ball:
     Args:
         x: embeddings, (n, ..., d), float32 or wider.
         config, mask: as `ascend` takes them.
+
+    Example:
+        >>> ball = Ball(np.ones((1, 1, 2)), SMARTConfig(epsilon=0.5, scale="absolute", start="gaussian"))
+        >>> ball.step(np.zeros((1, 1, 2)), np.array([[[4.0, -2.0]]]))
+        array([[[ 0.5, -0.5]]])
     """
 
     def __init__(self, x: Array, config: SMARTConfig, mask: ArrayLike | None = None) -> None:
@@ -288,6 +306,10 @@ def expand_mask(mask: ArrayLike, x: Array) -> NDArray[np.bool_]:
     """Return the mask of x's leading axes as booleans with trailing axes of length 1; ValueError if it does not fit.
 
     If x is a signal, (n, d), it may be the mask of the entries.
+
+    Example:
+        >>> expand_mask([[1, 0]], np.zeros((1, 2, 3))).shape
+        (1, 2, 1)
     """
     keep: NDArray[np.bool_] = np.asarray(mask) != 0
     if keep.ndim >= max(x.ndim, 3) or keep.shape != x.shape[: keep.ndim]:
@@ -302,7 +324,12 @@ def _counted(x: Array, mask: ArrayLike | None) -> NDArray[np.bool_]:
 
 
 def output_mask(outputs: Array, mask: ArrayLike | None) -> ArrayLike | None:
-    """Return the mask if the outputs have its axes (one output a position), else None (one output an example)."""
+    """Return the mask if the outputs have its axes (one output a position), else None (one output an example).
+
+    Example:
+        >>> output_mask(np.zeros((1, 2, 3)), [[1, 0]]), output_mask(np.zeros((1, 3)), [[1, 0]])
+        ([[1, 0]], None)
+    """
     if mask is None or outputs.ndim < 3 or np.shape(mask) != outputs.shape[:-1]:
         return None
     return mask

@@ -179,7 +179,12 @@ def task_loss(
 
 
 class Functions:
-    """What `fit_reference` computes with: here the reference's own functions."""
+    """What `fit_reference` computes with: here the reference's own functions.
+
+    Example:
+        >>> Functions().ema_update({"b": np.zeros(1)}, {"b": np.ones(1)}, 0.9)
+        {'b': array([0.1])}
+    """
 
     momentum = staticmethod(momentum)
     ema_update = staticmethod(ema_update)
@@ -220,7 +225,13 @@ class Functions:
 
 
 def in_turn(dropout: Sequence[Array | None] | None) -> Iterator[Array | None]:
-    """Yield one mask for each pass; None for ever without dropout, ValueError after the last mask."""
+    """Yield one mask for each pass; None for ever without dropout, ValueError after the last mask.
+
+    Example:
+        >>> masks = in_turn([np.ones(2)])
+        >>> next(masks)
+        array([1., 1.])
+    """
     if dropout is None:
         yield from itertools.repeat(None)
     else:
@@ -297,6 +308,10 @@ def pass_masks(dropout: Array | None, config: SMARTConfig) -> list[Array] | None
 
     Raises:
         ValueError: too few are given.
+
+    Example:
+        >>> len(pass_masks(np.ones((1, 2, 3)), SMARTConfig(start="gaussian")))
+        3
     """
     if dropout is None:
         return None
@@ -326,6 +341,16 @@ def smart_step(
     """Take one optimiser step on a mini-batch: theta <- Update( grad_theta [ L + lambda_s R_s + mu D_Breg ] ).
 
     Source: paper, equations 1 to 3 and Algorithm 1, lines 5 to 11.
+
+    Example:
+        >>> theta = init_parameters(np.random.default_rng(0), vocabulary=9, d=4, hidden=3, outputs=2)
+        >>> batch = Batch(np.array([[1, 2]]), np.array([0]))
+        >>> config = SMARTConfig(start="gaussian", sigma=0.01, total_steps=1)
+        >>> kept = lambda theta, gradients: theta
+        >>> how = {"update": kept, "f": Functions(), "divergence": "symmetric_kl", "pooled": True}
+        >>> step = smart_step(theta, theta, batch, config, lambda_s=1.0, noise=np.ones((1, 2, 4)), **how)
+        >>> bool(step.R_s > 0), float(step.D_Breg)
+        (True, 0.0)
     """
     ids, y, mask, sample_weight = batch  # line 5
     x = theta["E"][ids]

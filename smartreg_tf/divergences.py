@@ -156,7 +156,12 @@ def _mean_grad(grad: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def position_weights(outputs: Tensor, mask: Tensor | None) -> Tensor:
-    """Return the weight of each position of (n, ..., C) in its example's mean, (n, ..., 1); they add up to 1."""
+    """Return the weight of each position of (n, ..., C) in its example's mean, (n, ..., 1); they add up to 1.
+
+    Example:
+        >>> position_weights(tf.zeros([1, 3, 2]), [[1, 1, 0]])[0, :, 0].numpy().tolist()
+        [0.5, 0.5, 0.0]
+    """
     keep = tf.ones(tf.shape(outputs)[:-1], outputs.dtype)
     if mask is not None:
         mask = as_mask(mask)

@@ -215,6 +215,11 @@ class Ball:
     Args:
         x: embeddings, (n, ..., d), float32 or float64.
         config, mask: as `ascend` takes them.
+
+    Example:
+        >>> ball = Ball(tf.ones([1, 1, 2]), SMARTConfig(epsilon=0.5, scale="absolute", start="gaussian"))
+        >>> ball.step(tf.zeros([1, 1, 2]), tf.constant([[[4.0, -2.0]]])).numpy().tolist()
+        [[[0.5, -0.5]]]
     """
 
     def __init__(self, x: Tensor, config: SMARTConfig, mask: Tensor | None = None) -> None:
@@ -316,6 +321,10 @@ def expand_mask(mask: Tensor, x: Tensor) -> Tensor:
     """Return the mask of x's leading axes as booleans with trailing axes of length 1; ValueError if it does not fit.
 
     If x is a signal, (n, d), it may be the mask of the entries.
+
+    Example:
+        >>> expand_mask([[1, 0]], tf.zeros([1, 2, 3])).shape.as_list()
+        [1, 2, 1]
     """
     keep = as_mask(mask)
     rank = keep.shape.rank
@@ -331,7 +340,12 @@ def _counted(x: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def output_mask(outputs: Tensor, mask: Tensor | None) -> Tensor | None:
-    """Return the mask if the outputs have its axes (one output a position), else None (one output an example)."""
+    """Return the mask if the outputs have its axes (one output a position), else None (one output an example).
+
+    Example:
+        >>> output_mask(tf.zeros([1, 3]), [[1, 0]]) is None
+        True
+    """
     if mask is None or outputs.shape.rank < 3:
         return None
     mask = tf.convert_to_tensor(mask)

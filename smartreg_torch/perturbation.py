@@ -191,6 +191,11 @@ class Ball:
     Args:
         x: embeddings, (n, ..., d).
         config, mask: as `ascend` takes them.
+
+    Example:
+        >>> ball = Ball(torch.ones(1, 1, 2), SMARTConfig(epsilon=0.5, scale="absolute", start="gaussian"))
+        >>> ball.step(torch.zeros(1, 1, 2), torch.tensor([[[4.0, -2.0]]]))
+        tensor([[[ 0.5000, -0.5000]]])
     """
 
     def __init__(self, x: Tensor, config: SMARTConfig, mask: Tensor | None = None) -> None:
@@ -303,6 +308,10 @@ def expand_mask(mask: Tensor, x: Tensor) -> Tensor:
     """Return the mask of x's leading axes as booleans with trailing axes of length 1; ValueError if it does not fit.
 
     If x is a signal, (n, d), it may be the mask of the entries.
+
+    Example:
+        >>> expand_mask(torch.tensor([[1, 0]]), torch.zeros(1, 2, 3)).shape
+        torch.Size([1, 2, 1])
     """
     if mask.ndim >= max(x.ndim, 3) or mask.shape != x.shape[: mask.ndim]:
         raise ValueError(f"the mask must have the leading axes of x, {tuple(x.shape[:-1])}, got {tuple(mask.shape)}")
@@ -318,6 +327,10 @@ def output_mask(outputs: Output, mask: Tensor | Sequence[Tensor | None] | None) 
     """Return the mask if the outputs have its axes (one output a position), else None (one output an example).
 
     Of several masks it is the first that fits.
+
+    Example:
+        >>> output_mask(torch.zeros(1, 3), torch.ones(1, 2)) is None
+        True
     """
     fitting = [m for m in _listed(mask) if m is not None and m.shape == outputs.shape[:-1]]
     return fitting[0] if fitting and outputs.ndim >= 3 else None

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 from architectures import N, classifier, text
+from transformers import TrainingArguments
 
 ROOT = Path(__file__).parent.parent
-PAGES = [page for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))] if "keras" not in page.name]
+PAGES = [page for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))] if "keras" not in page.name]
 
 
 def blocks(page):
@@ -17,7 +18,7 @@ def blocks(page):
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.name)
-def test_the_code_runs(page, tmp_path, monkeypatch):
+def test_the_code_runs(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     model = classifier("Bert")().train()
@@ -28,8 +29,15 @@ def test_the_code_runs(page, tmp_path, monkeypatch):
         "optimizer": torch.optim.AdamW(model.parameters(), lr=1e-3),
         "torch": torch,
     }
+    if page.name == "index.md":
+        names["batch"] = names["loader"][0]
+    if page.name == "README.md":
+        names["args"] = TrainingArguments("out", max_steps=2, use_cpu=True, report_to="none")
+        names["rows"] = [{"input_ids": [2, 10 + i % 9, 3], "labels": i % 3} for i in range(8)]
     for block in blocks(page):
         exec(compile(block, str(page), "exec"), names)
+    if page.name == "index.md":
+        assert capsys.readouterr().out in page.read_text()
     if page.name == "README.md":
         assert names["smart"].step >= 2
         assert names["smart"].metrics["R_s"] > 0

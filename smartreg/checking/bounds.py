@@ -79,7 +79,12 @@ def floor_of(dtype: str) -> float:
 
 
 def worst(errors: Any) -> float:
-    """Return the largest absolute value, and inf if there is a NaN."""
+    """Return the largest absolute value, and inf if there is a NaN.
+
+    Example:
+        >>> worst([1.0, -3.0]), worst([1.0, float("nan")])
+        (3.0, inf)
+    """
     largest = float(np.max(np.abs(errors), initial=0.0))
     return math.inf if math.isnan(largest) else largest
 

@@ -20,7 +20,13 @@ from smartreg.divergences import DIVERGENCES
 
 @dataclass
 class Report:
-    """What `check_backend` found; `print` shows it as a table."""
+    """What `check_backend` found; `print` shows it as a table.
+
+    Example:
+        >>> report = check_backend("numpy", functions=["momentum"])
+        >>> report.ok
+        True
+    """
 
     backend: str
     dtype: str
@@ -102,7 +108,13 @@ def check_backend(
 
 
 def golden_checks(face: Face, functions: Sequence[str]) -> Iterator[Row]:
-    """Compare the backend with the 50-digit answers of golden.json."""
+    """Compare the backend with the 50-digit answers of golden.json.
+
+    Example:
+        >>> from smartreg.checking import NUMPY
+        >>> all(row.ok for row in golden_checks(Face(NUMPY), ["squared_error"]))
+        True
+    """
     for case in golden.cases(face.dtype):
         if case.function not in functions:
             continue
@@ -114,7 +126,13 @@ def golden_checks(face: Face, functions: Sequence[str]) -> Iterator[Row]:
 
 
 def law_checks(face: Face, functions: Sequence[str], rounds: int = 20) -> Iterator[Row]:
-    """Check the laws on random inputs."""
+    """Check the laws on random inputs.
+
+    Example:
+        >>> from smartreg.checking import NUMPY
+        >>> all(row.ok for row in law_checks(Face(NUMPY), ["ema_update"], rounds=2))
+        True
+    """
     for seed in range(rounds):
         rng = np.random.default_rng(seed)
         for function in functions:
@@ -148,6 +166,11 @@ def trajectory_checks(face: Face, functions: Sequence[str]) -> Iterator[Row]:
 
     An intermediate may be as far off as those of the reference are if its outputs, gradients and steps are rounded 32
     units in the last place off. So the bound follows the condition of each.
+
+    Example:
+        >>> from smartreg.checking import NUMPY
+        >>> next(trajectory_checks(Face(NUMPY), FUNCTIONS)).ok
+        True
     """
     if face.dtype in HALF or set(functions) != set(FUNCTIONS):
         return

@@ -53,7 +53,14 @@ def load_backend(name: str) -> Any:
 
 
 class Problem(Exception):  # noqa: N818 - the backend's, not ours
-    """A function of a backend is missing, raised, or returned what cannot be compared."""
+    """A function of a backend is missing, raised, or returned what cannot be compared.
+
+    Example:
+        >>> Face(SimpleNamespace(__name__="mine")).momentum(1, SMARTConfig(total_steps=9))
+        Traceback (most recent call last):
+        ...
+        smartreg.checking.face.Problem: momentum is missing
+    """
 
     def __init__(self, function: str, what: str) -> None:
         super().__init__(f"{function} {what}")

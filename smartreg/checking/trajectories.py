@@ -47,6 +47,10 @@ class Trajectory(NamedTuple):
     """What `smartreg/trajectory.npz` holds for a run: the weights, 50 batches and the noise.
 
     The options, arguments of `fit_reference`, have the dropout masks, too, if the run has dropout.
+
+    Example:
+        >>> len(load_trajectory("paper").batches)
+        50
     """
 
     theta: Parameters
@@ -95,7 +99,12 @@ def load_trajectory(name: str, dtype: str = "float64") -> Trajectory:
 
 
 def run_trajectory(name: str, functions: Functions, dtype: str = "float64", count: int = 50) -> list[Step]:
-    """Run the first steps of Algorithm 1 with these functions."""
+    """Run the first steps of Algorithm 1 with these functions.
+
+    Example:
+        >>> len(run_trajectory("paper", Functions(), count=2))
+        2
+    """
     theta, batches, config, noise, options = load_trajectory(name, dtype)
     return fit_reference(theta, batches[:count], config, noise, functions=functions, **options)
 
