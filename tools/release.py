@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 DIST = ROOT / "dist"
 # what is installed; and whether the demo runs there, too
-TRIALS = {"numpy": ("", False), "torch": ("[torch,demo]", True), "tf": ("[tf,demo]", True)}
+TRIALS = {"numpy": ("", False), "torch": ("[torch,digits]", True), "tf": ("[tf,digits]", True)}
 FOREIGN = {"numpy": ("torch", "tensorflow"), "torch": ("tensorflow",), "tf": ("torch",)}
 IMPORT = """
 import importlib.util, sys, smartreg

@@ -46,7 +46,7 @@ def main(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
         )
     missing = [package for module, package in NEEDED.items() if not importlib.util.find_spec(module)]
     if missing:
-        print(f"the demo needs {', '.join(missing)}: pip install 'smartreg[demo]'", file=sys.stderr)
+        print(f"the demo needs {', '.join(missing)}: pip install 'smartreg[digits]'", file=sys.stderr)
         return 1
     from rich.console import Console
     from rich.progress import Progress, SpinnerColumn
