@@ -37,6 +37,7 @@ collect_ignore_glob += [
     )
 ]
 collect_ignore_glob += [] if "torch" in BACKENDS else ["tests/architectures.py"]
+collect_ignore_glob += [] if importlib.util.find_spec("matplotlib") else ["smartreg/demo/show.py"]
 
 hypothesis.settings.register_profile("default", deadline=None, derandomize=True, max_examples=60)
 hypothesis.settings.register_profile("nightly", deadline=None, max_examples=2000)
