@@ -29,8 +29,15 @@ collect_ignore_glob += [
     pattern
     for name in FRAMEWORKS
     if name not in BACKENDS
-    for pattern in (f"tests/test_{name}_*.py", f"smartreg_{name}/*", "tests/test_*_against_torch.py")
+    for pattern in (
+        f"tests/test_{name}_*.py",
+        f"tests/*_{name}.py",
+        f"smartreg_{name}/*",
+        "tests/test_*_against_torch.py",
+    )
 ]
+collect_ignore_glob += [] if "torch" in BACKENDS else ["tests/architectures.py"]
+collect_ignore_glob += [] if importlib.util.find_spec("matplotlib") else ["smartreg/demo/show.py"]
 
 hypothesis.settings.register_profile("default", deadline=None, derandomize=True, max_examples=60)
 hypothesis.settings.register_profile("nightly", deadline=None, max_examples=2000)

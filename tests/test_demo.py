@@ -70,7 +70,7 @@ def test_without_a_framework_it_says_what_to_install(tmp_path):
 
 
 def test_a_package_of_the_extra_is_named(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(command.NEEDED, "no_such_module", "some-package")
+    monkeypatch.setattr(command, "NEEDED", {"no_such_module": "some-package"})
     parser, given = arguments("--out", tmp_path / "demo.png")
     assert command.main(parser, given) == 1
     assert capsys.readouterr().err == "the demo needs some-package: pip install 'smartreg[digits]'\n"

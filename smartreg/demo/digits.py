@@ -129,11 +129,12 @@ def worst(theta: Weights, x: Array, y: Array, radius: float) -> Array:
     This is sign ascent. It uses the labels and nothing of SMART. The first start is x, the others are uniform in the
     ball, and attack the images that are still read correctly.
     """
-    rng = np.random.default_rng(0)
+    draws = np.random.RandomState(0)  # PyTorch's generator, with which figures were published
     found, largest, misread = x.copy(), np.full(len(y), -np.inf), np.zeros(len(y), bool)
     for restart in range(ATTACK_STARTS):
         rows = np.flatnonzero(~misread)
-        delta = np.float32(radius * (restart > 0)) * (2 * rng.random(x.shape, np.float32) - 1)[rows]
+        bits = np.frombuffer(draws.bytes(4 * x.size), "<u4").reshape(x.shape)[rows] & 0xFFFFFF
+        delta = np.float32(radius * (restart > 0)) * (2 * np.float32(2**-24) * bits.astype(np.float32) - 1)
         for step in range(ATTACK_STEPS + 1):
             point = x[rows] + delta
             z, _, to_pixels = forward(theta, point)
