@@ -39,12 +39,14 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, get_linear_schedule_with_warmup
 
+from smartreg.demo import digits as demo
 from smartreg_torch import SMART, SMARTConfig
+from smartreg_torch.demo import network, weights_of
+from smartreg_torch.demo import train as train_digits
 from smartreg_torch.divergences import symmetric_kl
 from smartreg_torch.perturbation import rms
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-import demo
 import finetune_text
 
 F, X = 0.48, 0.27
@@ -94,12 +96,12 @@ class Digits:
     def __init__(self) -> None:
         self.config = demo.CONFIG.replace(mu=0)
         self.data = demo.digits()
-        self.pretrained = demo.pretrain(self.data)
+        self.pretrained = demo.pretrain(self.data, train_digits)
 
     def start(self, seed: int) -> tuple[nn.Module, torch.optim.Optimizer, Any, list[dict[str, Tensor]]]:
         """Return the model that every method starts from, its optimiser and scheduler, and the batches of the run."""
         x, y = demo.few_labels(self.data, 5, seed)
-        model = demo.network(demo.initial_weights(self.pretrained, seed))
+        model = network(demo.initial_weights(self.pretrained, seed))
         rows = demo.batches(len(x), demo.BATCH, demo.STEPS, seed)
         batches = [{"input": torch.from_numpy(x[at]), "labels": torch.from_numpy(y[at])} for at in rows]
         return model, torch.optim.Adam(model.parameters(), lr=1e-3), None, batches
@@ -118,11 +120,10 @@ class Digits:
 
     def measure(self, model: nn.Module) -> dict[str, float]:
         """Measure the scores of the trained model, R_s among them."""
-        x, y = torch.from_numpy(self.data.x_test), torch.from_numpy(self.data.y_test)
-        points = {"accuracy": x, "attacked": demo.worst(model, x, y, demo.CONFIG.epsilon)}
-        with torch.no_grad():
-            found = {name: 100 * float((model(at).argmax(-1) == y).float().mean()) for name, at in points.items()}
-        return found | {"R_s": demo.roughness(model, x)}
+        theta, x, y = weights_of(model), self.data.x_test, self.data.y_test
+        points = {"accuracy": x, "attacked": demo.worst(theta, x, y, demo.CONFIG.epsilon)}
+        found = {name: 100 * float((demo.read(theta, at) == y).mean()) for name, at in points.items()}
+        return found | {"R_s": demo.roughness(theta, x)}
 
 
 class Text:

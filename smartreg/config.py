@@ -415,5 +415,8 @@ def one_each(argument: str, said: str | Sequence[str | None] | None, n: int) -> 
     if said is None or isinstance(said, str):
         return [said] * n
     if len(said) != n:
-        raise ValueError(f"SMART: {argument}= has {len(said)} entries, but the model has {n} outputs")
+        raise ValueError(
+            f"SMART: {argument}= has {len(said)} entries, but the model has {n} outputs. Give one for each output, "
+            "or one for all"
+        )
     return list(said)

@@ -267,7 +267,10 @@ def margin_gradient(
     gradient = np.zeros_like(z)
     if divergence == "symmetric_kl":
         if z.shape[-1] < 2:
-            raise ValueError(f"margin start: symmetric_kl needs at least 2 classes, got outputs of shape {z.shape}")
+            raise ValueError(
+                f"margin start: symmetric_kl needs at least 2 classes, got outputs of shape {z.shape}. Compare one "
+                "output by 'squared_error' or 'bernoulli_symmetric_kl'"
+            )
         order = np.argsort(-z, axis=-1, kind="stable")
         np.put_along_axis(gradient, order[..., :1], -1, -1)
         np.put_along_axis(gradient, order[..., 1:2], 1, -1)

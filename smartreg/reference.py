@@ -236,7 +236,10 @@ def in_turn(dropout: Sequence[Array | None] | None) -> Iterator[Array | None]:
         yield from itertools.repeat(None)
     else:
         yield from dropout
-        raise ValueError(f"ascend: the network ran more than {len(dropout)} times, and each pass has a mask of its own")
+        raise ValueError(
+            f"ascend: the network ran more than {len(dropout)} times, and each pass has a mask of its own. Give a "
+            "mask for each pass"
+        )
 
 
 def fit_reference(
@@ -317,7 +320,7 @@ def pass_masks(dropout: Array | None, config: SMARTConfig) -> list[Array] | None
         return [dropout[0]] * passes
     if len(dropout) < passes:
         raise ValueError(
-            f"fit_reference: a step has {passes} passes with dropout masks of their own, got {len(dropout)}"
+            f"fit_reference: expected {passes} dropout masks, one for each pass of a step, got {len(dropout)}"
         )
     return list(dropout[:passes])
 

@@ -149,7 +149,7 @@ def suspicions(found: Mapping[str, Any], start: str) -> dict[str, Any]:
 
 STILL = (
     "SMART: nothing is perturbed, max|delta| is 0: no gradient reaches a position that the mask leaves. Is the mask "
-    "true at padding? print(smart.describe()) says which one it is."
+    "true at padding? Look at print(smart.describe()), which says which one it is."
 )
 
 

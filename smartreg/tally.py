@@ -89,7 +89,10 @@ class Tally:
         """Return the means; ValueError if nothing has a label."""
         n = self._predictions
         if n == 0:
-            raise ValueError(f"report(): no label of the output {self._name!r} counts: all are {IGNORED}, or masked")
+            raise ValueError(
+                f"report(): no label of the output {self._name!r} counts: all are {IGNORED}, or masked. Give data "
+                "with labels, or another mask"
+            )
         right, nll, mse = (self._sums[name] / n for name in ("right", "nll", "mse"))
         counts, confidence, hits = self._bins
         filled = np.maximum(counts, 1)
@@ -133,7 +136,10 @@ class Tally:
             return y, ~np.isnan(y.astype(np.float64))
         kept = y != IGNORED
         if not ((y >= 0) & (y <= 1))[kept].all():
-            raise ValueError(f"report(): the labels of the output {self._name!r} must be between 0 and 1")
+            raise ValueError(
+                f"report(): the labels of the output {self._name!r} must be between 0 and 1, got {y[kept].min():g} "
+                f"to {y[kept].max():g}"
+            )
         return y, kept
 
     def _misshapen(self, z: Array, y: Array, expected: str) -> ValueError:
@@ -178,7 +184,10 @@ class Tallies:
     def quality(self, config: SMARTConfig | None) -> Quality:
         """Return what was measured; ValueError if that is nothing."""
         if not self.examples:
-            raise ValueError("report(): there is no batch: the loader is empty, or an iterator that was used up")
+            raise ValueError(
+                "report(): there is no batch: the loader is empty, or an iterator that was used up. Give a "
+                "DataLoader or a list, which can be read twice"
+            )
         R_s = (self._R_s / np.maximum(self._n, 1)).sum(-1)
         scores = {name: tally.scores() for name, tally in self._heads.items()}
         radii = tuple(ball.epsilon for ball in self._balls)
@@ -188,5 +197,8 @@ class Tallies:
 
 def _finite(name: str, z: Array) -> Array:
     if np.isnan(z).any():
-        raise FloatingPointError(f"report(): the output {name!r} is NaN at x or at x + delta")
+        raise FloatingPointError(
+            f"report(): the output {name!r} is NaN at x or at x + delta. Look at the weights of the model, and at "
+            "the loss of its training"
+        )
     return z

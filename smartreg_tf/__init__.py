@@ -13,7 +13,7 @@ except ImportError as error:
 
 if _keras.config.backend() != "tensorflow":
     raise ImportError(
-        f"smartreg_tf needs Keras on TensorFlow, but Keras runs on {_keras.config.backend()!r}: set the environment "
+        f"smartreg_tf needs Keras on TensorFlow, but Keras runs on {_keras.config.backend()!r}. Set the environment "
         "variable KERAS_BACKEND=tensorflow before Keras is imported"
     )
 

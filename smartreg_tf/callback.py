@@ -141,7 +141,9 @@ class SMARTCallback(keras.callbacks.Callback):  # type: ignore[misc]
 
     def _begun(self, method: str) -> Engine:
         if self.engine is None:
-            raise ValueError(f"SMARTCallback.{method}: there is no model and no theta~ before fit")
+            raise ValueError(
+                f"SMARTCallback.{method}: there is no model and no theta~ before fit. Call it in or after fit"
+            )
         return self.engine
 
     def set_model(self, model: Any) -> None:
@@ -160,7 +162,8 @@ class SMARTCallback(keras.callbacks.Callback):  # type: ignore[misc]
                 self._resume = filepath
             elif self.config.has_teacher:
                 warnings.warn(
-                    f"SMARTCallback: {filepath} has no {SUFFIX} beside it: theta~ starts anew from these weights",
+                    f"SMARTCallback: {filepath} has no {SUFFIX} beside it: theta~ starts anew from these weights. "
+                    "Load weights that fit saved with SMART, if the run should go on",
                     SMARTWarning,
                     stacklevel=2,
                 )

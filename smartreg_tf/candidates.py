@@ -68,7 +68,7 @@ def named(model: Any, layers: str | Any | Sequence[Any]) -> Candidate:
     inside = compat.every_layer(model)
     asked = list(layers) if isinstance(layers, (list, tuple)) else [layers]
     if not asked:
-        raise ValueError("SMART: site=[] names no layer; leave it out for the default, or name one")
+        raise ValueError("SMART: site=[] names no layer. Leave it out for the default, or name one")
     found = [_named(inside, layer) for layer in asked]
     inputs = [layer for layer in found if isinstance(layer, keras.layers.InputLayer)]
     others = [layer for layer in found if not isinstance(layer, keras.layers.InputLayer)]
@@ -159,12 +159,13 @@ def _named(inside: list[Any], asked: Any) -> Any:
         return found[0]
     if found:
         raise ValueError(
-            f"SMART: site= names {asked!r}, which {len(found)} of the layers are called: give the layer itself. "
+            f"SMART: site= names {asked!r}, which {len(found)} of the layers are called. Give the layer itself. "
             "SMARTModel saves names, so give the layer a name of its own."
         )
     names = ", ".join(layer.name for layer in inside[1:])
     raise ValueError(
-        f"SMART: site= names {getattr(asked, 'name', asked)!r}, which the model does not have; it has {names}"
+        f"SMART: site= names {getattr(asked, 'name', asked)!r}, which the model does not have; it has {names}. Name "
+        "one of these, or give the layer itself"
     )
 
 

@@ -200,7 +200,7 @@ class Engine:
             return
         if not self.installed:
             raise RuntimeError(
-                "SMART: training_step() came after the attach() block had ended; put the loop inside the block, or "
+                "SMART: training_step() came after the attach() block had ended. Put the loop inside the block, or "
                 "begin a new attach()"
             )
         with self.penalty.training_step(self._weight()):
@@ -255,8 +255,8 @@ class Engine:
 
     def __reduce__(self) -> Any:
         raise TypeError(
-            "SMART: what attach() gives cannot be copied or pickled, since it belongs to one model. save_state(path) "
-            "writes theta~ and the step, and load_state(path) of another attach() reads them."
+            "SMART: what attach() gives cannot be copied or pickled, since it belongs to one model. Call "
+            "save_state(path), which writes theta~ and the step, and load_state(path) of another attach()."
         )
 
     def measure(self, x: Any, y: Any = None, sample_weight: Any = None, batch_size: int = 32) -> dict[str, float]:
@@ -301,7 +301,7 @@ class Engine:
     def load_state(self, filepath: Any) -> None:
         """Go on from what `save_state` wrote; ValueError if it is not of this model."""
         if not is_built(self.model):
-            raise ValueError("SMART: the model must be built before its training state is loaded; call it on a batch")
+            raise ValueError("SMART: the model must be built before its training state is loaded. Call it on a batch")
         self.teacher.follow()
         resume.read(filepath, self._state(), self._taken(), self.teacher.weights)
         self.validation.theta = None  # the model has it now
@@ -335,8 +335,8 @@ class Engine:
             return self.config.lambda_s
         if not tf.executing_eagerly():
             raise ValueError(
-                f"SMART: smoothness_steps={self.config.smoothness_steps} needs Keras' own fit or train_on_batch, or a "
-                "loop that runs eagerly: a tf.function of your own would have R_s in every step, or in none"
+                f"SMART: smoothness_steps={self.config.smoothness_steps} cannot work in a tf.function of your own, "
+                "which has R_s in every step, or in none. Use fit, train_on_batch, an eager loop, or smoothness_steps=1"
             )
         return self.config.smoothness_weight(self._steps)
 

@@ -78,7 +78,7 @@ def over_batches(
         refuse, kinds_known, data: as `measure`.
     """
     if not is_built(model):
-        raise ValueError(f"SMART: {call} needs a model that has weights; call it on a batch, or fit it, before")
+        raise ValueError(f"SMART: {call} needs a model that has weights. Call it on a batch, or fit it, before")
     before = State(model)
     one = one if model.run_eagerly else tf.function(one, reduce_retracing=True, autograph=False)
     try:
@@ -104,8 +104,8 @@ def summed(call: str, step: Step, faults: dict[str, Tensor], y: Any, sample_weig
     left_out = next((head.ignore_class for head in heads if head.ignore_class is not None), None)
     if y is None and left_out is not None:
         raise ValueError(
-            f"SMART: {call} needs y: the loss leaves out the label {left_out} by its ignore_class, and so do R_s "
-            "and D_Breg"
+            f"SMART: {call} needs y: the loss leaves out the label {left_out} by its ignore_class, and so do R_s and "
+            "D_Breg. Give y"
         )
     examples = [head.examples(target, y) for head, target in zip(heads, step.outputs, strict=True)]
     sums = {
@@ -125,7 +125,10 @@ def _know_the_loss(call: str, model: Any, x: Any, y: Any) -> None:
     if losses is None or losses.built:
         return
     if y is None:
-        raise ValueError(f"SMART: {call} needs y before the first step, or outputs=, to know what the outputs are")
+        raise ValueError(
+            f"SMART: {call} needs y before the first step, or outputs=, to know what the outputs are. Give one of "
+            "the two"
+        )
     with keras.StatelessScope():
         y_pred = called(model, x, training=False)
     losses.build(y, y_pred)

@@ -54,7 +54,9 @@ class SMARTModel(keras.Model):  # type: ignore[misc]
         **kwargs: Any,
     ) -> None:
         if hasattr(model, ENGINE):
-            raise ValueError("SMARTModel: this model already has a SMARTCallback, attach() or SMARTModel; give it one")
+            raise ValueError(
+                "SMARTModel: this model already has a SMARTCallback, attach() or SMARTModel. Give it one of them"
+            )
         super().__init__(**kwargs)
         self.model = model
         given = {"site": site, "outputs": outputs, "seed": seed, "precision": precision, "on_step": on_step}
@@ -77,8 +79,8 @@ class SMARTModel(keras.Model):  # type: ignore[misc]
         unbuilt = [layer.name for layer in compat.every_layer(self.model) if not layer.built]
         if unbuilt:
             raise ValueError(
-                f"SMARTModel: the layers {', '.join(unbuilt[:5])} are not built by the model's build(input_shape); "
-                "call the model on a batch before you wrap it"
+                f"SMARTModel: the layers {', '.join(unbuilt[:5])} are not built by the model's build(input_shape). "
+                "Call the model on a batch before you wrap it"
             )
         self._track()
         self.built = True

@@ -85,8 +85,8 @@ class Observers:
             )
         if getattr(self._model, "compiled", False) and self._model.jit_compile:
             raise ValueError(
-                f"SMART: {argument}= cannot take tensors out of a step that XLA compiles. For such a run give "
-                "compile(..., jit_compile=False); Keras' default, 'auto', turns XLA on where there is a GPU."
+                f"SMART: {argument}= cannot take tensors out of a step that XLA compiles. Say compile(..., "
+                "jit_compile=False) for such a run; Keras' default, 'auto', turns XLA on where there is a GPU."
             )
 
     def see(self, step: Step, weights: list[Any], observed: dict[str, Tensor], count: Any, teacher: Teacher) -> None:

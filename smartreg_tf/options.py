@@ -35,7 +35,7 @@ class Options(NamedTuple):
         given = {name: value for name, value in given.items() if value is not None}
         for name, older, value in (("site", "layers", layers), ("precision", "float32", float32)):
             if value is not None and name in given:
-                raise TypeError(f"{call}: {name}= and its older name {older}= are both given; give {name}= alone")
+                raise TypeError(f"{call}: {name}= and its older name {older}= are both given. Give {name}= alone")
         if layers is not None:
             given["site"] = layers
         if float32 is not None:

@@ -42,7 +42,7 @@ _VALUES = {
     "log_cosh",
 }
 _SUMS = ("sum", "none", None)  # the gradient of a loss that is not reduced is that of its sum
-_SAY = f"say outputs=, one of {', '.join(KINDS)}"
+_SAY = f"Say outputs=, one of {', '.join(KINDS)}"
 
 
 class Head(NamedTuple):
@@ -264,9 +264,9 @@ def find_heads(
     elif losses:
         heads = [Head(place, _kind(loss), **_facts(path, loss, weight)) for place, path, loss, weight in losses]
     else:
-        raise ValueError(f"SMART: the model was compiled without a loss, so nothing says what its outputs are; {_SAY}")
+        raise ValueError(f"SMART: the model was compiled without a loss, so nothing says what its outputs are. {_SAY}")
     if not heads:
-        raise ValueError(f"SMART: no output has a loss to compare it by; {_SAY}")
+        raise ValueError(f"SMART: no output has a loss to compare it by. {_SAY}")
     heads = [head._replace(axis=_axis(model, head, flat[head.place], outputs is None, masks, y)) for head in heads]
     for head in heads:
         z = flat[head.place]
@@ -320,7 +320,7 @@ def _given_kinds(model: Any, passed: Any, outputs: Outputs) -> list[str | None]:
             names = list(keras.tree.flatten({name: name for name in passed}))
         unknown = [name for name in outputs if name not in names]
         if unknown:
-            raise ValueError(f"SMART: outputs= names {unknown[0]!r}; the model's outputs are {names}")
+            raise ValueError(f"SMART: outputs= names {unknown[0]!r}; the model's outputs are {names}. Use these names")
         outputs = [outputs.get(name) for name in names]
     kinds = one_each("outputs", outputs, n)
     for kind in kinds:
@@ -365,7 +365,7 @@ def _kind(loss: Any) -> str:
         return "probabilities"
     called = name or getattr(getattr(loss, "fn", None), "__name__", type(loss).__name__)
     raise ValueError(
-        f"SMART: the loss {called!r} does not say what the outputs are; {_SAY} (or a list or dict of them, one for "
+        f"SMART: the loss {called!r} does not say what the outputs are. {_SAY} (or a list or dict of them, one for "
         "each output)"
     )
 

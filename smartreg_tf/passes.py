@@ -194,8 +194,8 @@ class Passes:
         if len(calls) != expected:
             raise RuntimeError(
                 f"SMART: {site} ran {expected} times in the clean pass and {len(calls)} times in a later one of the "
-                "same batch. A model whose control flow is random cannot be compared with itself; give site= a layer "
-                "that always runs equally often."
+                "same batch. A model whose control flow is random cannot be compared with itself. Give site= a "
+                "layer that always runs equally often."
             )
         return Pass(outputs, calls, tape)
 
@@ -260,7 +260,8 @@ def passes_of(recorded: list[Passes], y_pred: Any) -> Passes:
     """Return the passes whose clean outputs `y_pred` is from; the last ones if it is from none."""
     if not recorded:
         raise RuntimeError(
-            "SMART: the train_step called compute_loss without calling the model, self(x, training=True), before it"
+            "SMART: the train_step called compute_loss without calling the model, self(x, training=True), before "
+            "it. Call the model first"
         )
     asked = {id(tensor) for tensor in keras.tree.flatten(y_pred)}
     for passes in reversed(recorded):

@@ -280,7 +280,10 @@ def margin_gradient(
     classes = tf.shape(z)[-1]
     if divergence == "symmetric_kl":
         if z.shape[-1] is not None and z.shape[-1] < 2:
-            raise ValueError(f"margin start: symmetric_kl needs at least 2 classes, got outputs of shape {z.shape}")
+            raise ValueError(
+                f"margin start: symmetric_kl needs at least 2 classes, got outputs of shape {z.shape}. Compare one "
+                "output by 'squared_error' or 'bernoulli_symmetric_kl'"
+            )
         # of two equal classes the lower one, as a stable sort has them; not top_k, see `project_l1_ball`
         best = tf.argmax(z, -1)
         others = tf.where(tf.range(classes - 1, dtype=best.dtype) < best[..., None], z[..., :-1], z[..., 1:])

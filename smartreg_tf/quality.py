@@ -130,7 +130,7 @@ def _seen(
 ) -> Seen:
     """Measure one batch at each radius; `heads` gets how its outputs are compared."""
     if y is None:
-        raise ValueError("report(): there are no labels: give y=, or a dataset of (x, y)")
+        raise ValueError("report(): there are no labels. Give y=, or a dataset of (x, y)")
     R_s, perturbed, faults = [], [], list[dict[str, Tensor]]()
     for ball in balls:
         penalty.config = ball
@@ -150,7 +150,7 @@ def _of_head(step: Step, i: int, y: Any, sample_weight: Any) -> tuple[Tensor, Te
     head, z, counted = step.heads[i], step.outputs[i], step.positions[i]
     labels, weight = head._own(y, "labels"), head._own(sample_weight, "sample weights")
     if labels is None:
-        raise ValueError(f"report(): there are no labels for output {head.place}")
+        raise ValueError(f"report(): there are no labels for output {head.place}. Give labels of each output")
     labelled = head.labelled(y)
     if labelled is not None:
         labels = tf.where(labelled, labels, tf.cast(IGNORED, labels.dtype))

@@ -56,15 +56,15 @@ def read(filepath: Any, state: Mapping[str, Any], iterations: int, weights: Sequ
     """
     if not os.path.exists(f"{filepath}{SUFFIX}"):
         raise ValueError(
-            f"SMART: there is no {filepath}{SUFFIX}. It is written by whatever saves the model while SMART trains it, "
-            "and by save_state(path) of what attach() gives."
+            f"SMART: there is no {filepath}{SUFFIX}. Save the model while SMART trains it, or call save_state(path) "
+            "of what attach() gives."
         )
     with np.load(f"{filepath}{SUFFIX}") as saved:
         then = int(saved["iterations"])
         if iterations > 0 and then > 0 and iterations != then:
             raise ValueError(
-                f"SMART: {filepath}{SUFFIX} was written after {then} optimiser steps, and the model was loaded "
-                f"from after {iterations}: the two are not of one checkpoint"
+                f"SMART: {filepath}{SUFFIX} was written after {then} optimiser steps, and the model was loaded from "
+                f"after {iterations}: the two are not of one checkpoint. Load both from one checkpoint"
             )
         if "theta/0" in saved.files:
             state = {**state, **numbered("theta", weights)}

@@ -44,7 +44,7 @@ class Teacher:
             return
         weights = list(self._model.trainable_variables)
         if not tf.executing_eagerly() and all(compat.has_value(weight) for weight in weights):
-            raise RuntimeError("SMART: the model has no weights yet: call it on a batch before its training begins")
+            raise RuntimeError("SMART: the model has no weights yet. Call it on a batch before its training begins")
         for weight in weights:
             name, count = weight.path, 2
             while name in self._weights:
@@ -117,7 +117,8 @@ class Teacher:
         """Let the model have theta~ inside the block."""
         if not self.averages:
             raise ValueError(
-                "SMART: there is no theta~ to swap in: mu is 0 and evaluate is 'theta', or the model was never trained"
+                "SMART: there is no theta~ to swap in: mu is 0 and evaluate is 'theta', or the model was never "
+                "trained. Give SMARTConfig(mu=...) above 0 or evaluate='teacher', and train"
             )
         kept = self.values()
         try:

@@ -67,12 +67,18 @@ def read_inputs(
         given = asked(*args, **kwargs)
         masks: list[Tensor | None] = [given] * count if given is None or isinstance(given, Tensor) else list(given)
         if calls and len(masks) != count:
-            raise ValueError(f"SMART: mask= gave {len(masks)} masks, but the site ran {count} times")
+            raise ValueError(
+                f"SMART: mask= gave {len(masks)} masks, but the site ran {count} times. Let it return a list with "
+                "one for each run of the site, or None"
+            )
         return Inputs(arguments, masks, "mask=")
     if asked is not None:
         name, given = asked, arguments.get(asked)
         if given is None:
-            raise ValueError(f"SMART: mask={name!r}, but the model was called without that argument")
+            raise ValueError(
+                f"SMART: mask={name!r}, but the model was called without that argument. Give the model that "
+                "argument, or name another"
+            )
     else:
         name, given = find_mask(arguments, [call.x.shape for call in calls])
     if given is None:

@@ -43,7 +43,10 @@ class _PutOff(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:
         if not ctx.terms:
-            raise RuntimeError("SMART: backward() a second time over one step with lean=True, whose graph is freed")
+            raise RuntimeError(
+                "SMART: backward() a second time over one step with lean=True, whose graph is freed. Call "
+                "backward() once, or say lean=False"
+            )
         with torch.enable_grad():
             while ctx.terms:  # popped, so that nothing of the step is kept any longer
                 term = ctx.terms.pop()()
@@ -55,8 +58,8 @@ def check_backward(gradient: Tensor) -> None:
     """Raise RuntimeError if this is another backward than loss.backward()."""
     if not fills_every_grad():
         raise RuntimeError(
-            "SMART: lean=True adds to the .grad of the weights, so it needs loss.backward(). With torch.autograd.grad "
-            "or backward(inputs=...) use lean=False"
+            "SMART: lean=True adds to the .grad of the weights, so it needs loss.backward(). Use lean=False with "
+            "torch.autograd.grad and backward(inputs=...)"
         )
 
 

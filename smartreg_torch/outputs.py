@@ -123,7 +123,9 @@ def chosen(output: Any, outputs: Outputs | None) -> dict[str, Any]:
         return named
     if isinstance(output, Tensor):
         if outputs is not None:
-            raise ValueError(f"SMART: the model returns one tensor; outputs={outputs!r} chooses nothing in it")
+            raise ValueError(
+                f"SMART: the model returns one tensor; outputs={outputs!r} chooses nothing in it. Leave outputs= out"
+            )
         return {"the model's output": output}
     fields: dict[Any, Any]
     if isinstance(output, Mapping):
@@ -137,7 +139,10 @@ def chosen(output: Any, outputs: Outputs | None) -> dict[str, Any]:
         keys = [outputs] if isinstance(outputs, (str, int)) else list(outputs)
         missing = [key for key in keys if key not in fields]
         if missing:
-            raise ValueError(f"SMART: the model's output has no {missing[0]!r}; it has {list(fields)}")
+            raise ValueError(
+                f"SMART: the model's output has no {missing[0]!r}; it has {list(fields)}. Name one of these with "
+                "outputs="
+            )
         return {str(key): fields[key] for key in keys}
     for wanted in (("logits",), SPANS):
         if all(isinstance(fields.get(name), Tensor) for name in wanted):
@@ -152,7 +157,7 @@ def chosen(output: Any, outputs: Outputs | None) -> dict[str, Any]:
     if len(several) == 1:
         return {str(key): z for key, z in several.items()}
     raise ValueError(
-        f"SMART: cannot tell which of the model's outputs {list(fields)} ({type(output).__name__}) to compare: say "
+        f"SMART: cannot tell which of the model's outputs {list(fields)} ({type(output).__name__}) to compare. Say "
         "outputs='logits', outputs=1, a list of them, or a function from the model's output to the tensor"
     )
 
@@ -161,19 +166,24 @@ def check_output(z: Any, n: int | None) -> None:
     """Raise TypeError or ValueError if an output is no float tensor (n, ..., C), nor a projection."""
     if isinstance(z, Tensor) and z.is_floating_point() and z.ndim == 0:
         raise TypeError(
-            "SMART: the model's output is one number, most likely its loss. SMART compares what the loss compares: let "
-            "forward return the logits too, (loss, logits), and say outputs=1; or make SMART of the model inside"
+            "SMART: the model's output is one number, most likely its loss. SMART compares what the loss compares. "
+            "Let forward return the logits too, (loss, logits), and say outputs=1; or make SMART of the model inside"
         )
     if not (isinstance(z, Projection) or (isinstance(z, Tensor) and z.is_floating_point())):
         got = f"{z.dtype} of shape {tuple(z.shape)}" if isinstance(z, Tensor) else type(z).__name__
-        raise TypeError(f"SMART: outputs must be floating-point tensors (n, ..., C), got {got}; see outputs=")
+        raise TypeError(
+            f"SMART: outputs must be floating-point tensors (n, ..., C), got {got}. Name the logits with outputs="
+        )
     if n is not None and len(z) != n:
         raise ValueError(
-            f"SMART: the first axis must be the batch: the site gave {n} rows and the outputs have {len(z)}. "
-            "Models that work time-major, or fold several choices into the batch, are not supported"
+            f"SMART: the first axis must be the batch: the site gave {n} rows and the outputs have {len(z)}. Models "
+            "that work time-major, or fold several choices into the batch, are not supported. Use a model that "
+            "returns one row of outputs for each row of its input"
         )
     if len(z) == 0:
-        raise ValueError(f"SMART: the batch is empty: the outputs have the shape {tuple(z.shape)}")
+        raise ValueError(
+            f"SMART: the batch is empty: the outputs have the shape {tuple(z.shape)}. Leave empty batches out"
+        )
 
 
 def find_heads(
@@ -204,12 +214,18 @@ def find_heads(
         l_s, why = (asked, "divergence=") if asked is not None else _divergence(name, z, evidence)
         axis, why_axis = (class_axis, "class_axis=") if class_axis is not None else (None, "")
         if class_axis is not None and not -z.ndim <= class_axis < z.ndim:
-            raise ValueError(f"SMART: class_axis={class_axis}, but an output has the shape {tuple(z.shape)}")
+            raise ValueError(
+                f"SMART: class_axis={class_axis}, but an output has the shape {tuple(z.shape)}. Give the axis of the "
+                "classes in that shape, -1 if it is the last"
+            )
         if isinstance(z, Projection):
             if l_s not in ROWS:
                 raise ValueError(f"SMART: a projection's l_s must be one of {sorted(ROWS)}, got {l_s!r} ({why})")
             if class_axis not in (None, -1, z.ndim - 1):
-                raise ValueError(f"SMART: class_axis={class_axis}, but a projection has its classes on the last axis")
+                raise ValueError(
+                    f"SMART: class_axis={class_axis}, but a projection has its classes on the last axis. Leave "
+                    "class_axis= out"
+                )
             axis, why_axis = -1, "a projection's last axis"
         elif class_axis is None:
             axis, why_axis = _axis(name, z, l_s, why, evidence, before[i] if len(before) == len(outputs) else None)

@@ -259,7 +259,8 @@ def margin_gradient(
     check_divergence("margin_gradient", divergence)
     if divergence == "symmetric_kl" and outputs.shape[-1] < 2:
         raise ValueError(
-            f"margin start: symmetric_kl needs at least 2 classes, got outputs of shape {tuple(outputs.shape)}"
+            f"margin start: symmetric_kl needs at least 2 classes, got outputs of shape {tuple(outputs.shape)}. "
+            "Compare one output by 'squared_error' or 'bernoulli_symmetric_kl'"
         )
     if isinstance(outputs, Projection):
         return at_hidden(outputs, mask, _NEAREST[divergence])

@@ -178,7 +178,10 @@ class _LastHidden:
 
     def __call__(self, output: Any) -> Projection:
         if self._hidden is None:
-            raise RuntimeError(f"without_logits: the model did not call its backbone, {self._backbone}")
+            raise RuntimeError(
+                f"without_logits: the model did not call its backbone, {self._backbone}. Give outputs= a function "
+                "that returns Projection(hidden states, weight of the head)"
+            )
         head = self._language.get_output_embeddings()
         return Projection(self._hidden, head.weight, head.bias)
 

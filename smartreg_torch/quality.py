@@ -172,7 +172,10 @@ def _of_heads(given: Any, names: Sequence[str]) -> list[Tensor]:
     if isinstance(given, Mapping):
         missing = [name for name in names if name not in given]
         if missing:
-            raise ValueError(f"report(): the labels have no {missing[0]!r}, an output that is compared: {list(given)}")
+            raise ValueError(
+                f"report(): the labels have no {missing[0]!r}, an output that is compared: {list(given)}. Give "
+                "labels of each output by its name"
+            )
         found = [given[name] for name in names]
     else:
         found = list(given) if isinstance(given, (tuple, list)) else [given]

@@ -88,7 +88,10 @@ def check_sharding(wrapped: nn.Module, model: nn.Module, config: SMARTConfig, pr
     _check_zero(wrapped, model)
     sharded = sharded_parts(wrapped, model)
     if not sharded and any(map(is_sharded, model.parameters())):
-        raise ValueError("SMART: of models with DTensor weights only those of fully_shard(model) are supported")
+        raise ValueError(
+            "SMART: of models with DTensor weights only those of fully_shard(model) are supported. Shard the model "
+            "with torch.distributed.fsdp.fully_shard"
+        )
     for module in fully_sharded(model):
         policy = mixed_precision_policy(module)
         half = next((dtype for dtype in (policy.param_dtype, policy.output_dtype) if dtype in HALF), None)

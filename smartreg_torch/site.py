@@ -140,7 +140,8 @@ class Site:
             if output.shape != values[run - 1].shape:
                 raise ValueError(
                     f"SMART: the site {self.name!r} gave a tensor of shape {tuple(output.shape)}, but the clean pass "
-                    f"gave {tuple(values[run - 1].shape)}: the model must do the same in every pass over one batch"
+                    f"gave {tuple(values[run - 1].shape)}: the model must do the same in every pass over one batch. "
+                    "Name a module with site= that gives the same shape each time"
                 )
             return put(output, values[run - 1])
 
@@ -183,7 +184,7 @@ class Site:
         if not names:
             return "Name a module behind the one that does so with site="
         return (
-            f"In wav2vec 2.0 and its kin name a module behind the feature encoder, site={names[0]!r}, or freeze that: "
+            f"Name a module behind the feature encoder, in wav2vec 2.0 and its kin site={names[0]!r}, or freeze it: "
             "model.freeze_feature_encoder()"
         )
 
@@ -288,7 +289,10 @@ def _changed_input(hook: _Hook, module: Any, args: tuple[Any, ...], kwargs: dict
     if name in kwargs:
         return args, {**kwargs, name: hook.on_call(kwargs[name], None)}
     if at >= len(args):
-        raise ValueError(f"SMART: the model was called without the argument {name!r}, which the site names")
+        raise ValueError(
+            f"SMART: the model was called without the argument {name!r}, which the site names. Give that argument, "
+            "or name another site with site="
+        )
     return (*args[:at], hook.on_call(args[at], None), *args[at + 1 :]), kwargs
 
 
@@ -333,14 +337,15 @@ def _find(model: nn.Module, site: str | Sequence[str] | None) -> tuple[list[str]
             continue
         embeddings = [name for name, module in names.items() if isinstance(module, nn.Embedding)]
         raise ValueError(
-            f"SMART: the model has no submodule {name!r}. It is a dotted name of model.named_modules(), or 'input'; "
-            f"the embeddings among them are {embeddings}"
+            f"SMART: the model has no submodule {name!r}. Name one of model.named_modules(), or 'input'; the "
+            f"embeddings among them are {embeddings}"
         )
     if asked:
         return asked, "site="
     if getattr(getattr(model, "config", None), "model_type", None) == "xlnet":
         raise ValueError(
-            "SMART: XLNet's embeddings are (tokens, n, d), and the first axis must be the batch: it is not supported"
+            "SMART: XLNet's embeddings are (tokens, n, d), and the first axis must be the batch: it is not "
+            "supported. Use a model whose embeddings are (n, tokens, d)"
         )
     named, why = _hugging_face_embeddings(names), "get_input_embeddings()"
     if not named:
@@ -352,7 +357,7 @@ def _find(model: nn.Module, site: str | Sequence[str] | None) -> tuple[list[str]
         named, why = tokens, "the only nn.Embedding" if len(every) == 1 else "the only nn.Embedding for tokens"
     if len(named) > 1:
         raise ValueError(
-            f"SMART: the model has several embeddings, {named}: say which one to perturb with site=, or several with "
+            f"SMART: the model has several embeddings, {named}. Say which one to perturb with site=, or several with "
             f"site={named[:2]}, or name the module in which they are added up"
         )
     return (named, why) if named else (["input"], "there is no nn.Embedding for tokens")

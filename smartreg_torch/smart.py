@@ -267,7 +267,7 @@ class SMART:
         """Do what `measure` does for `call`, and return the whole step; `reader` says how the outputs are compared."""
         given = given[0], self._arguments(call, given[1], sample_weight)
         if torch.is_inference_mode_enabled():
-            raise RuntimeError(f"SMART: {call} takes gradients: call it outside of torch.inference_mode()")
+            raise RuntimeError(f"SMART: {call} takes gradients. Call it outside of torch.inference_mode()")
         config, runner, theta = self.config, self._runner, self._look()
         if config.has_teacher:
             self._teacher.follow(theta)
@@ -304,7 +304,7 @@ class SMART:
         """
         self._refuse_removed("update()")
         if self._optimizer_hooks:
-            raise RuntimeError("SMART: update() after attach(optimizer), which calls it: each step would count twice")
+            raise RuntimeError("SMART: update() after attach(optimizer), which calls it. Leave one of the two out")
         self._update()
 
     def _update(self) -> None:
@@ -327,7 +327,7 @@ class SMART:
             1
         """
         if self._optimizer_hooks:
-            raise RuntimeError("SMART: attach() was called before; one optimiser moves theta~")
+            raise RuntimeError("SMART: attach() was called before. Call it once, with the optimiser of the model")
 
         own = weakref.ref(self)  # the optimiser does not keep an unused SMART alive
 
@@ -440,7 +440,7 @@ class SMART:
 
     def _refuse_removed(self, call: str) -> None:
         if self._removed:
-            raise RuntimeError(f"SMART: {call} after remove(); make a new SMART(model, config)")
+            raise RuntimeError(f"SMART: {call} after remove(). Make a new SMART(model, config)")
 
     def _arguments(self, call: str, kwargs: dict[str, Any], sample_weight: Tensor | None) -> dict[str, Any]:
         """Return the model's keyword arguments, with `sample_weight` if it takes that; RuntimeError after `remove`."""

@@ -170,7 +170,7 @@ def take_step(
         say(
             "written",
             f"SMART: the model wrote into {passes.lost[0]} for the first time. The other passes of this step see "
-            "the new value; from the next step on they see the old one.",
+            "the new value, so R_s and D_Breg of this step may be off. Look at the next steps, which are right.",
         )
     teacher.settle(passes.theta)
     compared = reader.read(passes, label_mask)
@@ -246,7 +246,8 @@ class Noise:
                 noise.generator.set_state(stream.cpu())
             except (RuntimeError, TypeError, AttributeError) as error:
                 raise ValueError(
-                    f"SMART.load_state_dict: the state's noise generator cannot be loaded on {device}: {error}"
+                    f"SMART.load_state_dict: the state's noise generator cannot be loaded on {device}: {error}. "
+                    "Resume on the kind of device on which the state was saved"
                 ) from error
         return noise
 

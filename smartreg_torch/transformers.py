@@ -109,7 +109,7 @@ class SMARTMixin(_Base):
         """
         if self.smart is None or not self.smart.teacher:
             raise RuntimeError(
-                f"{type(self).__name__}.swap_teacher: there is no theta~. train() makes it if mu > 0 or "
+                f"{type(self).__name__}.swap_teacher: there is no theta~. Call train() before, with mu > 0 or "
                 "evaluate='teacher'"
             )
         with self.smart.swap_teacher():
@@ -182,7 +182,7 @@ class SMARTMixin(_Base):
         with first_call(model, partial(smart, label_mask=labelled)) as penalties:
             found: Any = super().compute_loss(model, inputs, **settings)
         if not penalties:
-            raise RuntimeError(f"{type(self).__name__}: compute_loss did not call the model, so SMART saw no outputs")
+            raise RuntimeError(f"{type(self).__name__}: compute_loss did not call the model. Let it call the model")
         window.add(smart, share)
         if self.is_deepspeed_enabled:  # whose engine moves theta right after the backward
             smart._reports.judge(smart.config)
@@ -245,7 +245,7 @@ class SMARTMixin(_Base):
         if not file.exists():
             warnings.warn(
                 f"{type(self).__name__}: the best metric, {self.state.best_metric:g}, was measured with theta~, but "
-                f"{file} does not exist. The weights that were loaded are theta, of which it is not the metric.",
+                f"{file} does not exist, so theta was loaded. Keep that file, or set load_best_model_at_end=False.",
                 SMARTWarning,
                 stacklevel=4,
             )
@@ -311,10 +311,10 @@ class SMARTMixin(_Base):
             return
         fsdp1 = self.is_fsdp_enabled and not getattr(self.accelerator, "is_fsdp2", False)
         unsupported = {
-            "several GPUs in one process (nn.DataParallel); start it with torchrun": args.n_gpu > 1,
-            "FSDP1; say fsdp_config={'version': 2} in TrainingArguments": fsdp1,
-            "torch_xla's FSDP; use that of PyTorch, fsdp_config={'version': 2}": self.is_fsdp_xla_enabled,
-            "torch_compile=True with several processes; leave it out, and call model.compile() before the trainer "
+            "several GPUs in one process (nn.DataParallel). Start it with torchrun": args.n_gpu > 1,
+            "FSDP1. Say fsdp_config={'version': 2} in TrainingArguments": fsdp1,
+            "torch_xla's FSDP. Use that of PyTorch, fsdp_config={'version': 2}": self.is_fsdp_xla_enabled,
+            "torch_compile=True with several processes. Leave it out, and call model.compile() before the trainer "
             "is made": args.torch_compile and args.world_size > 1,
         }
         for what, wanted in unsupported.items():

@@ -258,35 +258,61 @@ def test_a_row_without_error_is_ok_and_one_with_a_nan_is_not():
     assert not Row("", checking.worst([0.0, np.nan]), 1.0, "").ok
 
 
-def run(*arguments, cwd=ROOT):
+def run(*arguments, cwd=ROOT, path=str(ROOT)):
     return subprocess.run(
         [sys.executable, "-m", "smartreg", *arguments],
         cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": path},
         capture_output=True,
         text=True,
         timeout=300,
     )
 
 
-def test_the_command(tmp_path):
+def test_the_command_ends_with_a_summary(tmp_path):
     done = run("check", "--backend", "numpy", "--dtype", "float32")
     assert done.returncode == 0, done.stderr
-    assert "numpy, float32: passed" in done.stdout
+    assert done.stderr == ""
+    assert re.search(r"^numpy +float32 +(\d+) of \1 +0\.\d+  project_\w+: ", done.stdout, re.MULTILINE)
+    assert "symmetric_kl: symmetric" not in done.stdout
+    assert done.stdout.endswith("All passed: NumPy.\n")
+    done = run("check", "-v", "--backend", "numpy", "--dtype", "float16")
+    assert "numpy, float16: passed (" in done.stdout
+    assert "symmetric_kl: symmetric" in done.stdout
+    done = run("check", "--backend", "no_such_backend")
+    assert done.returncode == 1
+    assert "not checked: no_such_backend: check_backend: expected one of numpy, torch, tf" in done.stdout
+    assert "Traceback" not in done.stderr
+
+
+def test_the_command_shows_failures_in_full(tmp_path):
     (tmp_path / "my_backend.py").write_text(
         "from smartreg.checking import NUMPY\n"
         "globals().update(vars(NUMPY))\n"
         "def project_linf_ball(delta, epsilon, granularity='example'):\n    return delta\n"
     )
-    done = run("check", "--backend", "my_backend", "--dtype", "float64", "--json", cwd=tmp_path)
+    given = ["check", "--backend", "my_backend", "--dtype", "float64"]
+    done = run(*given, cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stdout.endswith("FAILED: my_backend in float64.\n")
+    table = done.stdout.partition("my_backend, float64: FAILED")[2]
+    assert "! project_linf_ball: inside the ball" in table
+    assert "symmetric_kl: symmetric" not in table
+    done = run(*given, "--json", cwd=tmp_path)
     assert done.returncode == 1
     (report,) = json.loads(done.stdout)
     assert report["backend"] == "my_backend"
     assert {row["what"] for row in report["rows"] if not row["ok"]} >= {"project_linf_ball: inside the ball"}
-    done = run("check", "--backend", "no_such_backend")
-    assert done.returncode == 1
-    assert "no_such_backend, float32: not checked: check_backend: expected one of numpy, torch, tf" in done.stdout
-    assert "Traceback" not in done.stderr
+
+
+def test_the_command_without_a_framework_checks_numpy_and_says_what_to_install(tmp_path):
+    for name in ("torch", "tensorflow", "keras"):
+        (tmp_path / f"{name}.py").write_text(f"raise ModuleNotFoundError('no {name}', name={name!r})\n")
+    done = run("check", "--dtype", "float32", path=f"{tmp_path}{os.pathsep}{ROOT}")
+    assert done.returncode == 0, done.stdout
+    assert "not checked: torch: smartreg_torch needs PyTorch: pip install 'smartreg[torch]'" in done.stdout
+    assert "not checked: tf: smartreg_tf needs TensorFlow and Keras 3: pip install 'smartreg[tf]'" in done.stdout
+    assert done.stdout.endswith("All passed: NumPy.\n")
 
 
 def test_a_name_that_is_no_backend():

@@ -114,7 +114,7 @@ def test_each_pass_of_the_ascent_has_its_mask(start):
 def test_a_mask_for_each_pass_is_asked_for():
     rng = np.random.default_rng(0)
     theta, batch, config = make_theta(rng), make_batch(rng), papers(mu=0, dropout="independent")
-    with pytest.raises(ValueError, match="a step has 3 passes with dropout masks of their own, got 2"):
+    with pytest.raises(ValueError, match="expected 3 dropout masks, one for each pass of a step, got 2"):
         fit_reference(theta, [batch], config, rng.normal(size=(1, 4, 5, 4)), dropout=make_masks(rng, 1, passes=2))
     masks = in_turn([1.0])
     next(masks)

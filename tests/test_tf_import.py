@@ -37,4 +37,4 @@ sys.modules["keras"] = keras
 sys.modules["tensorflow"] = types.ModuleType("tensorflow")
 import smartreg_tf
 """
-    assert "Keras runs on 'jax': set the environment variable KERAS_BACKEND=tensorflow" in errors(code)
+    assert "Keras runs on 'jax'. Set the environment variable KERAS_BACKEND=tensorflow" in errors(code)

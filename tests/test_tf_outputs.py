@@ -115,7 +115,7 @@ def test_keras_mask_on_the_output_goes_before_the_sites():
 def test_outputs_that_cannot_be_told():
     custom = model_with(layers.Dense(2), loss=lambda y, p: keras.ops.mean(p))
     with pytest.raises(
-        ValueError, match=r"the loss '<lambda>' does not say what the outputs are; say outputs=, one of"
+        ValueError, match=r"the loss '<lambda>' does not say what the outputs are. Say outputs=, one of"
     ):
         custom.fit(X, X[:, :2], verbose=0, callbacks=[SMARTCallback()])
     custom.fit(X, X[:, :2], verbose=0, callbacks=[SMARTCallback(outputs="regression")])

@@ -224,7 +224,7 @@ def test_no_more_batches_are_read_than_asked():
 def test_what_is_refused():
     model = linear(2, CE, run_eagerly=True)
     for given, message in (
-        ((X, BALL), r"there are no labels: give y=, or a dataset of \(x, y\)|needs y before the first step"),
+        ((X, BALL), r"there are no labels. Give y=, or a dataset of \(x, y\)|needs y before the first step"),
         ((X, BALL, Y + 1), "must be classes from 0 to 1"),
         ((X[:0], BALL, Y[:0]), "there is no batch"),
         ((X, SMARTConfig.mtdnn(), Y), "with projection='rescale' epsilon is no radius"),
@@ -233,7 +233,7 @@ def test_what_is_refused():
             report(model, *given)
     with pytest.raises(ValueError, match=r"report\(\) needs y before the first step"):
         report(linear(2, CE), X, BALL)
-    with pytest.raises(ValueError, match=r"report\(\): there are no labels: give y="):
+    with pytest.raises(ValueError, match=r"report\(\): there are no labels. Give y="):
         report(model, X, BALL, outputs="logits")
     with pytest.raises(TypeError, match=r"report\(\): config must be a SMARTConfig, got ndarray"):
         report(model, X, Y)

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+import smartreg
+
 ROOT = Path(__file__).parents[1]
 FORMULAS = "def step(x, eta):\n    if x > 0:\n        x = x + eta\n    return [x, x - eta]\n"
 
@@ -34,6 +36,19 @@ def test_every_mutation_still_applies(mutate):
     )
     counts = Counter(mutation.backend for mutation in mutate["MUTATIONS"])
     assert all(counts[backend] >= 75 for backend in ("numpy", "torch", "tf"))
+
+
+def test_the_version_is_in_one_place_and_dated_in_the_changelog(monkeypatch, tmp_path):
+    release = runpy.run_path(str(ROOT / "tools" / "release.py"))
+    number = release["version"]()
+    assert number == smartreg.__version__
+    assert 'dynamic = ["version"]' in (ROOT / "pyproject.toml").read_text("utf-8")
+    (tmp_path / "smartreg").mkdir()
+    (tmp_path / "smartreg" / "__init__.py").write_text(f'__version__ = "{number}"\n')
+    (tmp_path / "CHANGELOG.md").write_text(f"## [{number}] - unreleased\n")
+    monkeypatch.setitem(release["version"].__globals__, "ROOT", tmp_path)
+    with pytest.raises(SystemExit, match=r"CHANGELOG.md: expected the heading '## \[.*\] - YYYY-MM-DD'"):
+        release["version"]()
 
 
 @pytest.mark.parametrize(

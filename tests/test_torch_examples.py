@@ -1,6 +1,5 @@
 """The examples, as a user runs them, at a small size."""
 
-import importlib.util
 import json
 import os
 import runpy
@@ -19,61 +18,6 @@ def run(script, monkeypatch, capsys, *arguments):
     monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
     runpy.run_path(str(ROOT / "examples" / script), run_name="__main__")
     return capsys.readouterr().out
-
-
-@pytest.fixture
-def demo(monkeypatch):
-    """The demo as a module, with fewer steps; it leaves Keras in the precision in which it was."""
-    spec = importlib.util.spec_from_file_location("demo", ROOT / "examples" / "demo.py")
-    demo = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(demo)
-    config = demo.CONFIG.replace(total_steps=60)
-    small = {"CONFIG": config, "METHODS": {"plain": config.replace(lambda_s=0, mu=0), "SMART": config}}
-    small |= {"PRETRAINING_STEPS": 60, "ATTACK_STEPS": 2, "ATTACK_STARTS": 2, "RADII": (0.0, config.epsilon, 0.2)}
-    for name, value in small.items():
-        monkeypatch.setattr(demo, name, value)
-    yield demo
-    if "keras" in sys.modules:
-        sys.modules["keras"].config.set_floatx("float32")
-        sys.modules["keras"].config.set_dtype_policy("float32")
-
-
-def test_the_demo_shows_what_smart_changes(demo, tmp_path, monkeypatch, capsys):
-    picture, result = tmp_path / "new" / "demo.png", tmp_path / "result.json"
-    monkeypatch.setattr(sys, "argv", ["demo.py", "--seeds", "2", "--out", str(picture), "--json", str(result)])
-    demo.main()
-    printed = capsys.readouterr().out
-    assert picture.read_bytes().startswith(b"\x89PNG")
-    assert str(picture) in printed.replace("\n", "")
-    found = json.loads(result.read_text())["backends"]
-    backends = ["NumPy", "PyTorch", "Keras"] if importlib.util.find_spec("tensorflow") else ["NumPy", "PyTorch"]
-    assert list(found) == ["loss", "R_s", "D_Breg", "|theta|", "|theta~|"]
-    for name, values in found.items():
-        assert name in printed
-        assert list(values) == [*backends, "difference"]
-        assert min(values[backend] for backend in backends) > 0.01  # something was trained, and perturbed
-        assert values["difference"] < 1e-9
-    header = next(line for line in printed.splitlines() if "NumPy" in line)
-    assert [name for name in ("NumPy", "PyTorch", "Keras") if name in header] == backends
-
-
-def test_the_demo_without_tensorflow_says_what_to_install(demo, monkeypatch, capsys):
-    for name in [name for name in sys.modules if name.partition(".")[0] == "smartreg_tf"]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "tensorflow", None)
-    data = demo.digits()
-    demo.compare(demo.same_task(data, demo.pretrain(data), 2), demo.Console(width=200))
-    printed = capsys.readouterr().out
-    assert "Without Keras: smartreg_tf needs TensorFlow and Keras 3: pip install 'smartreg[tf]'" in printed
-    header = next(line for line in printed.splitlines() if "NumPy" in line)
-    assert "PyTorch" in header
-    assert "Keras" not in header
-
-
-def test_the_demo_as_a_command(monkeypatch, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        run("demo.py", monkeypatch, capsys, "--seeds", 1)
-    assert "--seeds must be at least 2" in capsys.readouterr().err
 
 
 @pytest.fixture(autouse=True)

@@ -57,7 +57,7 @@ class Odd(nn.Module):
     ("kind", "site", "error", "message"),
     [
         ("", "embeddings", ValueError, r"no submodule 'embeddings'.* are \['embedding', 'unused'\]"),
-        ("", None, ValueError, r"several embeddings, \['embedding', 'unused'\]: say which"),
+        ("", None, ValueError, r"several embeddings, \['embedding', 'unused'\]. Say which"),
         ("", "unused", ValueError, r"the site 'unused' was not run by the model's forward"),
         ("more", "embedding", ValueError, r"'embedding' ran 1 times in the clean pass and 2 times or more in a later"),
         ("fewer", "embedding", ValueError, r"'embedding' ran 2 times in the clean pass and 1 times in a later"),

@@ -980,7 +980,7 @@ def test_bad_input_is_named(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"torch_compile=True with several processes; .*model\.compile\(\)"):
         trainer._begin_smart()
     trainer.args.torch_compile, trainer.is_fsdp_enabled = False, True
-    with pytest.raises(ValueError, match=r"FSDP1; say fsdp_config=\{'version': 2\}"):
+    with pytest.raises(ValueError, match=r"FSDP1. Say fsdp_config=\{'version': 2\}"):
         trainer._begin_smart()
     trainer.is_fsdp_enabled, trainer.is_fsdp_xla_enabled = False, True
     with pytest.raises(ValueError, match=r"torch_xla's FSDP; use that of PyTorch"):

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import importlib.util
 import os
 import re
 import shutil
@@ -55,7 +56,10 @@ for check in (golden_checks, law_checks, trajectory_checks):
 
 
 class Mutation(NamedTuple):
-    """One edit of a package: the code `old`, which occurs once (`within`), becomes `new`; `tests` may kill it."""
+    """One edit of a package: the code `old`, which occurs once (`within`), becomes `new`; `tests` may kill it.
+
+    `needs` names a module without which these tests skip: then the edit is not made.
+    """
 
     backend: str
     name: str
@@ -63,6 +67,7 @@ class Mutation(NamedTuple):
     new: str
     tests: tuple[str, ...]
     within: str = ""
+    needs: str = ""
 
 
 class Node(NamedTuple):
@@ -297,13 +302,15 @@ def main() -> int:
 
     def attempt(mutation: Mutation) -> tuple[str, float]:
         started = time.perf_counter()
+        if mutation.needs and importlib.util.find_spec(mutation.needs) is None:
+            return f"not made: needs {mutation.needs}", 0.0
         try:
             found = kill(mutation) or "SURVIVED"
         except (RuntimeError, subprocess.TimeoutExpired) as error:
             found = f"INVALID: {error}"
         return found, time.perf_counter() - started
 
-    started, faults = time.perf_counter(), []
+    started, faults, left_out = time.perf_counter(), [], 0
     for backend in given.backend:
         mutations = [mutation for mutation in chosen if mutation.backend == backend]
         if not mutations:
@@ -314,9 +321,11 @@ def main() -> int:
         with ThreadPoolExecutor(given.jobs) as pool:
             for mutation, (found, seconds) in zip(mutations, pool.map(attempt, mutations), strict=True):
                 fault = found.startswith(("SURVIVED", "INVALID"))
+                left_out += found.startswith("not made")
                 print(f"{'!' if fault else ' '} {mutation.name:<{width}}  {seconds:7.1f}  {found}", flush=True)
                 faults += [f"  {backend}, {files[mutation]}: {mutation.name}: {found.split(':')[0]}"] if fault else []
-    print(f"\n{len(chosen)} mutations, {len(chosen) - len(faults)} killed, in {time.perf_counter() - started:.0f} s")
+    killed, seconds = len(chosen) - len(faults) - left_out, time.perf_counter() - started
+    print(f"\n{len(chosen)} mutations, {killed} killed, {left_out} not made, in {seconds:.0f} s")
     print("\n".join(faults) if faults else "none survived")
     return bool(faults)
 

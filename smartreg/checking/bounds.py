@@ -51,6 +51,11 @@ class Row(NamedTuple):
         """Tell whether the error is within the bound."""
         return not self.problem and self.error <= self.bound
 
+    @property
+    def ratio(self) -> float:
+        """Return the error as a share of its bound."""
+        return self.error / self.bound if self.bound > 0 else (math.inf if self.error > 0 else 0.0)
+
 
 def round_to(values: Any, dtype: str) -> Array:
     """Round values to a type; those of bfloat16, which NumPy lacks, are returned in float32."""

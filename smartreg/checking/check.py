@@ -39,10 +39,14 @@ class Report:
         return bool(self.rows) and all(row.ok for row in self.rows)
 
     def __str__(self) -> str:
-        width = max((len(row.what) for row in self.rows), default=0)
-        lines = [f"{self.backend}, {self.dtype}: {'passed' if self.ok else 'FAILED'} ({self.seconds:.1f} s)"]
-        lines.append(f"  {'what':<{width}}  worst error    bound  at")
-        for row in self.rows:
+        title = f"{self.backend}, {self.dtype}: {'passed' if self.ok else 'FAILED'} ({self.seconds:.1f} s)"
+        return f"{title}\n{self.table(self.rows)}"
+
+    def table(self, rows: Sequence[Row]) -> str:
+        """Return some rows as a table, with a mark at each that failed."""
+        width = max((len(row.what) for row in rows), default=0)
+        lines = [f"  {'what':<{width}}  worst error    bound  at"]
+        for row in rows:
             mark = " " if row.ok else "!"
             found = f"{row.problem} ({row.at})" if row.problem else f"{row.error:11.1e}  {row.bound:7.1e}  {row.at}"
             lines.append(f"{mark} {row.what:<{width}}  {found}")
@@ -92,7 +96,7 @@ def check_backend(
     for check in (golden_checks, law_checks, trajectory_checks):
         for row in check(Face(backend, dtype), functions):
             worst = found.get(row.what)
-            if worst is None or (not worst.problem and (bool(row.problem) or _share(row) > _share(worst))):
+            if worst is None or (not worst.problem and (bool(row.problem) or row.ratio > worst.ratio)):
                 found[row.what] = row
     order = {function: place for place, function in enumerate(FUNCTIONS)}
     report.rows = sorted(found.values(), key=lambda row: order.get(row.what.split(":")[0], len(order)))
@@ -178,7 +182,7 @@ def trajectory_checks(face: Face, functions: Sequence[str]) -> Iterator[Row]:
         except Problem as problem:
             yield Row(what, math.inf, 0, f"{count} steps", str(problem))
             continue
-        yield max(compare_steps(steps, name, face.dtype), key=lambda row: (not row.ok, _share(row) if row.ok else 0))
+        yield max(compare_steps(steps, name, face.dtype), key=lambda row: (not row.ok, row.ratio if row.ok else 0))
 
 
 def _golden(face: Face, case: golden.Case) -> Iterator[tuple[float, float]]:
@@ -202,8 +206,3 @@ def _golden(face: Face, case: golden.Case) -> Iterator[tuple[float, float]]:
         kind = "norm" if name == "normalize" else "projection"
         first = given.pop("g" if name == "normalize" else "delta")
         yield golden.relative_error(face.call(name, first, **given), expected["value"]), bound(kind, face.dtype)
-
-
-def _share(row: Row) -> float:
-    """Return the error as a share of its bound."""
-    return row.error / row.bound if row.bound > 0 else (math.inf if row.error > 0 else 0.0)

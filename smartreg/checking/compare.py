@@ -316,23 +316,31 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], SMARTConfig, li
             arrays = {key: entries[key] for key in entries.files}
             about = json.loads(str(arrays.pop("recording", "{}")))
         except (ValueError, EOFError, OSError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
-            raise ValueError(f"compare_run: {name!r} is no recording, or it is damaged or cut short") from error
+            raise ValueError(
+                f"compare_run: {name!r} is no recording, or it is damaged or cut short. Give a file that record= "
+                "wrote, or record the run again"
+            ) from error
     if not isinstance(about, dict) or "format" not in about:
-        raise ValueError(f"compare_run: {name!r} is an .npz file, but not one that record= wrote")
-    writer = f"it was written by smartreg {about['versions']['smartreg']}; install that one or a newer one"
+        raise ValueError(
+            f"compare_run: {name!r} is an .npz file, but not one that record= wrote. Give the file of SMART(..., "
+            "record=...)"
+        )
+    writer = f"It was written by smartreg {about['versions']['smartreg']}. Install that one or a newer one"
     if about["format"] > FORMAT:
-        raise ValueError(f"compare_run: {name!r} has format {about['format']}, this smartreg reads {FORMAT}: {writer}")
+        raise ValueError(f"compare_run: {name!r} has format {about['format']}, this smartreg reads {FORMAT}. {writer}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", SMARTWarning)  # the run had it
             config = SMARTConfig.from_dict(about["config"])
     except (TypeError, ValueError) as error:
-        raise ValueError(f"compare_run: {name!r} has another configuration ({error}): {writer}") from error
+        raise ValueError(f"compare_run: {name!r} has another configuration ({error}). {writer}") from error
     steps = []
     for i, facts in enumerate(about["steps"]):
         own = {key: arrays.get(f"{i}/{key}") for key in facts["names"]}
         missing = [key for key, value in own.items() if value is None]
         if missing:
-            raise ValueError(f"compare_run: {name!r} is damaged: step {i + 1} has no {missing[0]!r}")
+            raise ValueError(
+                f"compare_run: {name!r} is damaged: step {i + 1} has no {missing[0]!r}. Record the run again"
+            )
         steps.append(_Step(own, facts["dtypes"], facts["outputs"]))
     return about, config, steps

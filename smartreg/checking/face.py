@@ -192,7 +192,7 @@ class Face(Functions):
 
     def _call(self, function: str, *args: Any, **kwargs: Any) -> Any:
         if not hasattr(self.backend, function):
-            raise Problem(function, "is missing")
+            raise Problem(function, "is missing. Write it, or leave it out of functions=")
         with _as_problem(function):
             return getattr(self.backend, function)(*args, **kwargs)
 

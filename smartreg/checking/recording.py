@@ -61,7 +61,10 @@ class Recorder:
         if self.path.exists():
             raise FileExistsError(f"{call}: record={str(path)!r} is there already. Give another path, or delete it.")
         if not self.path.parent.is_dir():
-            raise FileNotFoundError(f"{call}: record={str(path)!r}: there is no folder {str(self.path.parent)!r}")
+            raise FileNotFoundError(
+                f"{call}: record={str(path)!r}: there is no folder {str(self.path.parent)!r}. Make the folder, or "
+                "give another path"
+            )
         self.steps = int(steps)
         self.done = False
         self._call = call
@@ -71,7 +74,10 @@ class Recorder:
     def begin(self, backend: str, packages: Mapping[str, str], config: SMARTConfig, site: str) -> None:
         """Say what runs; ValueError if it computes nothing that could be recorded."""
         if not config.has_penalty:
-            raise ValueError(f"{self._call}: record= has nothing to record: lambda_s and mu are 0")
+            raise ValueError(
+                f"{self._call}: record= has nothing to record: lambda_s and mu are 0. Give one of them a value > 0, "
+                "or leave record= out"
+            )
         versions = {"smartreg": smartreg.__version__, "python": platform.python_version(), "numpy": np.__version__}
         self._about = {"backend": backend, "versions": {**packages, **versions}, "site": site}
         self._about["config"] = config.to_dict()
@@ -125,14 +131,20 @@ class Recorder:
                 np.savez_compressed(file, recording=np.array(json.dumps(about)), **arrays)
             os.replace(part, self.path)
         except OSError as error:
-            self._warn(f"the recording could not be written to {str(self.path)!r}: {error}. Training goes on.")
+            self._warn(
+                f"the recording could not be written to {str(self.path)!r}: {error}. Training goes on. Give another "
+                "path next time."
+            )
         finally:
             part.unlink(missing_ok=True)
 
     def close(self) -> None:
         """End the recording: write what there is, and warn if there is nothing."""
         if not self.done and not self._recorded and sys.exc_info()[0] is None:
-            self._warn(f"{str(self.path)!r} is not written: no training step was taken (in eval mode there is none).")
+            self._warn(
+                f"{str(self.path)!r} is not written: no training step was taken (in eval mode there is none). Put the "
+                "model into train mode."
+            )
         self.write()
         self.done = True
 

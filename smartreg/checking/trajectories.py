@@ -153,7 +153,7 @@ def compare_steps(steps: Sequence[Any], name: str, dtype: str = "float64") -> li
     """
     most = len(load_trajectory(name).batches)
     if len(steps) > most:
-        raise ValueError(f"compare_steps: {name!r} has {most} steps, got {len(steps)}")
+        raise ValueError(f"compare_steps: {name!r} has {most} steps, got {len(steps)}. Give no more than those")
     rows = []
     for t, (got, expected) in enumerate(zip(steps, _reference(name, dtype, len(steps)), strict=True), start=1):
         values = dict(_intermediates(got))
