@@ -32,9 +32,10 @@ exclude_patterns = ["_generated", "pictures"]
 
 myst_enable_extensions = ["amsmath", "attrs_block", "colon_fence", "dollarmath"]
 myst_heading_anchors = 4  # GitHub's names, which the links of the pages use
-nb_execution_mode = "force"
+nb_execution_mode = "cache"  # run again if their code has changed; a fresh clone, as in CI, has no cache
+nb_execution_cache_path = str(HERE.parent / "out" / "notebooks")
 nb_execution_raise_on_error = True
-nb_execution_timeout = 600
+nb_execution_timeout = 1800  # seconds for a cell, which takes two minutes on a free core
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"

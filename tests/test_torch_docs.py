@@ -3,8 +3,10 @@
 import re
 from pathlib import Path
 
+import notebooks
 import pytest
 import torch
+import transformers
 from architectures import N, classifier, text
 from transformers import TrainingArguments
 
@@ -41,3 +43,25 @@ def test_the_code_runs(page, tmp_path, monkeypatch, capsys):
     if page.name == "README.md":
         assert names["smart"].step >= 2
         assert names["smart"].metrics["R_s"] > 0
+
+
+@pytest.fixture
+def verbosity():
+    before = transformers.logging.get_verbosity()
+    yield
+    transformers.logging.set_verbosity(before)
+    transformers.logging.enable_progress_bar()
+
+
+@pytest.mark.usefixtures("verbosity")
+def test_the_notebook_runs(monkeypatch, capsys):
+    names, figures = notebooks.run("pytorch.ipynb", monkeypatch, TRAIN=48, TEST=8, EPOCHS=1)
+    assert figures == 2
+    plain, smart = (names[name].state.log_history for name in ("plain", "smart"))
+    assert names["before"].numbers["NLL"] != names["after"].numbers["NLL"]
+    assert "R_s" not in plain[0]
+    assert smart[-2]["R_s"] > 0 < smart[-2]["D_Breg"]
+    assert "bert.embeddings.word_embeddings" in (printed := capsys.readouterr().out)
+    assert names["typos"][0] in printed
+    assert sorted(names["typos"][0]) == sorted(names["clean"][0])
+    assert names["typos"] != names["clean"]

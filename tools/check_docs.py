@@ -12,7 +12,7 @@ import json
 import re
 import sys
 import urllib.parse
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -152,12 +152,9 @@ def fetched(site: Path, pages: dict[Path, Page]) -> list[str]:
     return found
 
 
-def not_found(site: Path, queries: Iterable[str]) -> list[str]:
-    """Return the queries of which the search index has no page with all words."""
-    import snowballstemmer
-
+def not_found(site: Path, queries: Iterable[str], stem: Callable[[str], str]) -> list[str]:
+    """Return the queries of which the search index has no page with all words; `stem` cuts a word as the index did."""
     index = json.loads((site / "searchindex.js").read_text("utf-8").removeprefix("Search.setIndex(").removesuffix(")"))
-    stem = snowballstemmer.stemmer("english").stemWord
     missing = []
     for query in queries:
         pages = []
@@ -171,16 +168,17 @@ def not_found(site: Path, queries: Iterable[str]) -> list[str]:
 
 def main() -> int:
     """Print what is wrong; the exit status is 1 if something is."""
+    import snowballstemmer
     from sphinx.util.inventory import InventoryFile
 
     site = Path(sys.argv[1])
     inventory = InventoryFile.loads((site / "objects.inv").read_bytes(), uri="").data
     documented = [name for kind, names in inventory.items() if kind.startswith("py:") for name in names]
-    pages = read(site)
+    pages, stem = read(site), snowballstemmer.stemmer("english").stemWord
     wrong = [f"public, and in no API page: {name}" for name in undocumented(documented)]
     wrong += [f"leads nowhere: {link}" for link in broken(pages)]
     wrong += [f"fetched from elsewhere: {address}" for address in fetched(site, pages)]
-    wrong += [f"not found by the search: {query}" for query in not_found(site, SEARCHED)]
+    wrong += [f"not found by the search: {query}" for query in not_found(site, SEARCHED, stem)]
     print("\n".join(wrong) or f"{len(pages)} pages: every public name is there, no broken link, nothing fetched")
     return bool(wrong)
 
