@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -61,16 +61,17 @@ class Runner:
         self.modules: list[nn.Module] = []
         self.theta: dict[str, nn.Parameter] = {}
         self.sharded: list[Any] = []
-        self._held: list[list[int]] = []
+        self._held: list[Any] = []
+        self.known.layout = None
 
     def look(self) -> dict[str, nn.Parameter]:
         """Return the parameters by name. Walk over the model only if a module holds others than before."""
         reshard(self.sharded)
-        if not self.modules or list(map(_held, self.modules)) != self._held:
+        if not self.modules or _held(self.modules) != self._held:
             self.sharded = sharded_parts(self.wrapped, self.model)
             reshard(self.sharded)
             self.modules, self.theta = list(self.model.modules()), dict(self.model.named_parameters())
-            self._held = list(map(_held, self.modules))
+            self._held = _held(self.modules)
         return self.theta
 
     @property
@@ -84,9 +85,10 @@ class Runner:
         return vars(self) | {"known": Known(), "modules": [], "theta": {}, "sharded": [], "_held": []}
 
 
-def _held(module: nn.Module) -> list[int]:
-    """List the identities of what a module holds."""
-    return [*map(id, compat.own_modules(module).values()), *map(id, compat.own_parameters(module).values())]
+def _held(modules: list[nn.Module]) -> list[Any]:
+    """List how many modules and parameters each module holds, and their identities."""
+    dicts: list[Mapping[str, Any]] = [*map(compat.own_modules, modules), *map(compat.own_parameters, modules)]
+    return [*map(len, dicts), *(id(value) for own in dicts for value in own.values())]
 
 
 class Pass(NamedTuple):
@@ -158,11 +160,9 @@ class Passes:
         with recording as calls:  # once more: the rounding of the model's own pass is far above R_s
             self.clean = Pass(self._run(), calls)
 
-    @contextmanager
-    def given(self) -> Iterator[Given]:
-        """Yield the arguments as they were before the clean pass."""
-        with self._state.kept.as_before() as given:
-            yield given
+    def given(self) -> AbstractContextManager[Given]:
+        """Give the arguments as they were before the clean pass, inside a block."""
+        return self._state.kept.as_before()
 
     def again(self, teacher: Teacher, watched: bool) -> Outputs:
         """Return f(x; theta~) without a graph.
@@ -229,8 +229,7 @@ class Passes:
             return self.at(points, seed)
 
         try:
-            # autocast off: a backward under it rounds its products; the passes have the caller's
-            with self._own_backward(), frozen, torch.autocast(device_of(self._runner.model).type, enabled=False):
+            with self._own_backward(), frozen, self._state.without_autocast():
                 yield at
         except RuntimeError as error:
             if compat.says(error, "reentrant"):
@@ -439,8 +438,9 @@ def untouched_gradients(weights: Iterable[Tensor]) -> Iterator[None]:
     weights = [weight for weight in weights if weight.requires_grad]
     own = [weight.grad for weight in weights]
     try:
-        for weight in weights:
-            weight.grad = None
+        for weight, grad in zip(weights, own, strict=True):
+            if grad is not None:
+                weight.grad = None
         yield
         filled = [weight for weight in weights if weight.grad is not None]
         if any(map(compat.has_accumulation_hooks, filled)):
@@ -450,7 +450,8 @@ def untouched_gradients(weights: Iterable[Tensor]) -> Iterator[None]:
             )
     finally:
         for weight, grad in zip(weights, own, strict=True):
-            weight.grad = grad
+            if weight.grad is not grad:
+                weight.grad = grad
 
 
 def is_compiled(model: nn.Module) -> bool:
@@ -460,8 +461,9 @@ def is_compiled(model: nn.Module) -> bool:
 
 def _in_half(model: nn.Module, theta: Mapping[str, Tensor]) -> bool:
     """Tell whether anything in the model computes in half precision, as far as can be seen from outside."""
-    autocast = torch.is_autocast_enabled(device_of(model).type) or compat.original_forward(model) is not None
-    return autocast or any(map(_is_half, theta.values()))
+    kind = next((weight.device.type for weight in theta.values()), "cpu")
+    autocast = torch.is_autocast_enabled(kind) or compat.original_forward(model) is not None
+    return autocast or not {weight.dtype for weight in theta.values()}.isdisjoint(HALF)
 
 
 def _is_half(tensor: Any) -> bool:

@@ -193,6 +193,23 @@ def writing_counts():
     assert compat.version(tensor) == before + 1
 
 
+@trial("torch", "numpy_words")
+def drawing_from_numpys_global_stream_moves_its_words():
+    from smartreg_torch import compat
+
+    own = np.random.get_state(legacy=False)
+    try:
+        np.random.seed(0)
+        np.random.rand()  # makes new words
+        state, words = np.random.get_state(legacy=False)["state"], compat.numpy_words()
+        assert words == state["key"].tobytes() + np.int32(state["pos"]).tobytes()
+        np.random.rand()  # moves the position alone
+        assert compat.numpy_words()[:-4] == words[:-4]
+        assert compat.numpy_words() != words
+    finally:
+        np.random.set_state(own)
+
+
 @trial("torch", "has_gradient_hooks", "has_accumulation_hooks")
 def hooks_of_a_weight_are_seen():
     import torch
