@@ -6,6 +6,7 @@ import copy
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -87,8 +88,8 @@ class Runner:
 
 def _held(modules: list[nn.Module]) -> list[Any]:
     """List how many modules and parameters each module holds, and their identities."""
-    dicts: list[Mapping[str, Any]] = [*map(compat.own_modules, modules), *map(compat.own_parameters, modules)]
-    return [*map(len, dicts), *(id(value) for own in dicts for value in own.values())]
+    dicts = compat.held(modules)
+    return [*map(len, dicts), *map(id, chain.from_iterable(map(dict.values, dicts)))]
 
 
 class Pass(NamedTuple):
@@ -172,7 +173,7 @@ class Passes:
         """
         averages = teacher.for_a_pass()
         # half-precision weights get theta~ in float32
-        copied = {name for name in averages if self._float32 and self.theta[name].dtype in HALF}
+        copied = {name for name in averages if self.theta[name].dtype in HALF} if self._float32 else set[str]()
         with in_model(self.theta, averages, self._runner.sharded, copied):
             taught = self._without_graph(lambda: self._run(averages))
         if watched:
@@ -438,9 +439,8 @@ def untouched_gradients(weights: Iterable[Tensor]) -> Iterator[None]:
     weights = [weight for weight in weights if weight.requires_grad]
     own = [weight.grad for weight in weights]
     try:
-        for weight, grad in zip(weights, own, strict=True):
-            if grad is not None:
-                weight.grad = None
+        for weight in (weight for weight in weights if weight.grad is not None):
+            weight.grad = None
         yield
         filled = [weight for weight in weights if weight.grad is not None]
         if any(map(compat.has_accumulation_hooks, filled)):

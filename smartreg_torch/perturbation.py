@@ -316,7 +316,8 @@ def expand_mask(mask: Tensor, x: Tensor) -> Tensor:
 
 def _counted(x: Tensor, mask: Tensor | None) -> Tensor:
     """Say which entries of x are perturbed, as booleans of its shape: those that are finite and not masked."""
-    return x.isfinite() if mask is None else x.isfinite() & expand_mask(mask, x)
+    finite = x - x == 0  # as isfinite() says, in two operations instead of five
+    return finite if mask is None else finite & expand_mask(mask, x)
 
 
 def output_mask(outputs: Output, mask: Tensor | Sequence[Tensor | None] | None) -> Tensor | None:
@@ -361,7 +362,7 @@ def _largest(rows: Tensor) -> Tensor:
 
 def _sign(g: Tensor) -> Tensor:
     """Return the sign, and NaN for NaN: torch's own is 0, which would hide a broken gradient."""
-    return g.sign().where(~g.isnan(), g)
+    return torch.where(g.isnan(), g, g.sign())
 
 
 def _l1_corner(rows: Tensor) -> Tensor:

@@ -89,7 +89,8 @@ class Layout(NamedTuple):
         owners = list(ours) if before is None else before.owners
         dicts = list(map(vars, owners))
         lengths, names = list(map(len, dicts)), list(itertools.chain.from_iterable(dicts))
-        kinds: list[Any] = [type(value) for own in dicts for value in own.values()]
+        values: Iterable[Any] = itertools.chain.from_iterable(map(dict.values, dicts))
+        kinds: list[Any] = list(map(type, values))
         if before is not None and (lengths, names, kinds) == (before.lengths, before.names, before.kinds):
             return before
         visits, seen = dict[int, Visit](), set[int]()

@@ -171,7 +171,7 @@ class Stamp:
 
     @staticmethod
     def _marked(parameter: nn.Parameter) -> tuple[Any, ...]:
-        own = local(parameter)
+        own = local(parameter) if is_sharded(parameter) else parameter
         return 0 if own.is_inference() else version(parameter), own.shape, own.device, own.data_ptr()
 
     def holds(self, parameter: nn.Parameter) -> bool:
@@ -206,14 +206,15 @@ def in_model(
 
     def put(values: Mapping[str, Tensor]) -> None:
         for name, value in values.items():
-            if is_sharded(theta[name]):
+            if name in sharded_names:
                 local(theta[name]).copy_(local(value))
             else:
                 theta[name].data = like(value, theta[name])
 
     reshard(sharded)
     averages = {name: average for name, average in averages.items() if name not in without} if without else averages
-    own = {name: local(theta[name]).clone() if is_sharded(theta[name]) else theta[name].data for name in averages}
+    sharded_names = {name for name in averages if is_sharded(theta[name])}
+    own = {name: local(theta[name]).clone() if name in sharded_names else theta[name].data for name in averages}
     cached = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)  # its half-precision copies are of theta
     try:

@@ -158,15 +158,15 @@ def other_tensors_can_be_put_in():
     assert set(compat.own_buffers(norm)) == {"running_mean", "running_var", "num_batches_tracked"}
 
 
-@trial("torch", "own_modules")
-def modules_inside_are_listed():
+@trial("torch", "held")
+def modules_and_parameters_inside_are_listed():
     import torch
 
     from smartreg_torch import compat
 
     model = torch.nn.Sequential(torch.nn.Linear(2, 2))
     model[0] = new = torch.nn.Linear(2, 3)
-    assert compat.own_modules(model) == {"0": new}
+    assert compat.held([model, new]) == [{"0": new}, {}, {}, {"weight": new.weight, "bias": new.bias}]
 
 
 @trial("torch", "forward_hooks")
