@@ -5,6 +5,15 @@ python benchmarks/memory.py
 Each method has a process of its own, so that no other's memory is in its peak. On a CPU it is the peak of the resident
 set, as Linux reports it; on a GPU the allocator's. The memory after the model has run on one row of one token without a
 graph is subtracted. What is left is gradients, activations, theta~ and whatever else the method keeps.
+
+Beside the methods of step_cost.py there are those that save less for the backward:
+
+- "checkpointed": each layer runs again in the backward, in every pass, as Hugging Face's models offer.
+- "perturbed pass checkpointed": in the perturbed pass alone.
+- "perturbed pass in bfloat16": what the perturbed pass saves is kept in bfloat16. `--error` prints what that does to
+  the gradient of R_s, ||g - g64|| / ||g64||, g64 in float64 and without dropout, at 4 x 16 tokens.
+
+The last two are not in smartreg_torch; they are tried here.
 """
 
 from __future__ import annotations
@@ -15,6 +24,8 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +34,16 @@ import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
-from step_cost import FLOORS, Bench, make_model
+from step_cost import FLOORS, OURS, Bench, make_model
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from smartreg_torch import SMART, SMARTConfig
+from smartreg_torch.passes import Passes
+
+WAYS = ("checkpointed", "perturbed pass checkpointed", "perturbed pass in bfloat16")
+OTHERS = [f"SMART, margin start, {way}: {terms}" for way in WAYS for terms in ("R_s", "R_s + MBPP")]
+METHODS = [*FLOORS, "plain, checkpointed", *OTHERS]
 
 
 def now(device: str) -> float:
@@ -44,9 +64,83 @@ def peak(device: str) -> float:
     return int(found[1]) / 2**10
 
 
+def in_perturbed_pass(context: Callable[[], AbstractContextManager[Any]]) -> None:
+    """Let every perturbed pass of this process run in a context."""
+    own = Passes.at
+
+    def at(self: Passes, *args: Any, **kwargs: Any) -> Any:
+        with context():
+            return own(self, *args, **kwargs)
+
+    Passes.at = at  # type: ignore[method-assign]
+
+
+def in_bfloat16(network: nn.Module) -> saved_tensors_hooks:
+    """Keep what a pass saves in bfloat16, but for the weights."""
+    weights = {weight.untyped_storage().data_ptr() for weight in network.parameters()}
+
+    def pack(z: Tensor) -> tuple[torch.dtype, Tensor]:
+        narrow = z.is_floating_point() and z.untyped_storage().data_ptr() not in weights
+        return z.dtype, z.to(torch.bfloat16) if narrow else z
+
+    return saved_tensors_hooks(pack, lambda saved: saved[1].to(saved[0]))
+
+
+def prepare(network: Any, way: str) -> None:
+    """Let a network save less for the backward, in one of the WAYS."""
+    if way == "perturbed pass in bfloat16":
+        in_perturbed_pass(lambda: in_bfloat16(network))
+        return
+    network.gradient_checkpointing_enable({"use_reentrant": False})
+    layers = [module for module in network.modules() if getattr(module, "gradient_checkpointing", False)]
+
+    def switch(on: bool) -> None:
+        for layer in layers:
+            layer.gradient_checkpointing = on
+
+    @contextmanager
+    def checkpointed() -> Iterator[None]:
+        switch(True)
+        yield
+        switch(False)
+
+    if way == "perturbed pass checkpointed":
+        switch(False)
+        in_perturbed_pass(checkpointed)
+
+
+def gradient(dtype: torch.dtype, config: SMARTConfig, narrow: bool = False) -> Tensor:
+    """Return the gradient of R_s, in float64."""
+    network = make_model("minilm").to(dtype).train()
+    for module in network.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    own = Passes.at
+    if narrow:
+        in_perturbed_pass(lambda: in_bfloat16(network))
+    _, penalty = SMART(network, config)(**Bench(network, 4, 16).inputs)
+    Passes.at = own  # type: ignore[method-assign]
+    found = torch.autograd.grad(penalty, list(network.parameters()), allow_unused=True)
+    return torch.cat([g.double().flatten() for g in found if g is not None])
+
+
+def print_errors() -> None:
+    """Print the error of R_s's gradient in float32, and with bfloat16 saved in the perturbed pass."""
+    settings, _ = OURS["margin start"]
+    for radius in ({}, {"epsilon": 0.1}, {"epsilon": 1e-5, "scale": "absolute"}):
+        config = SMARTConfig(**settings, mu=0).replace(**radius)
+        exact = gradient(torch.float64, config)
+        errors = [float((gradient(torch.float32, config, way) - exact).norm() / exact.norm()) for way in (False, True)]
+        print(f"epsilon {config.epsilon:g} {config.scale}: float32 {errors[0]:.1e}, bfloat16 {errors[1]:.1e}")
+
+
 def measure(model: str, batch: int, length: int, method: str, device: str) -> dict[str, float]:
     """Measure the peak before and after two steps, in this process."""
     network = make_model(model).to(device)
+    way = next((way for way in reversed(WAYS) if f", {way}" in method), None)
+    if way is not None:
+        prepare(network, way)
+        method = method.replace(f", {way}", "")
     with torch.no_grad():
         network(torch.ones(1, 1, dtype=torch.long, device=device))
     before = now(device)
@@ -93,11 +187,15 @@ def main() -> None:
     add("--model", choices=("minilm", "bert-base"), default="minilm")
     add("--batch", nargs="+", type=int, default=[8, 32])
     add("--length", nargs="+", type=int, default=[32, 128])
-    add("--method", nargs="+", choices=FLOORS, default=list(FLOORS), help="plain is always among them")
+    add("--method", nargs="+", choices=METHODS, default=list(FLOORS), help="plain is always among them")
+    add("--error", action="store_true", help="print the error of R_s's gradient alone")
     add("--device", default="cpu")
     add("--json", type=Path, default=Path("out/memory.json"))
     add("--figure", type=Path, default=Path("out/memory.png"))
     args = parser.parse_args()
+    if args.error:
+        print_errors()
+        return
     if args.one:
         model, batch, length, method, device = args.one
         print(json.dumps(measure(model, int(batch), int(length), method, device)))

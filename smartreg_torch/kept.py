@@ -28,10 +28,17 @@ class Kept:
     def __init__(self, modules: list[nn.Module], given: Given, known: Known) -> None:
         self.given, self._known = given, known
         found = self._found = Reach(modules, given, known)
-        self._slots, self._tensors, self._generators = found.slots, found.tensors, found.generators
+        self._tensors, self._generators = found.tensors, found.generators
+        self._every: list[Slot] | None = None  # all slots, once they are needed
         self._active: list[Slot] | None = None  # None before the clean pass: all of them
         self._accepted: list[tuple[Slot, Any]] = []
         self._spared: list[tuple[Value, Any]] = []
+
+    @property
+    def _slots(self) -> list[Slot]:
+        if self._every is None:
+            self._every = self._found.every_slot()
+        return self._every
 
     @property
     def given_tensors(self) -> list[Tensor]:
@@ -51,7 +58,9 @@ class Kept:
         known, first = self._known, self._known.first
         if not (everything or first):
             # a sweep over all containers once a step; the passes that follow touch those that this one has changed
-            self._active = [slot for slot in self._slots if id(slot.owner) in known.moving or slot.changed()]
+            found, moving = self._found, known.moving
+            self._active = [slot for slot in found.slots if id(slot.owner) in moving or slot.is_changed()]
+            self._active += found.attributes.changed(moving)
         known.first = False
         lost, known.dropped = known.dropped, []
         unseen = []
@@ -133,11 +142,11 @@ class Kept:
             given_only: what modules keep stays as it is.
         """
         swapped = convert is not None or any(value.written for value in self._tensors.values())
-        slots, generators = self._slots, self._generators
+        generators = self._generators
         if given_only:
-            slots, generators = slots[: self._found.given[0]], generators[: self._found.given[1]]
-        elif self._active is not None and not swapped:
-            slots = self._active
+            slots, generators = self._slots[: self._found.given[0]], generators[: self._found.given[1]]
+        else:
+            slots = self._slots if self._active is None or swapped else self._active
         now = [slot.get() for slot in slots]
         states = [generator.get() for generator in generators]
         memo: dict[int, Any] = {}

@@ -270,8 +270,8 @@ def _axis(
         return None, "its name"
     if z.ndim == 2:
         masked = "the mask's shape" in each
-        known = bool(evidence.counts()) and not counted  # and the config counts other classes than there are outputs
-        if l_s == "symmetric_kl" and why_l_s == DEFAULT and masked and known:
+        # and the config counts other classes than there are outputs
+        if l_s == "symmetric_kl" and why_l_s == DEFAULT and masked and evidence.counts() and not counted:
             raise ValueError(
                 f"SMART: an output of shape {shape} has one value a position, by the mask. Say what it is, a logit, a "
                 "value, or a softmax over positions: divergence='bernoulli_symmetric_kl', 'squared_error' or "

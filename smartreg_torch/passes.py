@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -61,16 +62,17 @@ class Runner:
         self.modules: list[nn.Module] = []
         self.theta: dict[str, nn.Parameter] = {}
         self.sharded: list[Any] = []
-        self._held: list[list[int]] = []
+        self._held: list[Any] = []
+        self.known.layout = None
 
     def look(self) -> dict[str, nn.Parameter]:
         """Return the parameters by name. Walk over the model only if a module holds others than before."""
         reshard(self.sharded)
-        if not self.modules or list(map(_held, self.modules)) != self._held:
+        if not self.modules or _held(self.modules) != self._held:
             self.sharded = sharded_parts(self.wrapped, self.model)
             reshard(self.sharded)
             self.modules, self.theta = list(self.model.modules()), dict(self.model.named_parameters())
-            self._held = list(map(_held, self.modules))
+            self._held = _held(self.modules)
         return self.theta
 
     @property
@@ -84,9 +86,10 @@ class Runner:
         return vars(self) | {"known": Known(), "modules": [], "theta": {}, "sharded": [], "_held": []}
 
 
-def _held(module: nn.Module) -> list[int]:
-    """List the identities of what a module holds."""
-    return [*map(id, compat.own_modules(module).values()), *map(id, compat.own_parameters(module).values())]
+def _held(modules: list[nn.Module]) -> list[Any]:
+    """List how many modules and parameters each module holds, and their identities."""
+    dicts = compat.held(modules)
+    return [*map(len, dicts), *map(id, chain.from_iterable(map(dict.values, dicts)))]
 
 
 class Pass(NamedTuple):
@@ -158,11 +161,9 @@ class Passes:
         with recording as calls:  # once more: the rounding of the model's own pass is far above R_s
             self.clean = Pass(self._run(), calls)
 
-    @contextmanager
-    def given(self) -> Iterator[Given]:
-        """Yield the arguments as they were before the clean pass."""
-        with self._state.kept.as_before() as given:
-            yield given
+    def given(self) -> AbstractContextManager[Given]:
+        """Give the arguments as they were before the clean pass, inside a block."""
+        return self._state.kept.as_before()
 
     def again(self, teacher: Teacher, watched: bool) -> Outputs:
         """Return f(x; theta~) without a graph.
@@ -172,7 +173,7 @@ class Passes:
         """
         averages = teacher.for_a_pass()
         # half-precision weights get theta~ in float32
-        copied = {name for name in averages if self._float32 and self.theta[name].dtype in HALF}
+        copied = {name for name in averages if self.theta[name].dtype in HALF} if self._float32 else set[str]()
         with in_model(self.theta, averages, self._runner.sharded, copied):
             taught = self._without_graph(lambda: self._run(averages))
         if watched:
@@ -229,8 +230,7 @@ class Passes:
             return self.at(points, seed)
 
         try:
-            # autocast off: a backward under it rounds its products; the passes have the caller's
-            with self._own_backward(), frozen, torch.autocast(device_of(self._runner.model).type, enabled=False):
+            with self._own_backward(), frozen, self._state.without_autocast():
                 yield at
         except RuntimeError as error:
             if compat.says(error, "reentrant"):
@@ -439,7 +439,7 @@ def untouched_gradients(weights: Iterable[Tensor]) -> Iterator[None]:
     weights = [weight for weight in weights if weight.requires_grad]
     own = [weight.grad for weight in weights]
     try:
-        for weight in weights:
+        for weight in (weight for weight in weights if weight.grad is not None):
             weight.grad = None
         yield
         filled = [weight for weight in weights if weight.grad is not None]
@@ -450,7 +450,8 @@ def untouched_gradients(weights: Iterable[Tensor]) -> Iterator[None]:
             )
     finally:
         for weight, grad in zip(weights, own, strict=True):
-            weight.grad = grad
+            if weight.grad is not grad:
+                weight.grad = grad
 
 
 def is_compiled(model: nn.Module) -> bool:
@@ -460,8 +461,9 @@ def is_compiled(model: nn.Module) -> bool:
 
 def _in_half(model: nn.Module, theta: Mapping[str, Tensor]) -> bool:
     """Tell whether anything in the model computes in half precision, as far as can be seen from outside."""
-    autocast = torch.is_autocast_enabled(device_of(model).type) or compat.original_forward(model) is not None
-    return autocast or any(map(_is_half, theta.values()))
+    kind = next((weight.device.type for weight in theta.values()), "cpu")
+    autocast = torch.is_autocast_enabled(kind) or compat.original_forward(model) is not None
+    return autocast or not {weight.dtype for weight in theta.values()}.isdisjoint(HALF)
 
 
 def _is_half(tensor: Any) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -202,6 +202,12 @@ def values_of(outputs: Sequence[Output]) -> list[Tensor]:
 def whole(z: Output) -> Tensor:
     """Return an output as a tensor off the graph: all logits of a projection."""
     return z.detach().logits() if isinstance(z, Projection) else z.detach()
+
+
+def total(terms: Iterable[Tensor]) -> Tensor:
+    """Return the sum of scalars; the only one as it is."""
+    found = list(terms)
+    return found[0] if len(found) == 1 else torch.stack(found).sum()
 
 
 def sum_divergence(

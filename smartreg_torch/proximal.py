@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from smartreg.divergences import check_divergence
@@ -30,8 +30,8 @@ def ema_update(teacher: Mapping[str, Tensor], theta: Mapping[str, Tensor], beta:
         >>> teacher["w"]
         tensor(0.2500)
     """
-    averages = [local(average) for average in teacher.values()]
-    values = [local(theta[name]).to(average) for name, average in zip(teacher, averages, strict=True)]
+    averages = [own(average) for average in teacher.values()]
+    values = [like(own(theta[name]), average) for name, average in zip(teacher, averages, strict=True)]
     if averages:
         get_ema_multi_avg_fn(beta)(averages, values, 0)  # type: ignore[no-untyped-call]
 
@@ -62,6 +62,17 @@ def bregman_divergence(
     check_divergence("bregman_divergence", divergence)
     positions = output_mask(outputs, mask)
     return sum_divergence(divergence, outputs, teacher_outputs.detach(), positions, sample_weight) / len(outputs)
+
+
+def own(tensor: Tensor) -> Tensor:
+    """Return what `local` does, but on the graph if it is a whole tensor: a fifth of the time."""
+    whole = type(tensor) in (nn.Parameter, Tensor) and partition(tensor) is None
+    return tensor if whole else local(tensor)
+
+
+def like(value: Tensor, other: Tensor) -> Tensor:
+    """Return the value in the dtype and on the device of the other; itself if it is so already."""
+    return value if value.dtype == other.dtype and value.device == other.device else value.to(other)
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -5,26 +5,33 @@ from __future__ import annotations
 import collections
 import enum
 import functools
+import itertools
+import operator
 import random
+import sys
 import types
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from smartreg_torch.compat import forward_hooks, own_buffers, own_parameters, partition
-from smartreg_torch.values import CELL, ENTRIES, ZERO_ENTRIES, Generator, Slot, Value, attributes, items
+from smartreg_torch.values import CELL, ENTRIES, ZERO_ENTRIES, Generator, Get, Put, Slot, Value, attributes, items
 
 Given = tuple[tuple[Any, ...], dict[str, Any]]
 
-# What no forward can change in place.
-_PLAIN = frozenset({type(None), bool, int, float, complex, str, bytes, type, slice, range, torch.dtype, torch.device})
+# What no forward can change in place, and code.
+_FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType)
+_PLAIN = frozenset(
+    {type(None), bool, int, float, complex, str, bytes, type, slice, range, torch.dtype, torch.device, *_FUNCTIONS}
+)
+_BUILT_IN = frozenset({tuple, dict, list, set})  # their own classes, which have no attributes
 # What a function or a class may keep by a name of its own: not its helpers, types and modules.
 _COUNTED = (int, float, list, dict, set, collections.deque, Tensor, np.ndarray, np.random.Generator, torch.Generator)
 _GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
-_CODE = (types.FunctionType, types.BuiltinFunctionType, types.ModuleType, enum.Enum)
+_CODE = (*_FUNCTIONS, types.ModuleType, enum.Enum)
 # Packages whose objects are no data of a forward.
 _FOREIGN = frozenset(
     {"torch", "smartreg", "smartreg_torch", "bitsandbytes", "deepspeed", "logging", "threading", "weakref", "_thread"}
@@ -40,14 +47,107 @@ class Known:
     def __init__(self) -> None:
         self.changing: set[Any] = set()  # large values that were written into
         self.left_alone: set[Any] = set()  # attributes that lead to too much
-        self.names: dict[Any, tuple[str, ...]] = {}  # by code object and class, which names may change
+        # by the id of a code object or class: this, and which of its names may change
+        self.names: dict[int, tuple[Any, tuple[str, ...]]] = {}
         self.moving: set[int] = set()  # ids of containers that a pass was seen to change
         self.written: set[int] = set()  # ids of frozen weights that a forward was seen to write into
         self.by_value: set[str] = set()  # arguments that were written into past their version, through .data, say
         self.dropped: list[str] = []  # attributes that came to lead to too much
+        self.layout: Layout | None = None  # of the modules' attributes
         self.first = True
         # steps in which frozen weights are compared by value: a momentum encoder starts as what it follows
         self.looks = 3
+
+
+class Layout(NamedTuple):
+    """Say where in the attributes of a model's modules something may be that a forward can change in place.
+
+    It holds no value of an attribute. It is true as long as modules, classes, names and types are the same.
+
+    Attributes:
+        modules: those that it was made of.
+        classes: theirs.
+        owners: the modules that are looked into; `lengths`, `names` and `kinds` are of their `__dict__`s, in a row.
+        visits: the modules that have something to be looked into, in their order.
+    """
+
+    modules: list[nn.Module]
+    classes: list[type]
+    owners: list[nn.Module]
+    lengths: list[int]
+    names: list[str]
+    kinds: list[type]
+    visits: dict[int, Visit]
+
+    @classmethod
+    def of(cls, modules: list[nn.Module], before: Layout | None) -> Layout:
+        """Return the layout of these modules; that of the step before if it is still true."""
+        classes: list[Any] = list(map(type, modules))
+        if before is not None and (before.modules is not modules or before.classes != classes):
+            before = None
+        ours = (module for module, kind in zip(modules, classes, strict=True) if not _is_foreign(kind))
+        owners = list(ours) if before is None else before.owners
+        dicts = list(map(vars, owners))
+        lengths, names = list(map(len, dicts)), list(itertools.chain.from_iterable(dicts))
+        values: Iterable[Any] = itertools.chain.from_iterable(map(dict.values, dicts))
+        kinds: list[Any] = list(map(type, values))
+        if before is not None and (lengths, names, kinds) == (before.lengths, before.names, before.kinds):
+            return before
+        visits, seen = dict[int, Visit](), set[int]()
+        entries = iter(enumerate(zip(names, kinds, strict=True)))
+        for i, (owner, length) in enumerate(zip(owners, lengths, strict=True)):
+            inside, is_first = itertools.islice(entries, length), id(type(owner)) not in seen
+            found = [(place, name) for place, (name, kind) in inside if kind not in _PLAIN and name not in _OWN]
+            if found or is_first:
+                visits[i] = Visit(found, is_first)
+            seen.add(id(type(owner)))
+        return cls(modules, classes, owners, lengths, names, kinds, visits)
+
+
+class Visit(NamedTuple):
+    """Say what of a module is looked into.
+
+    Attributes:
+        attributes: the places in the row, and the names.
+        is_first: whether no module before it is of its class, which is looked into as well.
+    """
+
+    attributes: list[tuple[int, str]]
+    is_first: bool
+
+
+class Attributes:
+    """Hold the attributes of all modules as they were before the clean pass, in a row.
+
+    A sweep over the row is far cheaper than one over each module. A module has a `Slot` only if that is asked for.
+    """
+
+    def __init__(self, layout: Layout, entries: tuple[Get, Put]) -> None:
+        self._layout, self._entries = layout, entries
+        self._dicts = list(map(vars, layout.owners))
+        self.values = self._now()
+        self._slots: dict[int, Slot] = {}
+
+    def _now(self) -> list[Any]:
+        return list(itertools.chain.from_iterable(map(dict.values, self._dicts)))
+
+    def changed(self, moving: set[int]) -> list[Slot]:
+        """Return the slots of the modules whose attributes are not as before, and of those that are `moving`."""
+        now, names = self._now(), list(itertools.chain.from_iterable(self._dicts))
+        same = len(now) == len(self.values) and names == self._layout.names
+        if same and all(map(operator.is_, now, self.values)) and moving.isdisjoint(map(id, self._dicts)):
+            return []
+        return [slot for slot in map(self.slot, range(len(self._dicts))) if id(slot.owner) in moving or slot.changed()]
+
+    def slot(self, i: int) -> Slot:
+        """Return the slot of the i-th module."""
+        if i not in self._slots:
+            if not self._slots:
+                self._starts = list(itertools.accumulate(self._layout.lengths, initial=0))
+            module, place = self._layout.owners[i], slice(*self._starts[i : i + 2])
+            before = self._entries[0](dict(zip(self._layout.names[place], self.values[place], strict=True)))
+            self._slots[i] = Slot(type(module).__name__, id(module), self._dicts[i], *self._entries, True, before)
+        return self._slots[i]
 
 
 class Reach:
@@ -59,7 +159,8 @@ class Reach:
         known: what earlier steps have shown.
 
     Attributes:
-        slots, generators: the containers and objects, and the random generators.
+        slots, generators: the containers and objects but for the modules' attributes, and the random generators.
+        attributes: those of the modules.
         tensors: the tensors and arrays, by id.
         arguments: the ids of the tensors among the arguments.
         given: how many of the slots and of the generators are the arguments'; they come first.
@@ -70,68 +171,77 @@ class Reach:
         self.generators: list[Generator] = []
         self.tensors: dict[int, Value] = {}
         self._known, self._room = known, _MANY
-        weights = [weight for module in modules for weight in own_parameters(module).values() if weight is not None]
-        self._entries = ZERO_ENTRIES if any(partition(weight) is not None for weight in weights) else ENTRIES
         self._seen = dict.fromkeys(map(id, modules))
         args, kwargs = given
         for name, value in (*((f"argument {i + 1}", value) for i, value in enumerate(args)), *kwargs.items()):
             self._root(value, name, None)
         self.arguments = set(self.tensors)
         self.given = len(self.slots), len(self.generators)
-        for module in modules:
-            kind: Any = type(module)
-            if _is_foreign(kind):
-                continue
-            self._keep_module(module)
-            for hook in forward_hooks(module):
-                self._keep_function(hook, "a hook")
-            if id(kind) not in self._seen:
-                self._seen[id(kind)] = None
-                self._keep_function(kind.forward, kind.__name__)
-                self._keep_names(kind, kind, vars(kind))
+        layout = known.layout = Layout.of(modules, known.layout)
+        self.attributes = Attributes(layout, ZERO_ENTRIES if _is_partitioned(modules) else ENTRIES)
+        self._starts = list[int]()  # how many slots there are before a module's
+        for i, module in enumerate(layout.owners):
+            self._starts.append(len(self.slots))
+            hooks = forward_hooks(module)
+            if hooks or i in layout.visits:
+                self._visit(module, hooks, layout.visits.get(i))
 
-    def _keep_module(self, module: nn.Module) -> None:
-        label = type(module).__name__
-        self.slots.append(Slot(label, id(module), vars(module), *self._entries, named=True))
-        for name, value in self.slots[-1].before.items():
-            if type(value) not in _PLAIN and name not in _OWN:
-                self._root(value, f"{label}.{name}", (id(module), name))
+    def _visit(self, module: nn.Module, hooks: tuple[Any, ...], visit: Visit | None) -> None:
+        kind: Any = type(module)
+        for place, name in () if visit is None else visit.attributes:
+            value = self.attributes.values[place]
+            if id(value) not in self._seen:
+                self._root(value, f"{kind.__name__}.{name}", (id(module), name))
+        for hook in hooks:
+            self._keep_function(hook, "a hook")
+        if visit is not None and visit.is_first:
+            self._keep_function(kind.forward, kind.__name__)
+            self._keep_names(kind, kind, vars(kind))
+
+    def every_slot(self) -> list[Slot]:
+        """Return all slots: the arguments' first, then each module's own before those that it leads to."""
+        found, ends = self.slots[: self.given[0]], [*self._starts[1:], len(self.slots)]
+        for i, (start, end) in enumerate(zip(self._starts, ends, strict=True)):
+            found += [self.attributes.slot(i), *self.slots[start:end]]
+        return found
 
     def _keep_function(self, function: Any, where: str) -> None:
         """Keep what a hook or a forward has outside of its module: a closure, global names, an object of its own."""
-        if isinstance(function, functools.partial):
-            self._root((function.args, function.keywords), where, None)
-            function = function.func
-        if isinstance(function, types.MethodType):
-            self._root(function.__self__, where, None)
-            function = function.__func__
-        if not isinstance(function, types.FunctionType):
-            self._root(function, where, None)
-            return
+        if type(function) is not types.FunctionType:
+            if isinstance(function, functools.partial):
+                self._root((function.args, function.keywords), where, None)
+                function = function.func
+            if isinstance(function, types.MethodType):
+                self._root(function.__self__, where, None)
+                function = function.__func__
+            if not isinstance(function, types.FunctionType):
+                self._root(function, where, None)
+                return
         if (function.__module__ or "").partition(".")[0] in _FOREIGN:
             return
-        self._root(function.__defaults__, where, None)
-        self._root(function.__kwdefaults__, where, None)
+        for defaults in (function.__defaults__, function.__kwdefaults__):
+            if defaults:
+                self._root(defaults, where, None)
         for variable in function.__closure__ or ():
             self.slots.append(Slot(where, None, variable, *CELL))
             for value in self.slots[-1].before:
-                self._root(value, where, None)
+                if type(value) not in _PLAIN:
+                    self._root(value, where, None)
         self._keep_names(function.__code__, function.__globals__, function.__globals__, function.__code__.co_names)
 
     def _keep_names(
         self, key: Any, owner: Any, namespace: Mapping[str, Any], among: Iterable[str] | None = None
     ) -> None:
-        where = owner.__name__ if isinstance(owner, type) else "a global name"
-        if isinstance(owner, type) and _is_torchs(owner):
-            return
-        if key not in self._known.names:
+        known = self._known.names.get(id(key))  # the hash of a code object is that of all that is in it
+        if known is None:
             found = namespace if among is None else {name: namespace[name] for name in among if name in namespace}
-            self._known.names[key] = tuple(
-                name for name, value in found.items() if isinstance(value, _COUNTED) and not name.startswith("__")
-            )
-        counted = self._known.names[key]
+            ours = not (isinstance(owner, type) and _is_torchs(owner))
+            changing = [n for n, value in found.items() if isinstance(value, _COUNTED) and not n.startswith("__")]
+            known = self._known.names[id(key)] = key, tuple(changing) if ours else ()
+        _, counted = known
         if not counted:
             return
+        where = owner.__name__ if isinstance(owner, type) else "a global name"
         self.slots.append(Slot(where, key, owner, *attributes(owner, counted), named=True))
         for name in counted:
             if name in namespace:
@@ -139,7 +249,13 @@ class Reach:
 
     def _root(self, value: Any, where: str, key: Any) -> None:
         """Walk over all that a value leads to, unless that is too much."""
-        if type(value) in _PLAIN or id(value) in self._seen or key in self._known.left_alone:
+        kind = type(value)
+        if kind in _PLAIN or id(value) in self._seen or key in self._known.left_alone:
+            return
+        if kind in _BUILT_IN and _PLAIN.issuperset(map(type, value.values() if kind is dict else value)):
+            self._seen[id(value)] = None  # most values are so
+            if kind is not tuple:
+                self.slots.append(Slot(where, key, value, *items(value)))
             return
         self._room = _MANY if key is not None else 100 * _MANY
         slots, generators, tensors, seen = len(self.slots), len(self.generators), len(self.tensors), len(self._seen)
@@ -166,11 +282,13 @@ class Reach:
             self.generators.append(Generator(value))
         elif isinstance(value, tuple):
             for item in value:
-                self._walk(item, where, key)
+                if type(item) not in _PLAIN:
+                    self._walk(item, where, key)
         elif isinstance(value, (list, collections.deque, set, dict)):
             self.slots.append(Slot(where, key, value, *items(value)))
             for item in list(dict.values(value) if isinstance(value, dict) else value):
-                self._walk(item, where, key)
+                if type(item) not in _PLAIN:
+                    self._walk(item, where, key)
             if hasattr(value, "__dict__"):
                 self._walk_attributes(value, where, key)
         elif isinstance(value, nn.Module):
@@ -199,8 +317,9 @@ class Reach:
         entries = getattr(value, "__dict__", None)
         if isinstance(entries, dict):
             self.slots.append(Slot(where, key, entries, *ENTRIES))
+            module = isinstance(value, nn.Module)
             for name, item in list(entries.items()):
-                if name not in _OWN or not isinstance(value, nn.Module):
+                if type(item) not in _PLAIN and not (module and name in _OWN):
                     self._walk(item, f"{where}.{name}", key)
         kind: Any = type(value)
         in_slots = _slot_names(kind)
@@ -216,6 +335,14 @@ class Reach:
 
 class _TooManyError(Exception):
     pass
+
+
+def _is_partitioned(modules: list[nn.Module]) -> bool:
+    """Tell whether ZeRO 3 has partitioned the weights of these modules."""
+    if "deepspeed" not in sys.modules:
+        return False
+    weights = (weight for module in modules for weight in own_parameters(module).values() if weight is not None)
+    return any(partition(weight) is not None for weight in weights)
 
 
 @functools.cache

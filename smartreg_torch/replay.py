@@ -5,14 +5,14 @@ from __future__ import annotations
 import random
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from smartreg_torch.compat import own_buffers, own_parameters, version
+from smartreg_torch.compat import numpy_words, own_buffers, own_parameters, version
 from smartreg_torch.kept import Kept
 from smartreg_torch.reach import Given, Known
 from smartreg_torch.sharding import is_sharded
@@ -48,13 +48,14 @@ class State:
         known: Known | None = None,
         modules: list[nn.Module] | None = None,
     ) -> None:
-        kind = device_of(model).type
+        kind = next((weight.device.type for weight in theta.values()), "cpu")
         self._autocast = kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
         devices = {parameter.device for parameter in theta.values()} - {torch.device("cpu")}
         self._streams = _Streams.now(devices)
+        self._words = numpy_words()
         self._drawn = True  # whether the clean pass has drawn from NumPy's or Python's stream
         self._modules = list(model.modules()) if modules is None else modules
-        self._modes = [module.training for module in self._modules]
+        self._modes = self._modes_now()
         copies: dict[int, Tensor] = {}  # one of each, since two modules may share a buffer
         self._buffers: list[tuple[dict[str, Any], dict[str, Tensor]]] = [
             (buffers, {name: _copy(buffer, copies) for name, buffer in buffers.items() if buffer is not None})
@@ -63,7 +64,7 @@ class State:
         ]
         self._before: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []
         self._known = Known() if known is None else known
-        frozen = [weight for weight in theta.values() if _is_plainly_frozen(weight)]
+        frozen = [weight for weight in theta.values() if not weight.requires_grad and _is_plain(weight)]
         self._frozen = self._frozen_weights(frozen, theta)
         self._versions = [(weight, version(weight), weight.data_ptr()) for weight in frozen]
         self.kept = Kept(self._modules, given, self._known)
@@ -157,6 +158,8 @@ class State:
 
         If they are far more than the trained ones, as under adapters, copy those alone that were seen to change.
         """
+        if not frozen:
+            return []
         size = sum(weight.nbytes for weight in frozen)
         every = self._known.looks and size <= 2 * (sum(weight.nbytes for weight in theta.values()) - size)
         copied = {id(weight) for weight in frozen if every or id(weight) in self._known.written}
@@ -181,7 +184,7 @@ class State:
         """
         own = [(buffers, dict(buffers)) for buffers, _ in self._buffers]  # the clean pass may have put others in
         frozen = [(parameters, dict(parameters)) for parameters, _ in self._frozen]
-        modes = [module.training for module in self._modules]
+        modes = self._modes_now()
         with self._streams_replayed(seed):
             try:
                 copies: dict[int, Tensor] = {}
@@ -197,26 +200,32 @@ class State:
                 _refill(own)
                 _refill(frozen)
 
-    @contextmanager
-    def kept_streams(self) -> Iterator[None]:
+    def kept_streams(self) -> AbstractContextManager[None]:
         """Put torch's random streams back after the block: a backward may draw, too."""
         devices = list(self._streams.devices)
         kind = next((device.type for device in devices), "cuda")
-        with torch.random.fork_rng(devices, device_type=kind):
-            yield
+        return torch.random.fork_rng(devices, device_type=kind)
+
+    def without_autocast(self) -> AbstractContextManager[Any]:
+        """Switch autocast off in the block: a backward under it rounds its products; the passes have the caller's."""
+        kind, dtype, _ = self._autocast
+        return _autocast(kind, dtype, False)
 
     def _has_drawn(self) -> bool:
-        """Tell whether NumPy's or Python's stream has moved. To read and write NumPy's takes 0.1 ms in every pass."""
-        now, before = np.random.get_state(), self._streams.numpy  # noqa: NPY002
-        if not isinstance(now, tuple) or random.getstate() != self._streams.python:  # a dict: another bit generator
-            return True
-        return not all(map(np.array_equal, now, before))
+        """Tell whether NumPy's or Python's stream has moved. To read or write NumPy's takes 0.05 ms in every pass."""
+        before = self._streams.numpy
+        if self._words is None or before["has_gauss"]:  # a normal number that was drawn before, beside the words
+            now = np.random.get_state(legacy=False)  # noqa: NPY002
+            moved = not _alike_states(now, before)
+        else:
+            moved = numpy_words() != self._words
+        return moved or random.getstate() != self._streams.python
 
     @contextmanager
     def _streams_replayed(self, seed: int | None = None) -> Iterator[None]:
         before = self._streams if seed is None else _Streams.seeded(seed, self._streams.devices)
-        streams = (np.random.get_state(), random.getstate()) if self._drawn else None  # noqa: NPY002
-        with self.kept_streams(), torch.autocast(*self._autocast):
+        streams = (np.random.get_state(legacy=False), random.getstate()) if self._drawn else None  # noqa: NPY002
+        with self.kept_streams(), _autocast(*self._autocast):
             try:
                 torch.set_rng_state(before.cpu)
                 for device, state in before.devices.items():
@@ -230,10 +239,21 @@ class State:
                     np.random.set_state(streams[0])  # noqa: NPY002
                     random.setstate(streams[1])
 
+    def _modes_now(self) -> list[bool]:
+        return [module.training for module in self._modules]
+
     def _set_modes(self, modes: list[bool]) -> None:
+        if self._modes_now() == modes:
+            return
         for module, mode in zip(self._modules, modes, strict=True):
             if module.training != mode:  # model.eval() between a forward and its backward
                 module.training = mode
+
+
+def _autocast(kind: str, dtype: torch.dtype, enabled: bool) -> AbstractContextManager[Any]:
+    """Return torch.autocast, or nothing if that is off and was to be switched off."""
+    on = enabled or torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, dtype, enabled) if on else nullcontext()
 
 
 class _Streams(NamedTuple):
@@ -248,7 +268,7 @@ class _Streams(NamedTuple):
     def now(cls, devices: Iterable[torch.device]) -> Self:
         """Read the states."""
         states = {device: torch.get_device_module(device).get_rng_state(device) for device in devices}
-        return cls(torch.get_rng_state(), states, np.random.get_state(), random.getstate())  # noqa: NPY002
+        return cls(torch.get_rng_state(), states, np.random.get_state(legacy=False), random.getstate())  # noqa: NPY002
 
     @classmethod
     def seeded(cls, seed: int, devices: Iterable[torch.device]) -> Self:
@@ -264,10 +284,17 @@ def _refill(own: list[tuple[dict[str, Any], dict[str, Any]]]) -> None:
         buffers.update(values)
 
 
-def _is_plainly_frozen(weight: Tensor) -> bool:
-    """Tell whether this is a frozen parameter that is neither sharded nor packed."""
+def _is_plain(weight: Tensor) -> bool:
+    """Tell whether this is a parameter that is neither sharded nor packed."""
     plain = type(weight) is nn.Parameter and not is_sharded(weight) and not weight.is_inference()
-    return plain and not weight.requires_grad and not weight.is_meta
+    return plain and not weight.is_meta
+
+
+def _alike_states(a: Any, b: Any) -> bool:
+    """Tell whether two states of NumPy's stream are the same."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_alike_states(a[name], b[name]) for name in a)
+    return np.array_equal(a, b)
 
 
 def _copy(value: Tensor, copies: dict[int, Tensor], frozen: bool = False) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from smartreg.checking.recording import Recorder
 from smartreg.config import SMARTConfig, SMARTWarning
 from smartreg.report import StepSeen, not_finite, warn_of
-from smartreg_torch.projection import Output, values_of, whole
+from smartreg_torch.projection import Output, total, values_of, whole
 from smartreg_torch.site import Call, shift
 from smartreg_torch.step import Step
 
@@ -127,17 +127,20 @@ def observed(calls: list[Call], deltas: list[Tensor]) -> tuple[dict[str, Tensor]
     """
     if not deltas:
         return {}, None
-    moved = torch.stack([(delta != 0).sum() for delta in deltas]).sum().clamp(min=1)
+    moves = [delta != 0 for delta in deltas]
+    moved = total(move.sum() for move in moves).clamp(min=1)
 
     def lost(dtypes: list[torch.dtype]) -> Tensor:
         same = []
-        for call, delta, dtype in zip(calls, deltas, dtypes, strict=True):
+        for call, delta, move, dtype in zip(calls, deltas, moves, dtypes, strict=True):
             x = call.x.to(dtype)
-            same.append(((delta != 0) & (shift(x, delta) == x)).sum())
-        return torch.stack(same).sum() / moved
+            same.append((move & (shift(x, delta) == x)).sum())
+        return total(same) / moved
 
     own, next_layer = [call.x.dtype for call in calls], [call.dtype for call in calls]
-    found = {"vanished": lost(own), "max_delta": torch.stack([delta.abs().max() for delta in deltas]).max()}
+    largest = [delta.abs().max() for delta in deltas]
+    most = largest[0] if len(largest) == 1 else torch.stack(largest).max()
+    found = {"vanished": lost(own), "max_delta": most}
     if own != next_layer:
         found["vanished in the next layer"] = lost(next_layer)
     return found, next_layer[0]

@@ -69,7 +69,7 @@ def is_root(model: nn.Module) -> bool:
 
 def is_dtensor(tensor: Tensor) -> bool:
     """Tell whether this is a DTensor."""
-    return hasattr(tensor, "to_local")
+    return type(tensor) is not nn.Parameter and hasattr(tensor, "to_local")
 
 
 def is_sharded(tensor: Tensor) -> bool:

@@ -6,7 +6,7 @@ import inspect
 import re
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -113,17 +113,13 @@ class Site:
                 "SMART after adapters are added; if the model was compiled and run before, call torch.compiler.reset()."
             )
 
-    @contextmanager
-    def replaced(self, points: list[Tensor], graph: bool = True) -> Iterator[None]:
+    def replaced(self, points: list[Tensor], graph: bool = True) -> AbstractContextManager[None]:
         """Run a pass at x~: the k-th call gives points[k]. Without a graph, no gradient has to pass the site."""
-        with self._counted(points, lambda output, point: point.clone(), graph):
-            yield
+        return self._counted(points, lambda output, point: point.clone(), graph)
 
-    @contextmanager
-    def shifted(self, deltas: list[Tensor], graph: bool = True) -> Iterator[None]:
+    def shifted(self, deltas: list[Tensor], graph: bool = True) -> AbstractContextManager[None]:
         """Run a pass at x~ with a graph of its own below the site: the k-th call gives its output plus deltas[k]."""
-        with self._counted(deltas, shift, graph):
-            yield
+        return self._counted(deltas, shift, graph)
 
     @contextmanager
     def _counted(

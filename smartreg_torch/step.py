@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from smartreg_torch.lean import Afterwards, check_backward, check_no_graph
 from smartreg_torch.outputs import Compared, Reader
 from smartreg_torch.passes import Passes
 from smartreg_torch.perturbation import ascend
-from smartreg_torch.projection import Output, sum_divergence, values_of
+from smartreg_torch.projection import Output, sum_divergence, total, values_of
 from smartreg_torch.proximal import bregman_divergence
 from smartreg_torch.site import shift
 from smartreg_torch.teacher import Teacher
@@ -92,7 +92,7 @@ def smart_step(
         stages["perturbed"] = perturbed
         terms["R_s"] = smoothness(perturbed, targets, compared, sample_weight)
     weights = {"R_s": lambda_s, "D_Breg": mu}
-    penalty = _total(weight * terms[name] for name, weight in weights.items() if name in terms)
+    penalty = total(weight * terms[name] for name, weight in weights.items() if name in terms)
     step = Step(penalty, terms, stages, passes, compared, sample_weight)  # line 11 is the optimiser's, on L + penalty
     return step if later is None else _deferred(step, lambda_s, seed, later)
 
@@ -104,7 +104,7 @@ def smoothness(
 
     Source: paper, equation 2.
     """
-    return _total(
+    return total(
         sum_divergence(name, z_perturbed, z, mask, sample_weight) / len(z)
         for name, z_perturbed, z, mask in zip(compared.divergences, perturbed, targets, compared.positions, strict=True)
     )
@@ -115,7 +115,7 @@ def proximity(targets: list[Output], taught: list[Output], compared: Compared, s
 
     Source: paper, equation 3.
     """
-    return _total(
+    return total(
         bregman_divergence(z, z_taught, name, mask, sample_weight)
         for name, z, z_taught, mask in zip(compared.divergences, targets, taught, compared.positions, strict=True)
     )
@@ -261,7 +261,3 @@ class Noise:
             device, stream = state["generator"]
             self.generator = torch.Generator(device)
             self.generator.set_state(stream)
-
-
-def _total(terms: Iterable[Tensor]) -> Tensor:
-    return torch.stack(list(terms)).sum()

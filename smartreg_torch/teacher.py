@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import weakref
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from smartreg.config import SMARTConfig
 from smartreg.proximal import momentum, moves
 from smartreg_torch.compat import version
-from smartreg_torch.proximal import ema_update, local
+from smartreg_torch.proximal import ema_update, like, local
 from smartreg_torch.sharding import is_dtensor, is_sharded, reshard
 
 Theta = Mapping[str, nn.Parameter]
@@ -33,6 +34,7 @@ class Teacher:
         # of the weights that theta~ was made of; None once training has begun
         self._stamps: dict[str, Stamp] | None = {} if averages is None else None
         self._initial: set[str] = set()  # in the first step: the weights of which theta~ is a copy
+        self._followed: tuple[Theta, list[Any], list[Tensor]] | None = None  # what `follow` found in the last step
         self._written = True  # whether a pass may write into theta~, until one was seen not to
 
     def check(self, theta: Theta) -> None:
@@ -54,6 +56,8 @@ class Teacher:
 
         Until the first training step theta~ follows weights that are loaded or replaced: it starts at theta_0.
         """
+        if self._stamps is None and self._is_followed(theta):
+            return
         for name, parameter in theta.items():
             average = self.averages.get(name)
             if average is None and not parameter.requires_grad:
@@ -73,6 +77,16 @@ class Teacher:
                 )
             else:  # moved to another device, or a wider dtype
                 self.averages[name] = average.to(local(parameter).device, torch.promote_types(average.dtype, wide))
+        whole = self._stamps is None and not any(map(is_sharded, theta.values()))
+        self._followed = (theta, list(map(_looks, theta.values())), list(self.averages.values())) if whole else None
+
+    def _is_followed(self, theta: Theta) -> bool:
+        """Tell whether nothing that `follow` depends on has changed since it found what to do in training."""
+        if self._followed is None or self._followed[0] is not theta:
+            return False
+        _, looks, averages = self._followed
+        same = len(averages) == len(self.averages) and all(map(operator.is_, averages, self.averages.values()))
+        return same and looks == list(map(_looks, theta.values()))
 
     def begin(self, theta: Theta) -> None:
         """Stop following loaded weights: the training steps begin."""
@@ -141,7 +155,11 @@ class Teacher:
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_stamps": None}
+        return vars(self) | {"_stamps": None, "_followed": None}
+
+
+def _looks(parameter: nn.Parameter) -> tuple[Any, ...]:
+    return parameter.requires_grad, parameter.dtype, parameter.device, parameter.shape
 
 
 class Stamp:
@@ -153,7 +171,7 @@ class Stamp:
 
     @staticmethod
     def _marked(parameter: nn.Parameter) -> tuple[Any, ...]:
-        own = local(parameter)
+        own = local(parameter) if is_sharded(parameter) else parameter
         return 0 if own.is_inference() else version(parameter), own.shape, own.device, own.data_ptr()
 
     def holds(self, parameter: nn.Parameter) -> bool:
@@ -188,14 +206,15 @@ def in_model(
 
     def put(values: Mapping[str, Tensor]) -> None:
         for name, value in values.items():
-            if is_sharded(theta[name]):
+            if name in sharded_names:
                 local(theta[name]).copy_(local(value))
             else:
-                theta[name].data = value.to(theta[name])
+                theta[name].data = like(value, theta[name])
 
     reshard(sharded)
-    averages = {name: average for name, average in averages.items() if name not in without}
-    own = {name: local(theta[name]).clone() if is_sharded(theta[name]) else theta[name].data for name in averages}
+    averages = {name: average for name, average in averages.items() if name not in without} if without else averages
+    sharded_names = {name for name in averages if is_sharded(theta[name])}
+    own = {name: local(theta[name]).clone() if name in sharded_names else theta[name].data for name in averages}
     cached = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)  # its half-precision copies are of theta
     try:

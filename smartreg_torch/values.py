@@ -29,9 +29,11 @@ class Slot:
 
     __slots__ = ("before", "get_from", "key", "named", "owner", "put", "stands", "where")
 
-    def __init__(self, where: str, key: Any, owner: Any, get: Get, put: Put, named: bool = False) -> None:
+    def __init__(
+        self, where: str, key: Any, owner: Any, get: Get, put: Put, named: bool = False, before: Any = None
+    ) -> None:
         self.where, self.key, self.owner, self.get_from, self.put, self.named = where, key, owner, get, put, named
-        self.before = get(owner)
+        self.before = get(owner) if before is None else before
         self.stands: Any = None
 
     def get(self) -> Any:
@@ -44,6 +46,10 @@ class Slot:
             return False
         self.put(self.owner, values)
         return True
+
+    def is_changed(self) -> bool:
+        """Tell whether anything is not as before; nothing is put in."""
+        return not same(self.get_from(self.owner), self.before)
 
     def changed(self) -> list[Any]:
         """Name what is not as before or as put in; [None] for a container without names."""

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from smartreg_torch import SMART
+from smartreg_torch.reach import Attributes
 from smartreg_torch.report import Report
 
 STARTS = {"gaussian": {"start": "gaussian", "ascent_steps": 1}, "margin": {"start": "margin", "ascent_steps": 0}}
@@ -87,6 +88,25 @@ def test_a_penalty_that_arrives_late_and_is_not_finite_is_raised_before_harm_is_
     smart(**inputs)
     with pytest.raises(FloatingPointError, match="penalty of step 1"):
         smart(**inputs)
+
+
+def test_modules_that_do_not_change_are_looked_at_in_one_row(monkeypatch):
+    """How they are looked into is kept from the first step, and none of them is looked at alone."""
+    model, inputs = bert()
+    smart = SMART(model, papers(**STARTS["margin"], total_steps=10))
+    smart(**inputs)
+    alone, layout = [], smart._runner.known.layout
+    own = Attributes.slot
+    monkeypatch.setattr(Attributes, "slot", lambda self, i: alone.append(i) or own(self, i))
+    smart(**inputs)
+    assert alone == []
+    assert smart._runner.known.layout is layout
+    handle = model.classifier.register_forward_hook(lambda module, *_: setattr(module, "calls", 1))
+    smart(**inputs)
+    assert alone  # it would be seen
+    handle.remove()
+    smart.remove()
+    assert smart._runner.known.layout is None  # it holds the modules
 
 
 def test_a_late_penalty_can_be_skipped(late):

@@ -229,6 +229,114 @@ def test_a_generator_of_ones_own_is_replayed(ids, kind, given):
     assert draw(arguments[1] if given else model.generator) == draw(twin)  # it has moved once
 
 
+# what comes between two steps: how the model is looked into is kept from the step before
+
+
+class Twice(nn.Linear):
+    """A head that counts its calls in a number, a list or a buffer, if it has one."""
+
+    calls: object = None
+
+    def forward(self, x):
+        if "total" in dict(self.named_buffers()):
+            self.total += 1
+            return super().forward(x) * self.total
+        if isinstance(self.calls, list):
+            self.calls.append(1)
+        elif self.calls is not None:
+            self.calls = self.calls + 1
+        return super().forward(x) * self.count()
+
+    def count(self):
+        return 1 if self.calls is None else len(self.calls) if isinstance(self.calls, list) else int(self.calls)
+
+
+class WithHead(Plain):
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Sequential(Twice(8, 3), Twice(3, 3))
+
+
+def becomes_a_counter(model):
+    model.head[1].calls = 0
+
+
+def becomes_a_list(model):
+    model.head[1].calls = []
+
+
+def becomes_another_list(model):
+    model.head[1].calls = [1, 1]
+
+
+def becomes_a_buffer(model):
+    model.head[1].register_buffer("total", torch.zeros(()))
+
+
+def becomes_another_module(model):
+    old, model.head[1] = model.head[1], Twice(3, 3)
+    model.head[1].load_state_dict(old.state_dict())
+    model.head[1].calls = []
+
+
+def becomes_a_copy(model):
+    """They share parameters, buffers and hooks."""
+    model.head[1] = copy.copy(model.head[1])
+
+
+def becomes_another_class(model):
+    class Thrice(Twice):
+        kept: list[int] = []  # noqa: RUF012
+
+        def count(self):
+            self.kept.append(1)
+            return len(self.kept)
+
+    model.head[1].__class__ = Thrice
+
+
+def gets_a_hook(model):
+    kept = []
+    model.head[1].register_forward_hook(lambda module, args, output: kept.append(1) or output * len(kept))
+
+
+CHANGES = [becomes_a_counter, becomes_a_list, becomes_another_list, becomes_a_buffer, becomes_another_module]
+CHANGES += [becomes_a_copy, becomes_another_class, gets_a_hook]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_is_put_on_a_module_between_two_steps(ids, change):
+    model, plain = WithHead(), WithHead()
+    if change in (becomes_another_list, becomes_a_copy):
+        model.head[1].calls, plain.head[1].calls = ([], []) if change is becomes_another_list else (0, 0)
+    smart = SMART(model, BOTH)
+    for step in range(4):
+        if step == 2:
+            change(model), change(plain)
+        assert torch.equal(smart(ids)[0], plain(ids))
+        assert smart.metrics["D_Breg"] == pytest.approx(0, abs=1e-13)
+
+
+@pytest.mark.parametrize("drawn", [0, 1])
+def test_a_normal_number_that_numpy_has_drawn_before(ids, drawn):
+    """It draws two at once, and keeps one beside the words of its generator."""
+
+    class Noisy(Plain):
+        def forward(self, ids):
+            return super().forward(ids) * (2 + np.random.standard_normal())
+
+    np.random.seed(3)
+    for _ in range(drawn):
+        np.random.standard_normal()
+    smart = SMART(Noisy(), BOTH)
+    for _ in range(3):
+        smart(ids)
+        assert smart.metrics["D_Breg"] == pytest.approx(0, abs=1e-13)
+    found = np.random.standard_normal()
+    np.random.seed(3)
+    assert found == [np.random.standard_normal() for _ in range(drawn + 4)][-1]
+
+
 # what the forward is given
 
 

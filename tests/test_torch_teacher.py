@@ -86,6 +86,21 @@ def test_parameters_that_become_trainable_later_join_the_teacher(ids):
     assert torch.equal(smart.teacher["embedding.weight"], model.embedding.weight)
 
 
+def test_the_teacher_follows_a_change_of_dtype_or_shape_between_two_steps(ids):
+    model = Model()
+    smart = SMART(model, BOTH)
+    for _ in range(2):
+        smart(ids)
+        smart.update()
+    model.double()
+    smart(ids)
+    assert {average.dtype for average in smart.teacher.values()} == {torch.float64}
+    assert smart.metrics["D_Breg"] == pytest.approx(0, abs=1e-13)
+    model.embedding.weight.data = torch.cat([model.embedding.weight.data] * 2)
+    with pytest.raises(RuntimeError, match=r"embedding.weight has the shape .* resized during training"):
+        smart(ids)
+
+
 def test_autocast_does_not_give_the_teacher_the_students_weights(ids):
     model = Model()
     model.dropout.p = 0.0

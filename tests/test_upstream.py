@@ -158,15 +158,15 @@ def other_tensors_can_be_put_in():
     assert set(compat.own_buffers(norm)) == {"running_mean", "running_var", "num_batches_tracked"}
 
 
-@trial("torch", "own_modules")
-def modules_inside_are_listed():
+@trial("torch", "held")
+def modules_and_parameters_inside_are_listed():
     import torch
 
     from smartreg_torch import compat
 
     model = torch.nn.Sequential(torch.nn.Linear(2, 2))
     model[0] = new = torch.nn.Linear(2, 3)
-    assert compat.own_modules(model) == {"0": new}
+    assert compat.held([model, new]) == [{"0": new}, {}, {}, {"weight": new.weight, "bias": new.bias}]
 
 
 @trial("torch", "forward_hooks")
@@ -191,6 +191,23 @@ def writing_counts():
     before = compat.version(tensor)
     tensor[0] = 1
     assert compat.version(tensor) == before + 1
+
+
+@trial("torch", "numpy_words")
+def drawing_from_numpys_global_stream_moves_its_words():
+    from smartreg_torch import compat
+
+    own = np.random.get_state(legacy=False)
+    try:
+        np.random.seed(0)
+        np.random.rand()  # makes new words
+        state, words = np.random.get_state(legacy=False)["state"], compat.numpy_words()
+        assert words == state["key"].tobytes() + np.int32(state["pos"]).tobytes()
+        np.random.rand()  # moves the position alone
+        assert compat.numpy_words()[:-4] == words[:-4]
+        assert compat.numpy_words() != words
+    finally:
+        np.random.set_state(own)
 
 
 @trial("torch", "has_gradient_hooks", "has_accumulation_hooks")
