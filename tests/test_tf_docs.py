@@ -4,7 +4,6 @@ import re
 from pathlib import Path
 
 import keras
-import notebooks
 import numpy as np
 
 ROOT = Path(__file__).parent.parent
@@ -39,13 +38,3 @@ def test_the_code_runs(tmp_path, monkeypatch):
     }  # fmt: skip
     assert names["smart"].metrics["step"] == 20
     assert (tmp_path / "smart.keras").exists()
-
-
-def test_the_notebook_runs(monkeypatch, capsys):
-    names, figures = notebooks.run("keras.ipynb", monkeypatch, TRAIN=16, TEST=8, EPOCHS=1, LAYERS=1)
-    assert figures == 2
-    assert "smoothness" not in names["plain_history"]
-    assert names["smart_history"]["smoothness"][0] > 0
-    assert names["before"].examples == names["after"].examples == 8
-    assert "token_embedding" in (printed := capsys.readouterr().out)
-    assert names["typos"][0] in printed
