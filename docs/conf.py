@@ -28,6 +28,7 @@ extensions = [
     "sphinx_copybutton",
     "sphinx_design",
 ]
+smartquotes = False  # a command or a message can be copied
 exclude_patterns = ["_generated", "pictures"]
 
 myst_enable_extensions = ["amsmath", "attrs_block", "colon_fence", "dollarmath"]
