@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from smartreg.config import SMARTWarning
 from smartreg.divergences import takes_logits
 from smartreg_torch.outputs import Compared, Head
 from smartreg_torch.projection import Output
+
+# What autograd calls the operations that make probabilities, layers that do not, and what only changes shape or type.
+PROBABILITIES = {"SigmoidBackward", "SoftmaxBackward", "HardsigmoidBackward"}
+LAYERS = {"AddmmBackward", "MmBackward", "BmmBackward", "ConvolutionBackward"}
+RESHAPED = {
+    f"{name}Backward"
+    for name in (
+        *("View", "UnsafeView", "ReshapeAlias", "Squeeze", "Unsqueeze", "Select", "Slice", "Split", "Transpose", "T"),
+        *("Permute", "Expand", "Clone", "ToCopy", "Alias", "AsStrided", "Index", "Unbind"),
+    )
+}
 
 
 def check_values(compared: Compared, masks_were_found: bool) -> None:
@@ -24,23 +37,40 @@ def check_values(compared: Compared, masks_were_found: bool) -> None:
 
 
 def check_probabilities(z: Tensor, head: Head) -> None:
-    """Raise ValueError if an output (n, ..., C) holds probabilities and l_s takes logits."""
-    z = z.detach()
+    """Raise ValueError if an output (n, ..., C) holds probabilities and l_s takes logits; warn if it may.
+
+    The graph says it if a softmax or sigmoid made them. If it does not, rows that sum to 1 are probabilities.
+    """
+    maker, z = _maker(z), z.detach()
     if not takes_logits(head.divergence) or not bool(((z >= 0) & (z <= 1)).all()):
         return
-    if head.divergence == "symmetric_kl" and bool(((z.sum(-1) - 1).abs() < 1e-2).all()):
-        what, mend = (
-            "are probabilities: they sum to 1",
-            "the logits instead, or compare their logarithms: outputs=torch.log",
+    varied = bool((z != z[:1]).any())  # a head that starts at 0 gives its bias
+    near = 1e-2 if z.dtype.itemsize == 2 else 1e-4
+    sum_to_1 = head.divergence == "symmetric_kl" and bool(((z.sum(-1) - 1).abs() < near).all())
+    if maker in PROBABILITIES or (sum_to_1 and varied and z[..., 0].numel() >= 4):  # four rows of logits never do
+        what, mend = "between 0 and 1", "torch.logit"
+        if sum_to_1:
+            what, mend = "they sum to 1", "torch.log"
+        raise ValueError(
+            f"SMART: the outputs ({head.name}) are probabilities: {what}, and {head.divergence} takes logits. Let "
+            f"forward return the logits instead, or say outputs={mend} (a function of the model's output)"
         )
-    elif z.numel() >= 32:  # so many logits are never all between 0 and 1
-        what, mend = "are probabilities: all are between 0 and 1", "the logits instead, or say outputs=torch.logit"
-    else:
-        return
-    raise ValueError(
-        f"SMART: the outputs ({head.name}) {what}, and {head.divergence} takes logits. Let forward return {mend} (a "
-        "function of the model's output)"
-    )
+    if varied and z.numel() >= 32 and maker not in LAYERS:
+        warnings.warn(
+            f"SMART: all {z.numel()} outputs ({head.name}) are between 0 and 1, and {head.divergence} takes logits. If "
+            "they are probabilities, let forward return the logits, or say outputs=torch.logit. If they are logits, "
+            "nothing is wrong.",
+            SMARTWarning,
+            stacklevel=2,
+        )
+
+
+def _maker(z: Tensor) -> str:
+    """Return the name of the operation that computed these values, whatever shape or type they were given then."""
+    node = z.grad_fn
+    while node is not None and node.name().rstrip("0123456789") in RESHAPED:
+        node = node.next_functions[0][0]
+    return "" if node is None else node.name().rstrip("0123456789")
 
 
 def check_real(mask: Tensor, name: str) -> None:

@@ -194,6 +194,36 @@ def test_probabilities_are_not_taken_for_logits(end, settings, mend):
         assert r_s(net, x, outputs=function, **settings) == pytest.approx(r_s(net[:1], x, **settings), rel=1e-3)
 
 
+class Opaque(torch.autograd.Function):
+    """A sigmoid of which the graph says nothing, as in a compiled model."""
+
+    @staticmethod
+    def forward(ctx, z):
+        return z.sigmoid()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+def test_what_makes_logits_decides_not_their_values():
+    """Logits may all be between 0 and 1: at a head that starts at 0, or if the bias is most of them."""
+    x, head = torch.randn(40, 4), nn.Linear(4, 2)
+    nn.init.zeros_(head.weight)
+    for bias in ([0.0, 0.0], [0.6, 0.4], [0.5, 0.1]):  # the second's rows sum to 1, all alike
+        with torch.no_grad():
+            head.bias.copy_(torch.tensor(bias))
+        with pytest.warns(SMARTWarning, match="head that starts at 0"):
+            assert r_s(nn.Sequential(nn.Linear(4, 4), head), x) == 0
+    nn.init.normal_(head.weight, std=1e-3)
+    assert r_s(nn.Sequential(nn.Linear(4, 4), head), x) > 0
+    for make in (lambda z: z.sigmoid()[:, :1], lambda z: z.softmax(-1).to(torch.float64)):  # few, and of another type
+        with pytest.raises(ValueError, match="are probabilities"):
+            r_s(head, x[:2], outputs=make, class_axis=-1)
+    with pytest.warns(SMARTWarning, match=r"all 80 outputs .* between 0 and 1"):
+        r_s(head, x, outputs=Opaque.apply)
+
+
 LOSSES = {
     "cross entropy": lambda z, k: nn.functional.cross_entropy(z, k),
     "weighed and smoothed": lambda z, k: nn.functional.cross_entropy(z, k, torch.rand(3), label_smoothing=0.1),
