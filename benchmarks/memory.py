@@ -37,6 +37,7 @@ from rich.table import Table
 from step_cost import FLOORS, OURS, Bench, make_model
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
 
 from smartreg_torch import SMART, SMARTConfig
 from smartreg_torch.passes import Passes
@@ -92,21 +93,24 @@ def prepare(network: Any, way: str) -> None:
         in_perturbed_pass(lambda: in_bfloat16(network))
         return
     network.gradient_checkpointing_enable({"use_reentrant": False})
-    layers = [module for module in network.modules() if getattr(module, "gradient_checkpointing", False)]
+    if way == "checkpointed":
+        return
+    on = False
 
-    def switch(on: bool) -> None:
-        for layer in layers:
-            layer.gradient_checkpointing = on
+    def run(function: Callable[..., Any], *args: Any) -> Any:
+        return checkpoint(function, *args, use_reentrant=False) if on else function(*args)
 
     @contextmanager
     def checkpointed() -> Iterator[None]:
-        switch(True)
+        nonlocal on
+        on = True
         yield
-        switch(False)
+        on = False
 
-    if way == "perturbed pass checkpointed":
-        switch(False)
-        in_perturbed_pass(checkpointed)
+    for module in network.modules():
+        if getattr(module, "gradient_checkpointing", False):
+            module._gradient_checkpointing_func = run
+    in_perturbed_pass(checkpointed)
 
 
 def gradient(dtype: torch.dtype, config: SMARTConfig, narrow: bool = False) -> Tensor:

@@ -148,9 +148,9 @@ def suspicions(found: Mapping[str, Any], start: str) -> dict[str, Any]:
 
 
 STILL = (
-    "SMART: nothing is perturbed, max|delta| is 0: no gradient reaches a position that the mask leaves. That is right in "
-    "the first step of a head that starts at 0. Else, is the mask true at padding? Look at print(smart.describe()), which "
-    "says which one it is."
+    "SMART: nothing is perturbed, max|delta| is 0: no gradient reaches a position that the mask leaves. That is right "
+    "in the first step of a head that starts at 0. Else, is the mask true at padding? Look at "
+    "print(smart.describe()), which says which one it is."
 )
 
 

@@ -200,8 +200,8 @@ class Reach:
 
     def every_slot(self) -> list[Slot]:
         """Return all slots: the arguments' first, then each module's own before those that it leads to."""
-        found, ends = self.slots[: self.given[0]], [*self._starts[1:], len(self.slots)]
-        for i, (start, end) in enumerate(zip(self._starts, ends, strict=True)):
+        found, bounds = self.slots[: self.given[0]], [*self._starts, len(self.slots)]
+        for i, (start, end) in enumerate(itertools.pairwise(bounds)):
             found += [self.attributes.slot(i), *self.slots[start:end]]
         return found
 
