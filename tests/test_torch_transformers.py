@@ -977,13 +977,13 @@ def test_bad_input_is_named(tmp_path, monkeypatch):
         trainer._begin_smart()
     trainer.args._n_gpu, trainer.args.torch_compile = 1, True
     monkeypatch.setattr(TrainingArguments, "world_size", 2)
-    with pytest.raises(ValueError, match=r"torch_compile=True with several processes; .*model\.compile\(\)"):
+    with pytest.raises(ValueError, match=r"torch_compile=True with several processes. .*model\.compile\(\)"):
         trainer._begin_smart()
     trainer.args.torch_compile, trainer.is_fsdp_enabled = False, True
     with pytest.raises(ValueError, match=r"FSDP1. Say fsdp_config=\{'version': 2\}"):
         trainer._begin_smart()
     trainer.is_fsdp_enabled, trainer.is_fsdp_xla_enabled = False, True
-    with pytest.raises(ValueError, match=r"torch_xla's FSDP; use that of PyTorch"):
+    with pytest.raises(ValueError, match=r"torch_xla's FSDP. Use that of PyTorch"):
         trainer._begin_smart()
 
 
