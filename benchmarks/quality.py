@@ -461,9 +461,14 @@ def shown_cell(runs: dict[int, dict[str, Any]], apart: list[float], name: str, p
     return cell
 
 
-def tables(lines: list[dict[str, Any]], select: bool) -> dict[str, str]:
-    """A Markdown table of each task and size, by its title: of the results, or of the choice of settings."""
-    groups = grouped(lines, select)
+def tables(lines: list[dict[str, Any]], select: bool, alike: str = "") -> dict[str, str]:
+    """A Markdown table of each task and size, by its title: of the results, or of the choice of settings.
+
+    `alike` names a setting of plain training: then only the arms with its epochs and rate are in.
+    """
+    groups = grouped(lines, select, alike)
+    if alike:
+        groups = {at: arms for at, arms in groups.items() if next(iter(arms)) == alike}
     p = adjusted(groups)
     shown = {}
     for (task, size), arms in groups.items():
@@ -480,7 +485,7 @@ def tables(lines: list[dict[str, Any]], select: bool) -> dict[str, str]:
             cells.append(f"{statistics.fmean(line['train_loss'] for line in runs.values()):.3f}")
             rows.append([*cells, f"{statistics.median(cost):.2f}" if cost else ""])
         rows.insert(1, ["---", *["---:"] * (len(rows[0]) - 1)])
-        title = f"{task}, {size or 'all'} rows" + ", choice of settings" * select
+        title = f"{task}, {size or 'all'} rows" + ", choice of settings" * select + f", beside {alike}" * bool(alike)
         shown[title] = "\n".join("| " + " | ".join(row) + " |" for row in rows)
     return shown
 
@@ -566,6 +571,10 @@ def everything(lines: list[dict[str, Any]]) -> dict[str, str]:
     ]
     shown = {"summary": summary(lines, 500)}
     shown |= {f"summary against {name}": summary(lines, 500, name) for name in sorted(set(map(name_of, other)))}
+    for name, line in {name_of(line): line for line in other}.items():
+        tasks = {each["task"] for each in other if name_of(each) == name}
+        same = [each for each in lines if (each["epochs"], each["rate"]) == (line["epochs"], line["rate"])]
+        shown |= tables([each for each in same if each["task"] in tasks], select=False, alike=name)
     return shown | tables(lines, select=False) | tables(lines, select=True)
 
 
