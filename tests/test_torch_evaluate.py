@@ -2,6 +2,7 @@
 
 import copy
 import json
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -151,7 +152,8 @@ def trained(folder, smart, resume=None, model=None, **settings):
 def loss_with(values):
     model = bert()
     model.load_state_dict(values, strict=False)
-    return loss_of(Trainer(model, arguments("unused"), eval_dataset=make_rows(8)))
+    with tempfile.TemporaryDirectory() as folder:  # Trainer makes it
+        return loss_of(Trainer(model, arguments(folder), eval_dataset=make_rows(8)))
 
 
 EVERY_2 = {name: value for name, value in BEST.items() if name != "load_best_model_at_end"}
