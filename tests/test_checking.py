@@ -1,5 +1,6 @@
 """`check_backend`, `python -m smartreg check` and the trajectories: that they pass, and that they can fail."""
 
+import inspect
 import json
 import os
 import re
@@ -440,8 +441,32 @@ def test_the_page_says_what_is_printed(capsys):
     page = (ROOT / "docs" / "backends.md").read_text("utf-8")
     block = re.search(r"```python\n(import numpy.*?)```", page, re.DOTALL)[1]
     exec(compile(block, "docs/backends.md", "exec"), {})
+    block = re.search(r"```python\n(from smartreg.checking import golden.*?)```", page, re.DOTALL)[1]
+    exec(compile(block, "docs/backends.md", "exec"), found := {})
+    assert np.isneginf(found["case"].arguments["a"]).any()
     promised = re.search(r"among other rows, `! (.*?)  (.*?)`", page)
     assert any(
         line.startswith("!") and promised[1] in line and promised[2] in line
         for line in capsys.readouterr().out.split("\n")
     )
+
+
+def test_the_page_lists_the_functions_as_they_are():
+    """Their names, their arguments with defaults, and the shapes that the reference returns."""
+    page = (ROOT / "docs" / "backends.md").read_text("utf-8")
+    table = page.partition("### The functions")[2].partition("\n\nArguments")[0]
+    starts = r"`\(n,\)`|the shape of `\w+`|a number|a dict"
+    rows = re.findall(rf"^\| `(\w+)` \| `(.*?)`: .* \| ({starts})[^|]* \|$", table, re.MULTILINE)
+    assert [name for name, _, _ in rows] == list(FUNCTIONS)
+    z, config = np.ones((2, 3, 4)), checking.load_trajectory("paper").config
+    given = dict.fromkeys(("a", "b", "g", "delta", "x", "target", "outputs", "teacher_outputs", "noise"), z)
+    given |= {"epsilon": 0.5, "config": config, "step": 1, "beta": 0.5, "teacher": {"w": z}, "theta": {"w": z}}
+    given["forward"] = lambda x: (x, lambda grad: grad)
+    for name, arguments, returns in rows:
+        parameters = inspect.signature(getattr(NUMPY, name)).parameters.values()
+        written = [p.name if p.default is p.empty else f"{p.name}={p.default!r}" for p in parameters]
+        assert arguments == ", ".join(written), name
+        result = getattr(NUMPY, name)(*(given[p.name] for p in parameters if p.default is p.empty))
+        shapes = {"a number": (), "`(n,)`": (2,), "a dict": {"w"}}
+        found = result.keys() if isinstance(result, dict) else np.shape(result)
+        assert found == shapes.get(returns, z.shape), name
