@@ -8,7 +8,7 @@ import sys
 for name, value in {"OMP_NUM_THREADS": "1", "TF_CPP_MIN_LOG_LEVEL": "3", "KERAS_BACKEND": "tensorflow"}.items():
     os.environ.setdefault(name, value)
 
-from smartreg.checking import BACKENDS, DTYPES  # noqa: E402
+from smartreg.checking import BACKENDS, DTYPES, FUNCTIONS  # noqa: E402
 from smartreg.checking import command as checking  # noqa: E402
 from smartreg.demo import command as demo  # noqa: E402
 
@@ -27,6 +27,13 @@ def main() -> int:
         help=f"{', '.join(BACKENDS)}, or a module of your own (docs/backends.md); by default all that are installed",
     )
     check.add_argument("--dtype", action="append", choices=DTYPES, help="by default all but float16")
+    check.add_argument(
+        "--functions",
+        nargs="+",
+        choices=FUNCTIONS,
+        metavar="NAME",
+        help=f"check these alone, without Algorithm 1: {', '.join(FUNCTIONS)}",
+    )
     check.add_argument("--json", action="store_true", help="print JSON")
     check.add_argument("-v", "--verbose", action="store_true", help="print every check, not only a summary")
     given = parser.parse_args()
@@ -34,7 +41,7 @@ def main() -> int:
         os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")  # the network is too small for a GPU
         return demo.main(shown, given)
     sys.path.insert(0, "")  # the user's own module is in the current folder
-    return checking.main(given.backend or [], given.dtype or [], given.json, given.verbose)
+    return checking.main(given.backend or [], given.dtype or [], given.json, given.verbose, given.functions or [])
 
 
 if __name__ == "__main__":

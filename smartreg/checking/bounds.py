@@ -36,7 +36,7 @@ class Row(NamedTuple):
     Attributes:
         what: the function and the law, golden vector or intermediate.
         error, bound: of all inputs, the error that is the largest share of its bound, and that bound.
-        at: the input of that error.
+        at: the input of that error, in words.
         problem: why there is no error to show: the function is missing, raised, or returned something else.
     """
 
@@ -53,8 +53,15 @@ class Row(NamedTuple):
 
     @property
     def ratio(self) -> float:
-        """Return the error as a share of its bound."""
+        """Return the error as a share of its bound; inf if the error is NaN."""
+        if math.isnan(self.error):
+            return math.inf
         return self.error / self.bound if self.bound > 0 else (math.inf if self.error > 0 else 0.0)
+
+    @property
+    def badness(self) -> tuple[bool, float, float]:
+        """Return what orders rows, the worst last: a problem, the ratio, and the error if the bound is 0."""
+        return bool(self.problem), self.ratio, math.inf if math.isnan(self.error) else self.error
 
 
 def round_to(values: Any, dtype: str) -> Array:
@@ -79,14 +86,13 @@ def floor_of(dtype: str) -> float:
 
 
 def worst(errors: Any) -> float:
-    """Return the largest absolute value, and inf if there is a NaN.
+    """Return the largest absolute value, and NaN if there is one: it is within no bound.
 
     Example:
         >>> worst([1.0, -3.0]), worst([1.0, float("nan")])
-        (3.0, inf)
+        (3.0, nan)
     """
-    largest = float(np.max(np.abs(errors), initial=0.0))
-    return math.inf if math.isnan(largest) else largest
+    return float(np.max(np.abs(errors), initial=0.0))
 
 
 def relative(got: Any, want: Any, floor: float) -> float:

@@ -48,8 +48,10 @@ def load_backend(name: str) -> Any:
     except ModuleNotFoundError as error:
         if name in BACKENDS or error.name is None or not f"{name}.".startswith(f"{error.name}."):
             raise
-        expected = f"one of {', '.join(BACKENDS)}, a module to import, or the backend itself"
-        raise ImportError(f"check_backend: expected {expected}, got {name!r}, which cannot be imported") from error
+        raise ImportError(
+            f"check_backend: there is no module called {name!r} in this folder or on sys.path. Give one of "
+            f"{', '.join(BACKENDS)}, or the name of a module, without .py"
+        ) from error
 
 
 class Problem(Exception):  # noqa: N818 - the backend's, not ours
@@ -86,6 +88,28 @@ class Face(Functions):
         self.backend, self.dtype = backend, dtype
         self._asarray = getattr(backend, "asarray", np.asarray)
         self._gradients = getattr(backend, "gradients", None)
+        self._reported = np.geterr()  # what the caller wants to hear of; the laws themselves say nothing of a NaN
+
+    def differentiates(self, divergence: str) -> bool:
+        """Tell whether the backend gives the gradients of a divergence."""
+        return self._gradients is not None or hasattr(self.backend, f"{divergence}_grad")
+
+    def lacks_type(self) -> str:
+        """Return why the backend has no arrays of this type, "" if it has.
+
+        Only NumPy's own refusal counts. Any other exception is a fault of the backend, which its rows show.
+        """
+        try:
+            self._put(np.ones(1, np.float32))
+        except Problem as problem:
+            if isinstance(problem.__cause__, TypeError) and "not understood" in str(problem):
+                return (
+                    f"NumPy has no {self.dtype}. To have it checked, write asarray(array, dtype), which returns an "
+                    "array of your framework"
+                )
+            if isinstance(problem.__cause__, ModuleNotFoundError) and self.backend is NUMPY:
+                return f"NumPy has no {self.dtype} without the package ml_dtypes: pip install ml_dtypes"
+        return ""
 
     def value(self, divergence: str, a: Any, b: Any, mask: Any = None) -> Array:
         """Return l_s(a, b), (n,)."""
@@ -192,8 +216,8 @@ class Face(Functions):
 
     def _call(self, function: str, *args: Any, **kwargs: Any) -> Any:
         if not hasattr(self.backend, function):
-            raise Problem(function, "is missing. Write it, or leave it out of functions=")
-        with _as_problem(function):
+            raise Problem(function, "is missing. Write it with the arguments that docs/backends.md lists")
+        with np.errstate(**self._reported), _as_problem(function):
             return getattr(self.backend, function)(*args, **kwargs)
 
     def _put(self, value: Any) -> Any:

@@ -74,7 +74,9 @@ def cases(dtype: str) -> list[Case]:
 
 
 def relative_error(got: ArrayLike, expected: Exact) -> float:
-    """Return the largest error of an array, relative to the largest exact entry of its row; inf if it is not finite.
+    """Return the largest error of an array, relative to the largest exact entry of its row.
+
+    It is NaN if the array has a NaN, and inf if it has an infinite entry.
 
     No row is compared with less than tiny / eps, below which a dtype has lost full precision.
 
@@ -93,7 +95,7 @@ def relative_error(got: ArrayLike, expected: Exact) -> float:
     wide = got.astype(np.float64)
     wide = wide if expected.at is None else wide[..., expected.at]
     if not np.isfinite(wide).all():
-        return float("inf")
+        return float("nan" if np.isnan(wide).any() else "inf")
     error = np.abs((wide - expected.high) - expected.low)
     return float(np.max(error / np.maximum(expected.scale, float(dtype.tiny) / float(dtype.eps)), initial=0))
 
