@@ -187,14 +187,17 @@ class SMARTCallback(keras.callbacks.Callback):  # type: ignore[misc]
         except BaseException:
             engine.remove()
             raise
-        self.engine, self._resume = engine, None
+        self.engine, self._resume, self._first = engine, None, True
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        """Let the model have theta again after a validation of theta~."""
+        """Let the model have theta again after a validation of theta~; in the first epoch, look at a resumed run."""
         if self.engine is not None:
             self.engine.validation.put_back()
 
     def on_train_end(self, logs: Any = None) -> None:
+            if self._first:
+                self._first = False
+                self._check_epoch(epoch)
         """Take SMART off the model; if theta~ was validated, the model has it now."""
         if self.engine is not None and self.engine.installed:
             self.engine.validation.end(restored=self.engine.fit.restored())
@@ -208,6 +211,30 @@ class SMARTCallback(keras.callbacks.Callback):  # type: ignore[misc]
 
     def _complete(self) -> SMARTConfig:
         """Return the configuration with `total_steps`, the optimiser steps of the whole fit."""
+    def _check_epoch(self, epoch: int) -> None:
+        """Warn if a run goes on in an epoch that it has behind it, and so beyond `total_steps`."""
+        assert self.engine is not None
+        total, done = self.engine.config.total_steps, int(self.engine.metrics["step"])
+        if not (done and total and (self.params or {}).get("steps") and self.engine.config.needs_total_steps):
+            return
+        left, each = self._updates(self.params["epochs"] - epoch), max(1, self._updates(1))
+        # less than an epoch too many is the one that was broken off, which begins again
+        if done >= (epoch + 1) * each and done + left >= total + each:
+            behind = done // each
+            warnings.warn(
+                f"SMARTCallback: the run that goes on has {done} optimiser steps behind it, and fit would take {left} "
+                f"more, but total_steps is {total}. Give fit(..., initial_epoch={behind}), and as epochs= those "
+                "of the whole run",
+                SMARTWarning,
+                stacklevel=2,
+            )
+
+    def _updates(self, epochs: int) -> int:
+        """Count the optimiser steps of so many epochs."""
+        optimizer = getattr(self.model.optimizer, "inner_optimizer", self.model.optimizer)  # of a LossScaleOptimizer
+        accumulated = getattr(optimizer, "gradient_accumulation_steps", None) or 1
+        return int(epochs * self.params["steps"] // accumulated)
+
         config = self.config
         check_options("SMARTCallback", config)
         steps = (self.params or {}).get("steps")
@@ -218,9 +245,7 @@ class SMARTCallback(keras.callbacks.Callback):  # type: ignore[misc]
                 "SMARTCallback: fit does not know how many batches an epoch has, and beta changes during training. "
                 "Give SMARTConfig(total_steps=<optimiser steps of the whole run>) or fit(steps_per_epoch=...)."
             )
-        optimizer = getattr(self.model.optimizer, "inner_optimizer", self.model.optimizer)  # of a LossScaleOptimizer
-        accumulated = getattr(optimizer, "gradient_accumulation_steps", None) or 1
-        return config.replace(total_steps=max(1, self.params["epochs"] * steps // accumulated))
+        return config.replace(total_steps=max(1, self._updates(self.params["epochs"])))
 
 
 @contextmanager

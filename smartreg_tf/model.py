@@ -140,7 +140,7 @@ class SMARTModel(keras.Model):  # type: ignore[misc]
         super().save_weights(filepath, *args, **kwargs)
         validation, beside = self._engine.validation, f"{filepath}{resume.SUFFIX}"
         if validation.theta is not None:
-            resume.write(filepath, {}, int(self.optimizer.iterations), validation.theta)
+            resume.write(filepath, self, {}, int(self.optimizer.iterations), validation.theta)
         elif validation.wanted and os.path.exists(beside):
             os.remove(beside)  # it is of the weights that were saved there before
 
@@ -149,7 +149,7 @@ class SMARTModel(keras.Model):  # type: ignore[misc]
         super().load_weights(filepath, *args, **kwargs)
         validation = self._engine.validation
         if validation.fitting and os.path.exists(f"{filepath}{resume.SUFFIX}"):
-            resume.read(filepath, {}, int(self.optimizer.iterations), self._engine.teacher.weights)
+            resume.read(filepath, self, {}, int(self.optimizer.iterations), self._engine.teacher.weights)
             validation.theta = None
 
     def swap_teacher(self) -> Any:
