@@ -13,11 +13,11 @@ from typing import Any
 import keras
 
 from smartreg.checking.recording import Recorder
-from smartreg.config import Precision, SMARTConfig, SMARTWarning, check_options
+from smartreg.config import Precision, SMARTConfig, SMARTWarning, check_options, suggesting
 from smartreg.report import Description, Observer
 from smartreg_tf import compat
 from smartreg_tf.engine import ENGINE, Engine
-from smartreg_tf.options import Options
+from smartreg_tf.options import ELSEWHERE, Options
 from smartreg_tf.outputs import Outputs
 from smartreg_tf.resume import SUFFIX
 from smartreg_tf.site import Patches
@@ -57,7 +57,8 @@ class SMARTCallback(keras.callbacks.Callback):  # type: ignore[misc]
         layers, float32: older names: `layers` of `site`; `float32=True` is precision="float32", False is "model".
 
     Raises:
-        ValueError, RuntimeError, TypeError: when `fit` begins or the first step is traced; the message says what to do.
+        ValueError, RuntimeError, TypeError: at once, when `fit` begins or the first step is traced; the message says
+            what to do.
         FileExistsError, FileNotFoundError: `record` is there already, or its folder is not.
         FloatingPointError: a penalty was NaN or infinite, and `config.non_finite` is "raise".
 
@@ -75,6 +76,7 @@ class SMARTCallback(keras.callbacks.Callback):  # type: ignore[misc]
         ['loss', 'proximal', 'smoothness']
     """
 
+    @suggesting("SMARTCallback", elsewhere=ELSEWHERE)
     def __init__(
         self,
         config: SMARTConfig | None = None,
@@ -94,6 +96,7 @@ class SMARTCallback(keras.callbacks.Callback):  # type: ignore[misc]
     ) -> None:
         super().__init__()
         self.config = SMARTConfig() if config is None else config
+        check_options("SMARTCallback", self.config)
         self.engine: Engine | None = None
         given = {"site": site, "outputs": outputs, "noise": noise, "seed": seed, "precision": precision}
         self._options = Options.of("SMARTCallback", **given, on_step=on_step, layers=layers, float32=float32)
@@ -193,11 +196,11 @@ class SMARTCallback(keras.callbacks.Callback):  # type: ignore[misc]
         """Let the model have theta again after a validation of theta~; in the first epoch, look at a resumed run."""
         if self.engine is not None:
             self.engine.validation.put_back()
-
-    def on_train_end(self, logs: Any = None) -> None:
             if self._first:
                 self._first = False
                 self._check_epoch(epoch)
+
+    def on_train_end(self, logs: Any = None) -> None:
         """Take SMART off the model; if theta~ was validated, the model has it now."""
         if self.engine is not None and self.engine.installed:
             self.engine.validation.end(restored=self.engine.fit.restored())
@@ -209,8 +212,6 @@ class SMARTCallback(keras.callbacks.Callback):  # type: ignore[misc]
 
     on_predict_begin = on_test_begin
 
-    def _complete(self) -> SMARTConfig:
-        """Return the configuration with `total_steps`, the optimiser steps of the whole fit."""
     def _check_epoch(self, epoch: int) -> None:
         """Warn if a run goes on in an epoch that it has behind it, and so beyond `total_steps`."""
         assert self.engine is not None
@@ -235,8 +236,9 @@ class SMARTCallback(keras.callbacks.Callback):  # type: ignore[misc]
         accumulated = getattr(optimizer, "gradient_accumulation_steps", None) or 1
         return int(epochs * self.params["steps"] // accumulated)
 
+    def _complete(self) -> SMARTConfig:
+        """Return the configuration with `total_steps`, the optimiser steps of the whole fit."""
         config = self.config
-        check_options("SMARTCallback", config)
         steps = (self.params or {}).get("steps")
         if config.total_steps is not None or not config.needs_total_steps:
             return config
@@ -248,6 +250,7 @@ class SMARTCallback(keras.callbacks.Callback):  # type: ignore[misc]
         return config.replace(total_steps=max(1, self._updates(self.params["epochs"])))
 
 
+@suggesting("attach", elsewhere=ELSEWHERE)
 @contextmanager
 def attach(
     model: Any,

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from typing import Any
 
 import keras
 
-from smartreg.config import Precision, SMARTConfig
+from smartreg.config import Precision, SMARTConfig, check_names
 from smartreg.report import Description, Observer
 from smartreg_tf import compat, resume
 from smartreg_tf.build import is_built
 from smartreg_tf.engine import ENGINE, Engine
 from smartreg_tf.inputs import called
-from smartreg_tf.options import Options
+from smartreg_tf.options import ELSEWHERE, Options
 from smartreg_tf.outputs import Outputs
 
 
@@ -57,6 +58,9 @@ class SMARTModel(keras.Model):  # type: ignore[misc]
             raise ValueError(
                 "SMARTModel: this model already has a SMARTCallback, attach() or SMARTModel. Give it one of them"
             )
+        parameters = [inspect.signature(kind.__init__).parameters for kind in (SMARTModel, keras.layers.Layer)]
+        known = [name for names in parameters for name in names if name not in ("self", "kwargs")]
+        check_names("SMARTModel", kwargs, known, elsewhere=ELSEWHERE)
         super().__init__(**kwargs)
         self.model = model
         given = {"site": site, "outputs": outputs, "seed": seed, "precision": precision, "on_step": on_step}
