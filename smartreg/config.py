@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import inspect
 import json
 import math
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar, cast, get_args
 
 Norm = Literal["inf", "2", "1"]
 Granularity = Literal["example", "token"]
@@ -22,7 +23,8 @@ Dropout = Literal["shared", "independent"]
 Evaluate = Literal["theta", "teacher"]
 NonFinite = Literal["raise", "skip"]
 Precision = Literal["float32", "model"]
-T = TypeVar("T")
+Function = TypeVar("Function", bound=Callable[..., Any])
+Hints = Mapping[str, str] | None
 
 
 class SMARTWarning(UserWarning):
@@ -73,29 +75,51 @@ class _ByTask(float):
     """A `lambda_s` or `mu` that was not given but follows from the task, as `_Followed`."""
 
 
-def _check_names(cls: Any, settings: dict[str, Any], error: type[Exception]) -> None:
-    known = [field.name for field in dataclasses.fields(cls)]
-    for name in settings:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; it knows {', '.join(known)}"
-            raise error(f"SMARTConfig: no setting is called {name!r}{hint}")
+def check_names(
+    call: str,
+    names: Iterable[str],
+    known: Sequence[str],
+    kind: str = "argument",
+    elsewhere: Hints = None,
+    error: type[Exception] = TypeError,
+) -> None:
+    """Raise an error for a name that a call does not know. `elsewhere` says what to do about those of another backend.
+
+    Example:
+        >>> check_names("attach", ["output"], ["site", "outputs"])
+        Traceback (most recent call last):
+        ...
+        TypeError: attach: no argument is called 'output'; did you mean 'outputs'?
+    """
+    for name in (name for name in names if name not in known):
+        near = difflib.get_close_matches(name, known, n=1)
+        if elsewhere and name in elsewhere:
+            hint = f". {elsewhere[name]}"
+        elif name in SMARTConfig.__dataclass_fields__:
+            hint = f": it is a setting. Give it to the settings, SMARTConfig({name}=...)"
+        elif near:
+            hint = f"; did you mean {near[0]!r}?"
+        else:
+            hint = f"; it knows {', '.join(known)}"
+        raise error(f"{call}: no {kind} is called {name!r}{hint}")
 
 
-def _suggesting(cls: type[T]) -> type[T]:
-    """Let the constructor of a dataclass suggest a setting for a name that it does not know."""
-    init: Any = cls.__init__
+def suggesting(call: str, kind: str = "argument", elsewhere: Hints = None) -> Callable[[Function], Function]:
+    """Let a function that takes no `**kwargs` raise the error of `check_names` instead of Python's."""
 
-    @functools.wraps(init)
-    def checked(self: Any, *args: Any, **settings: Any) -> None:
-        _check_names(self, settings, TypeError)
-        init(self, *args, **settings)
+    def decorate(function: Function) -> Function:
+        known = [name for name in inspect.signature(function).parameters if name != "self"]
 
-    cls.__init__ = checked  # type: ignore[method-assign]
-    return cls
+        @functools.wraps(function)
+        def checked(*args: Any, **given: Any) -> Any:
+            check_names(call, given, known, kind, elsewhere)
+            return function(*args, **given)
+
+        return cast(Function, checked)
+
+    return decorate
 
 
-@_suggesting
 @dataclass(frozen=True, kw_only=True)
 class SMARTConfig:
     """Settings of F(theta) = L + lambda_s R_s + mu D_Breg, frozen and validated.
@@ -364,7 +388,7 @@ class SMARTConfig:
             >>> SMARTConfig.from_dict(SMARTConfig().to_dict()) == SMARTConfig()
             True
         """
-        _check_names(cls, settings, ValueError)
+        check_names("SMARTConfig", settings, list(cls.__dataclass_fields__), "setting", error=ValueError)
         return cls(**settings)
 
     def to_json(self) -> str:
@@ -385,6 +409,9 @@ class SMARTConfig:
         return cls.from_dict(settings)
 
 
+SMARTConfig.__init__ = suggesting("SMARTConfig", "setting")(SMARTConfig.__init__)  # type: ignore[method-assign]
+
+
 def check_options(call: str, config: Any, precision: Any = "float32", on_step: Any = None) -> None:
     """Raise TypeError or ValueError, naming `call`, if an option that every backend has is none that it takes.
 
@@ -395,7 +422,8 @@ def check_options(call: str, config: Any, precision: Any = "float32", on_step: A
         ValueError: SMART: precision must be 'float32' or 'model', got 'float16'
     """
     if not isinstance(config, SMARTConfig):
-        raise TypeError(f"{call}: config must be a SMARTConfig, got {type(config).__name__}")
+        got = f"the class {config.__name__}" if isinstance(config, type) else type(config).__name__
+        raise TypeError(f"{call}: config must be a SMARTConfig, got {got}. Give one, such as SMARTConfig(lambda_s=1)")
     if precision not in get_args(Precision):
         raise ValueError(f"{call}: precision must be 'float32' or 'model', got {precision!r}")
     if on_step is not None and not callable(on_step):

@@ -13,11 +13,11 @@ from typing import Any
 import keras
 
 from smartreg.checking.recording import Recorder
-from smartreg.config import Precision, SMARTConfig, SMARTWarning, check_options
+from smartreg.config import Precision, SMARTConfig, SMARTWarning, check_options, suggesting
 from smartreg.report import Description, Observer
 from smartreg_tf import compat
 from smartreg_tf.engine import ENGINE, Engine
-from smartreg_tf.options import Options
+from smartreg_tf.options import ELSEWHERE, Options
 from smartreg_tf.outputs import Outputs
 from smartreg_tf.resume import SUFFIX
 from smartreg_tf.site import Patches
@@ -57,7 +57,8 @@ class SMARTCallback(keras.callbacks.Callback):  # type: ignore[misc]
         layers, float32: older names: `layers` of `site`; `float32=True` is precision="float32", False is "model".
 
     Raises:
-        ValueError, RuntimeError, TypeError: when `fit` begins or the first step is traced; the message says what to do.
+        ValueError, RuntimeError, TypeError: at once, when `fit` begins or the first step is traced; the message says
+            what to do.
         FileExistsError, FileNotFoundError: `record` is there already, or its folder is not.
         FloatingPointError: a penalty was NaN or infinite, and `config.non_finite` is "raise".
 
@@ -75,6 +76,7 @@ class SMARTCallback(keras.callbacks.Callback):  # type: ignore[misc]
         ['loss', 'proximal', 'smoothness']
     """
 
+    @suggesting("SMARTCallback", elsewhere=ELSEWHERE)
     def __init__(
         self,
         config: SMARTConfig | None = None,
@@ -94,6 +96,7 @@ class SMARTCallback(keras.callbacks.Callback):  # type: ignore[misc]
     ) -> None:
         super().__init__()
         self.config = SMARTConfig() if config is None else config
+        check_options("SMARTCallback", self.config)
         self.engine: Engine | None = None
         given = {"site": site, "outputs": outputs, "noise": noise, "seed": seed, "precision": precision}
         self._options = Options.of("SMARTCallback", **given, on_step=on_step, layers=layers, float32=float32)
@@ -187,12 +190,15 @@ class SMARTCallback(keras.callbacks.Callback):  # type: ignore[misc]
         except BaseException:
             engine.remove()
             raise
-        self.engine, self._resume = engine, None
+        self.engine, self._resume, self._first = engine, None, True
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        """Let the model have theta again after a validation of theta~."""
+        """Let the model have theta again after a validation of theta~; in the first epoch, look at a resumed run."""
         if self.engine is not None:
             self.engine.validation.put_back()
+            if self._first:
+                self._first = False
+                self._check_epoch(epoch)
 
     def on_train_end(self, logs: Any = None) -> None:
         """Take SMART off the model; if theta~ was validated, the model has it now."""
@@ -206,10 +212,33 @@ class SMARTCallback(keras.callbacks.Callback):  # type: ignore[misc]
 
     on_predict_begin = on_test_begin
 
+    def _check_epoch(self, epoch: int) -> None:
+        """Warn if a run goes on in an epoch that it has behind it, and so beyond `total_steps`."""
+        assert self.engine is not None
+        total, done = self.engine.config.total_steps, int(self.engine.metrics["step"])
+        if not (done and total and (self.params or {}).get("steps") and self.engine.config.needs_total_steps):
+            return
+        left, each = self._updates(self.params["epochs"] - epoch), max(1, self._updates(1))
+        # less than an epoch too many is the one that was broken off, which begins again
+        if done >= (epoch + 1) * each and done + left >= total + each:
+            behind = done // each
+            warnings.warn(
+                f"SMARTCallback: the run that goes on has {done} optimiser steps behind it, and fit would take {left} "
+                f"more, but total_steps is {total}. Give fit(..., initial_epoch={behind}), and as epochs= those "
+                "of the whole run",
+                SMARTWarning,
+                stacklevel=2,
+            )
+
+    def _updates(self, epochs: int) -> int:
+        """Count the optimiser steps of so many epochs."""
+        optimizer = getattr(self.model.optimizer, "inner_optimizer", self.model.optimizer)  # of a LossScaleOptimizer
+        accumulated = getattr(optimizer, "gradient_accumulation_steps", None) or 1
+        return int(epochs * self.params["steps"] // accumulated)
+
     def _complete(self) -> SMARTConfig:
         """Return the configuration with `total_steps`, the optimiser steps of the whole fit."""
         config = self.config
-        check_options("SMARTCallback", config)
         steps = (self.params or {}).get("steps")
         if config.total_steps is not None or not config.needs_total_steps:
             return config
@@ -218,11 +247,10 @@ class SMARTCallback(keras.callbacks.Callback):  # type: ignore[misc]
                 "SMARTCallback: fit does not know how many batches an epoch has, and beta changes during training. "
                 "Give SMARTConfig(total_steps=<optimiser steps of the whole run>) or fit(steps_per_epoch=...)."
             )
-        optimizer = getattr(self.model.optimizer, "inner_optimizer", self.model.optimizer)  # of a LossScaleOptimizer
-        accumulated = getattr(optimizer, "gradient_accumulation_steps", None) or 1
-        return config.replace(total_steps=max(1, self.params["epochs"] * steps // accumulated))
+        return config.replace(total_steps=max(1, self._updates(self.params["epochs"])))
 
 
+@suggesting("attach", elsewhere=ELSEWHERE)
 @contextmanager
 def attach(
     model: Any,

@@ -296,14 +296,14 @@ class Engine:
 
     def save_state(self, filepath: Any) -> None:
         """Write theta~, the step and the states of all seeds to `filepath` + '.smart.npz'."""
-        resume.write(filepath, self._state(), self._taken(), self.validation.theta)
+        resume.write(filepath, self.model, self._state(), self._taken(), self.validation.theta)
 
     def load_state(self, filepath: Any) -> None:
         """Go on from what `save_state` wrote; ValueError if it is not of this model."""
         if not is_built(self.model):
             raise ValueError("SMART: the model must be built before its training state is loaded. Call it on a batch")
         self.teacher.follow()
-        resume.read(filepath, self._state(), self._taken(), self.teacher.weights)
+        resume.read(filepath, self.model, self._state(), self._taken(), self.teacher.weights)
         self.validation.theta = None  # the model has it now
 
     def judge(self) -> None:

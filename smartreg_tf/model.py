@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from typing import Any
 
 import keras
 
-from smartreg.config import Precision, SMARTConfig
+from smartreg.config import Precision, SMARTConfig, check_names
 from smartreg.report import Description, Observer
 from smartreg_tf import compat, resume
 from smartreg_tf.build import is_built
 from smartreg_tf.engine import ENGINE, Engine
 from smartreg_tf.inputs import called
-from smartreg_tf.options import Options
+from smartreg_tf.options import ELSEWHERE, Options
 from smartreg_tf.outputs import Outputs
 
 
@@ -57,6 +58,9 @@ class SMARTModel(keras.Model):  # type: ignore[misc]
             raise ValueError(
                 "SMARTModel: this model already has a SMARTCallback, attach() or SMARTModel. Give it one of them"
             )
+        parameters = [inspect.signature(kind.__init__).parameters for kind in (SMARTModel, keras.layers.Layer)]
+        known = [name for names in parameters for name in names if name not in ("self", "kwargs")]
+        check_names("SMARTModel", kwargs, known, elsewhere=ELSEWHERE)
         super().__init__(**kwargs)
         self.model = model
         given = {"site": site, "outputs": outputs, "seed": seed, "precision": precision, "on_step": on_step}
@@ -140,7 +144,7 @@ class SMARTModel(keras.Model):  # type: ignore[misc]
         super().save_weights(filepath, *args, **kwargs)
         validation, beside = self._engine.validation, f"{filepath}{resume.SUFFIX}"
         if validation.theta is not None:
-            resume.write(filepath, {}, int(self.optimizer.iterations), validation.theta)
+            resume.write(filepath, self, {}, int(self.optimizer.iterations), validation.theta)
         elif validation.wanted and os.path.exists(beside):
             os.remove(beside)  # it is of the weights that were saved there before
 
@@ -149,7 +153,7 @@ class SMARTModel(keras.Model):  # type: ignore[misc]
         super().load_weights(filepath, *args, **kwargs)
         validation = self._engine.validation
         if validation.fitting and os.path.exists(f"{filepath}{resume.SUFFIX}"):
-            resume.read(filepath, {}, int(self.optimizer.iterations), self._engine.teacher.weights)
+            resume.read(filepath, self, {}, int(self.optimizer.iterations), self._engine.teacher.weights)
             validation.theta = None
 
     def swap_teacher(self) -> Any:

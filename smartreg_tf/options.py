@@ -6,8 +6,18 @@ from typing import Any, NamedTuple
 
 from smartreg.config import Precision, SMARTConfig, check_options
 from smartreg.report import Observer
-from smartreg_tf.outputs import Outputs
+from smartreg_tf.outputs import Outputs, check_kinds
 from smartreg_tf.step import Noise
+
+# What the arguments of SMART in PyTorch are in Keras.
+ELSEWHERE = {
+    "divergence": (
+        "Say outputs=, from which the divergence follows: outputs='regression' is the squared error, 'logits' and "
+        "'label_logits' are the KL of classes and of labels"
+    ),
+    "class_axis": "Give the loss its axis, as SparseCategoricalCrossentropy(axis=...) has it; SMART follows the loss",
+    "mask": "Let the model have Keras' mask (mask_zero=True or a Masking layer), or an input named attention_mask",
+}
 
 
 class Options(NamedTuple):
@@ -42,4 +52,5 @@ class Options(NamedTuple):
             given["precision"] = "float32" if float32 else "model"
         options = cls(**given)
         check_options(call, SMARTConfig(), options.precision, options.on_step)
+        check_kinds(call, options.outputs)
         return options

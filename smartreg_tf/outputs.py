@@ -322,11 +322,24 @@ def _given_kinds(model: Any, passed: Any, outputs: Outputs) -> list[str | None]:
         if unknown:
             raise ValueError(f"SMART: outputs= names {unknown[0]!r}; the model's outputs are {names}. Use these names")
         outputs = [outputs.get(name) for name in names]
-    kinds = one_each("outputs", outputs, n)
-    for kind in kinds:
+    check_kinds("SMART", outputs)
+    return one_each("outputs", outputs, n)
+
+
+def check_kinds(call: str, outputs: Any) -> None:
+    """Raise ValueError, naming `call`, if `outputs` says a kind that there is not.
+
+    Example:
+        >>> check_kinds("attach", ["logits", "logit"])
+        Traceback (most recent call last):
+        ...
+        ValueError: attach: outputs= must be of logits, probabilities, label_logits, label_probabilities, regression, \
+got 'logit'
+    """
+    several = outputs.values() if isinstance(outputs, Mapping) else outputs
+    for kind in several if isinstance(outputs, (Mapping, list, tuple)) else [outputs]:
         if kind is not None and kind not in KINDS:
-            raise ValueError(f"SMART: outputs= must be of {', '.join(KINDS)}, got {kind!r}")
-    return kinds
+            raise ValueError(f"{call}: outputs= must be of {', '.join(KINDS)}, got {kind!r}")
 
 
 def _facts(path: tuple[Any, ...], loss: Any, weight: float) -> dict[str, Any]:

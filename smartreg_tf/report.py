@@ -149,16 +149,24 @@ def found_in(step: Step, outputs: Any) -> Found:
     """Say what was perturbed and compared in a step; `outputs` is the argument of that name."""
     heads, passes = step.heads, step.passes
     axes = ["none: one value a token" if head.axis is None else str(head.axis) for head in heads]
+    runs = len(passes.clean.calls)
     columns = {
-        "x": ((_shape(call.x) for call in passes.clean.calls), "the runs of the site in a training step"),
+        "x": ((_shape(call.x) for call in passes.clean.calls), f"{runs} run(s) of the site in a step"),
         "outputs": ((_named(passes.site.model, head) for head in heads), _why_outputs(outputs, heads)),
         "l_s": ((head.divergence for head in heads), "it follows from the kind of output"),
         "class axis": (axes, "the loss's axis, else the one that its labels lack, else the last"),
     }
     choices = {name: Choice(", ".join(values), why) for name, (values, why) in columns.items()}
-    choices["mask"] = _masked(step.mask, "Keras' mask, or the padding mask among the inputs", "x has no mask")
-    of_outputs = "the mask of the outputs, or that of x"
-    choices["positions"] = _masked(step.positions, of_outputs, "no mask fits the outputs")
+    masked = _shapes(step.mask)
+    why = "x has no mask" if masked == "all" else "Keras' mask, or the padding mask among the inputs"
+    choices["mask"] = Choice(masked, why)
+    counted = _shapes(step.positions)
+    why = f"the outputs are compared as {', '.join(map(_shape, step.outputs))}"
+    if counted != "all":
+        why += ", by their mask or that of x"
+    elif all(z.shape.rank == 2 for z in step.outputs):
+        counted = "one an example"
+    choices["positions"] = Choice(counted, why)
     return Found(heads, choices)
 
 
@@ -200,9 +208,9 @@ def _named(model: Any, head: Head) -> str:
     return f"{names[head.place]}: {head.kind}" if len(names) > 1 else head.kind
 
 
-def _masked(masks: Sequence[Tensor | None], why: str, without: str) -> Choice:
+def _shapes(masks: Sequence[Tensor | None]) -> str:
     shapes = ["all" if mask is None else _shape(tf.convert_to_tensor(mask)) for mask in masks]
-    return Choice("all", without) if set(shapes) == {"all"} else Choice(", ".join(shapes), why)
+    return "all" if set(shapes) == {"all"} else ", ".join(shapes)
 
 
 def _precision(model: Any, precision: str) -> Choice:

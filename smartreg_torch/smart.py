@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from smartreg.checking.recording import Recorder
-from smartreg.config import Precision, SMARTConfig, check_options
+from smartreg.config import Precision, SMARTConfig, check_options, suggesting
 from smartreg.report import Choice, Description, Observer
 from smartreg_torch import compat
 from smartreg_torch.inputs import Masks
@@ -103,6 +103,7 @@ class SMART:
         ['D_Breg', 'R_s', 'beta', 'max_delta', 'skipped', 'step', 'vanished']
     """
 
+    @suggesting("SMART")
     def __init__(
         self,
         model: nn.Module,

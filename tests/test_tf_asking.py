@@ -113,12 +113,23 @@ def test_describe(capsys):
     assert values["l_s"] == "symmetric_kl"
     assert values["class axis"] == "-1"
     assert (values["mask"], values["positions"]) == ("(5, 4)", "(5, 4)")
+    assert description["x"].why == "1 run(s) of the site in a step"
+    assert description["positions"].why == "the outputs are compared as (5, 4, 2), by their mask or that of x"
     assert values["precision"] == "float32"
     assert all(choice.why for choice in description.values())
     printed = capsys.readouterr().out
     assert printed.count("symmetric_kl") == 1
     assert str(description) in printed
     assert repr(callback) == description.line("SMARTCallback")
+
+
+def test_describe_outputs_without_positions_or_mask():
+    with attach(linear(run_eagerly=True), LINEAR) as smart:
+        smart.model.train_on_batch(X, TARGETS)
+        assert smart.describe()["positions"] == ("one an example", "the outputs are compared as (10, 1)")
+    with attach(of_every_token(CE), LINEAR) as smart:
+        smart.model.train_on_batch(IDS, np.zeros((10, 4)))
+        assert smart.describe()["positions"] == ("all", "the outputs are compared as (10, 4, 3)")
 
 
 def test_describe_before_and_without_a_step():

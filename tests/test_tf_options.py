@@ -5,7 +5,7 @@ import pytest
 from keras import layers
 from paper_settings import papers
 
-from smartreg_tf import SMARTCallback, SMARTModel, attach
+from smartreg_tf import SMARTCallback, SMARTConfig, SMARTModel, attach
 
 CONFIG = papers(total_steps=9)
 BOTH = [
@@ -39,6 +39,34 @@ def test_what_cannot_be_meant_is_refused(what):
         made(what, precision="half")
     with pytest.raises(TypeError, match=f"{what}: on_step must be a function of one StepSeen, got 3"):
         made(what, on_step=3)
+
+
+@pytest.mark.parametrize("what", ["SMARTCallback", "attach", "SMARTModel"])
+def test_an_argument_that_is_none_says_what_may_be_meant(what):
+    for name, message in (
+        ("divergence", "Say outputs=, from which the divergence follows: outputs='regression'"),
+        ("class_axis", "Give the loss its axis"),
+        ("mask", "Let the model have Keras' mask"),
+        ("lambda_s", r"it is a setting. Give it to the settings, SMARTConfig\(lambda_s=...\)"),
+        ("output", "did you mean 'outputs'"),
+        ("zzz", "it knows .*site, outputs"),
+    ):
+        with pytest.raises(TypeError, match=f"{what}: no argument is called '{name}'.*{message}"):
+            made(what, **{name: 1})
+
+
+@pytest.mark.parametrize("what", ["SMARTCallback", "attach", "SMARTModel"])
+def test_kinds_are_checked_at_once(what):
+    for outputs in ("logit", ["logits", "logit"], {"head": "logit"}):
+        with pytest.raises(ValueError, match=f"{what}: outputs= must be of logits, .*, got 'logit'"):
+            made(what, outputs=outputs)
+    assert made("attach", outputs=["logits", None]).options.outputs == ["logits", None]
+
+
+def test_a_configuration_is_checked_at_once():
+    for config, got in (({"lambda_s": 1}, "dict"), (SMARTConfig, "the class SMARTConfig"), (network(), "Sequential")):
+        with pytest.raises(TypeError, match=f"config must be a SMARTConfig, got {got}. Give one, such as SMARTConfig"):
+            SMARTCallback(config)
 
 
 def test_older_names_mean_the_same():

@@ -10,7 +10,7 @@ import pytest
 from keras import layers
 from paper_settings import papers
 
-from smartreg_tf import SMARTCallback, SMARTModel, attach
+from smartreg_tf import SMARTCallback, SMARTModel, SMARTWarning, attach
 
 RNG = np.random.default_rng(0)
 IDS, Y = RNG.integers(20, size=(12, 5)), RNG.integers(3, size=12)
@@ -100,6 +100,52 @@ def test_model_checkpoint_and_resume(tmp_path, name, whole):
     model.load_weights(file)
     fit(model, [other], initial_epoch=2)
     assert np.abs(other.engine.averages[0] - whole[1].engine.averages[0]).max() > 0
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A run of 4 epochs that stops after 2 of them: 2.keras and 2.weights.h5."""
+    for weights_only, name in ((False, "{epoch}.keras"), (True, "{epoch}.weights.h5")):
+        saves = keras.callbacks.ModelCheckpoint(tmp_path / name, save_weights_only=weights_only)
+        with pytest.raises(KeyboardInterrupt):
+            fit(classifier(), [SMARTCallback(CONFIG), saves, Interrupts()])
+    return str(tmp_path / "2.keras")
+
+
+def test_a_resumed_model_that_was_not_loaded_warns(checkpoint):
+    callback = SMARTCallback(CONFIG, resume=checkpoint)
+    message = r"2.keras.smart.npz was written after 6 .* optimiser has made none, .* first: keras.models.load_model\("
+    with pytest.warns(SMARTWarning, match=message):
+        fit(classifier(), [callback], initial_epoch=2)
+    assert callback.metrics["step"] == 12
+
+
+def test_weights_without_the_optimisers_state_are_resumed_in_silence(checkpoint):
+    file = checkpoint.replace("keras", "weights.h5")
+    model = classifier()
+    model.compile(keras.optimizers.Adam(0.05), CE)  # not built
+    with pytest.warns(UserWarning, match="Skipping variable loading for optimizer"):
+        model.load_weights(file)
+    assert model.optimizer.iterations == 0
+    callback = SMARTCallback(CONFIG, resume=file)
+    fit(model, [callback], initial_epoch=2)  # a warning would be an error
+    assert callback.metrics["step"] == 12
+
+
+def test_a_forgotten_initial_epoch_warns(checkpoint):
+    message = r"has 6 optimiser steps behind it, and fit would take 12 more, but total_steps is 12. .*initial_epoch=2\)"
+    with pytest.warns(SMARTWarning, match=message):
+        fit(keras.models.load_model(checkpoint), [SMARTCallback(CONFIG, resume=checkpoint)])
+    whole_run = CONFIG.replace(total_steps=12)
+    with pytest.warns(SMARTWarning, match=message):
+        fit(keras.models.load_model(checkpoint), [SMARTCallback(whole_run, resume=checkpoint)])
+    # epochs= may be those that are left, if total_steps is that of the whole run; and a run may be made longer
+    callback = SMARTCallback(whole_run, resume=checkpoint)
+    fit(keras.models.load_model(checkpoint), [callback], epochs=2)
+    assert callback.metrics["step"] == 12
+    callback = SMARTCallback(CONFIG, resume=checkpoint)
+    fit(keras.models.load_model(checkpoint), [callback], epochs=5, initial_epoch=2)
+    assert (callback.metrics["step"], callback.engine.config.total_steps) == (15, 15)
 
 
 def test_evaluate_and_predict_leave_nothing():

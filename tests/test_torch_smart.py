@@ -23,6 +23,12 @@ def test_bad_arguments_are_named():
         SMART(Model(), {"mu": 1})
     with pytest.raises(ValueError, match="SMART: mu > 0 and theta~ remembers .* total_steps is needed"):
         SMART(Model())
+    with pytest.raises(
+        TypeError, match=r"SMART: no argument is called 'mu': it is a setting. Give .* SMARTConfig\(mu="
+    ):
+        SMART(Model(), mu=1)
+    with pytest.raises(TypeError, match=r"SMART: no argument is called 'output'; did you mean 'outputs'\?"):
+        SMART(Model(), BOTH, output="logits")
 
 
 def test_an_optimiser_that_is_a_wrapper_is_refused():

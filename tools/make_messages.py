@@ -111,6 +111,11 @@ WORDS = {
     "then": "number",
     "iterations": "number",
     "followed": "how",
+    "elsewhere[name]": "what to do here",
+    "behind": "number",
+    "done": "number",
+    "left": "number",
+    "total": "number",
 }
 
 
