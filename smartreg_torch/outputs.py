@@ -178,7 +178,8 @@ def check_output(z: Any, n: int | None) -> None:
         raise ValueError(
             f"SMART: the first axis must be the batch: the site gave {n} rows and the outputs have {len(z)}. Models "
             "that work time-major, or fold several choices into the batch, are not supported. Use a model that "
-            "returns one row of outputs for each row of its input"
+            "returns one row of outputs for each row of its input. If one of them is the head's weight, say "
+            "Projection(hidden, weight)"
         )
     if len(z) == 0:
         raise ValueError(

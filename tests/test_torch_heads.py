@@ -217,7 +217,7 @@ def test_what_makes_logits_decides_not_their_values():
             assert r_s(nn.Sequential(nn.Linear(4, 4), head), x) == 0
     nn.init.normal_(head.weight, std=1e-3)
     assert r_s(nn.Sequential(nn.Linear(4, 4), head), x) > 0
-    for make in (lambda z: z.sigmoid().unsqueeze(0)[0], lambda z: z.softmax(-1).to(torch.float64)):  # few, and of another type
+    for make in (lambda z: z.sigmoid().unsqueeze(0)[0], lambda z: z.softmax(-1).double()):  # few, and of another type
         with pytest.raises(ValueError, match="are probabilities"):
             r_s(head, x[:2], outputs=make, class_axis=-1)
     with pytest.warns(SMARTWarning, match=r"all 80 outputs .* between 0 and 1"):
