@@ -331,7 +331,7 @@ def test_a_type_that_numpy_lacks_is_not_checked():
         str(report).split("\n")[1].startswith("not checked: NumPy has no bfloat16. To have it checked, write asarray(")
     )
     report = check_backend("numpy", "float16", functions=["momentum"])
-    assert report.not_checked == ["in float16 only the divergences are: " + ", ".join(divergences.DIVERGENCES)]
+    assert report.not_checked == ["float16 is for the divergences alone: " + ", ".join(divergences.DIVERGENCES)]
 
 
 def test_the_inputs_of_a_seed_are_those_of_the_row():

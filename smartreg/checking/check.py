@@ -59,7 +59,7 @@ class Report:
     def table(self, rows: Sequence[Row]) -> str:
         """Return some rows as a table, with a mark at each that failed."""
         width = max((len(row.what) for row in rows), default=0)
-        lines = [f"  {'what':<{width}}  worst error    bound  with"]
+        lines = [f"  {'what':<{width}}  worst error    bound  at"]
         for row in rows:
             mark = " " if row.ok else "!"
             at = f" ({row.at})" if row.at else ""
@@ -111,7 +111,7 @@ def check_backend(
     report = Report(name, dtype)
     face = Face(backend, dtype)
     asked = [function for function in functions if dtype not in HALF or function in DIVERGENCES]
-    unchecked = "" if asked or not functions else f"in {dtype} only the divergences are: {', '.join(DIVERGENCES)}"
+    unchecked = "" if asked or not functions else f"{dtype} is for the divergences alone: {', '.join(DIVERGENCES)}"
     if why := unchecked or face.lacks_type():
         report.not_checked.append(why)
         return report
@@ -134,7 +134,8 @@ def check_backend(
 def _missing(missing: Sequence[str], present: Sequence[str]) -> Row:
     """Return one row for all functions that are missing."""
     others = f". Or check those that are there: --functions {' '.join(present)} (functions= in Python)"
-    text = f"{', '.join(missing)}. Write {'it' if len(missing) == 1 else 'them'} as docs/backends.md lists it"
+    it = "it" if len(missing) == 1 else "them"
+    text = f"{', '.join(missing)}. Write {it} as docs/backends.md lists {it}"
     return Row("missing functions", math.inf, 0, "", text + (others if present else ""))
 
 

@@ -61,7 +61,7 @@ class Problem(Exception):  # noqa: N818 - the backend's, not ours
         >>> Face(SimpleNamespace(__name__="mine")).momentum(1, SMARTConfig(total_steps=9))
         Traceback (most recent call last):
         ...
-        smartreg.checking.face.Problem: momentum is missing
+        smartreg.checking.face.Problem: momentum is missing. Write it with the arguments that docs/backends.md lists
     """
 
     def __init__(self, function: str, what: str) -> None:
