@@ -115,7 +115,7 @@ class SMARTCallback(keras.callbacks.Callback):  # type: ignore[misc]
             >>> SMARTCallback().swap_teacher()
             Traceback (most recent call last):
             ...
-            ValueError: SMARTCallback.swap_teacher: there is no model and no theta~ before fit
+            ValueError: SMARTCallback.swap_teacher: there is no model and no theta~ before fit. Call it in or after fit
         """
         return self._begun("swap_teacher").swap_teacher()
 

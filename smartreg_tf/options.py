@@ -40,7 +40,7 @@ class Options(NamedTuple):
             >>> Options.of("attach", site="embed", layers="embed")
             Traceback (most recent call last):
             ...
-            TypeError: attach: site= and its older name layers= are both given; give site= alone
+            TypeError: attach: site= and its older name layers= are both given. Give site= alone
         """
         given = {name: value for name, value in given.items() if value is not None}
         for name, older, value in (("site", "layers", layers), ("precision", "float32", float32)):
