@@ -177,8 +177,8 @@ def check_output(z: Any, n: int | None) -> None:
     if n is not None and len(z) != n:
         raise ValueError(
             f"SMART: the first axis must be the batch: the site gave {n} rows and the outputs have {len(z)}. Models "
-            "that are time-major or fold choices into the batch are not supported. Use one that returns a row of outputs "
-            "for each row of its input; hidden states and the head's weight are one Projection(hidden, weight)"
+            "that work time-major, or fold several choices into the batch, are not supported. Use a model that "
+            "returns one row of outputs for each row of its input"
         )
     if len(z) == 0:
         raise ValueError(
