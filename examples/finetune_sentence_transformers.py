@@ -58,7 +58,7 @@ def main() -> None:
     add("--dev", type=Path, required=True, help="the same for evaluation")
     add("--out", type=Path, required=True, help="folder for the checkpoint and the model")
     add("--resume", action="store_true", help="go on from the checkpoint in --out")
-    add("--model", help="name or folder of a pre-trained transformer (default: MiniLM-L6 of the examples extra)")
+    add("--model", help="name or folder of a pre-trained transformer (default: MiniLM-L6 of the demo extra)")
     add("--examples", type=int, default=200, help="rows of --train that are used (default: %(default)s)")
     add("--epochs", type=int, default=5, help="default: %(default)s")
     add("--batch-size", type=int, default=16, help="default: %(default)s")

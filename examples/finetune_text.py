@@ -300,7 +300,7 @@ def parse() -> tuple[argparse.Namespace, Task, SMARTConfig]:
     add("--train", type=Path, required=True, help="TSV with a header: a label column, one or two sentence columns")
     add("--dev", type=Path, required=True, help="the same for evaluation, used once at the end")
     add("--label-column", help="default: label, else score")
-    add("--model", help="name or folder of a pre-trained transformer (default: MiniLM-L6 of the examples extra)")
+    add("--model", help="name or folder of a pre-trained transformer (default: MiniLM-L6 of the demo extra)")
     add("--method", nargs="+", action="extend", choices=METHODS, help="default: all; smart is r_s and proximal in one")
     add("--seeds", type=int, default=5, help="runs of each method (default: %(default)s)")
     add("--examples", type=int, default=200, help="training examples, drawn anew for each seed (default: %(default)s)")

@@ -37,7 +37,7 @@ class Arguments(TrainingArguments):
 
     train: Path = field(kw_only=True, metadata={"help": "TSV with the columns sentence and label"})
     dev: Path = field(kw_only=True, metadata={"help": "the same, for the evaluation"})
-    model: str | None = field(default=None, metadata={"help": "name or folder (default: MiniLM-L6 of the extra)"})
+    model: str | None = field(default=None, metadata={"help": "name or folder (default: MiniLM-L6 of the demo extra)"})
     examples: int = field(default=200, metadata={"help": "the first rows of --train to train on"})
     plain: bool = field(default=False, metadata={"help": "transformers.Trainer instead of SMARTTrainer"})
     smart: str = field(default="{}", metadata={"help": "SMARTConfig as JSON, such as '{\"lambda_s\": 3}'"})

@@ -55,6 +55,9 @@ class Description(dict[str, Choice]):
         return "\n".join(["| | | chosen because |", "|---|---|---|", *rows])
 
 
+# why `describe()` has no mask
+UNMASKED = "every position counts and is perturbed; give mask= if the batch is padded"
+
 # what a training step shows, before the first
 LATER = dict.fromkeys(
     ("x", "outputs", "l_s", "class axis", "mask", "positions"),
@@ -165,6 +168,20 @@ def too_small(how_many: str, precision: str = "the embeddings' dtype") -> str:
         f"SMART: adding the perturbation leaves {how_many} of the entries as they were: it is below the precision of "
         f"{precision}, and R_s measures nothing there. Use a larger epsilon, or, if that is half precision, "
         "precision='float32'."
+    )
+
+
+def past_the_end(step: int, total_steps: int) -> str:
+    """Word the warning about a run that is longer than `total_steps`, which beta is scheduled by.
+
+    Example:
+        >>> past_the_end(101, 100)[:45]
+        'SMART: step 101 of a run of total_steps=100: '
+    """
+    return (
+        f"SMART: step {step} of a run of total_steps={total_steps}: beta was scheduled for a shorter run, so theta~ "
+        "remembers fewer steps than it should. Give SMARTConfig(total_steps=len(loader) * epochs), the optimiser steps "
+        "of the whole run."
     )
 
 

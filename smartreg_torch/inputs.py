@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from smartreg_torch.perturbation import expand_mask
 from smartreg_torch.site import Call
 
 Masks = str | Callable[..., Tensor | Sequence[Tensor | None]]
@@ -71,6 +72,7 @@ def read_inputs(
                 f"SMART: mask= gave {len(masks)} masks, but the site ran {count} times. Let it return a list with "
                 "one for each run of the site, or None"
             )
+        _check_shapes(masks, calls)
         return Inputs(arguments, masks, "mask=")
     if asked is not None:
         name, given = asked, arguments.get(asked)
@@ -100,6 +102,20 @@ def read_inputs(
                 "Give mask=, a function of the model's arguments: (n, tokens), one for each call of the site."
             )
     return Inputs(arguments, [given] * count, name)
+
+
+def _check_shapes(masks: Sequence[Tensor | None], calls: Sequence[Call]) -> None:
+    """Raise ValueError if what the user's function gave has not the leading axes of x."""
+    for call, mask in zip(calls, masks, strict=False):
+        if mask is None:
+            continue
+        try:
+            expand_mask(mask, call.x)
+        except ValueError as error:
+            raise ValueError(
+                f"SMART: mask= gave the shape {tuple(mask.shape)}, but the site gives {tuple(call.x.shape)}. Let it "
+                f"return {tuple(call.x.shape[:-1])}, true at real positions, as lambda ids, lengths: ids > 0 does"
+            ) from error
 
 
 def find_mask(arguments: Mapping[str, Any], xs: Sequence[torch.Size]) -> tuple[str, Tensor | None]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from smartreg.config import one_each
 from smartreg.divergences import check_divergence, takes_logits
-from smartreg.report import LATER, Choice
+from smartreg.report import LATER, UNMASKED, Choice
 from smartreg_torch.divergences import ROWS
 from smartreg_torch.inputs import Inputs, Masks, read_inputs, virtual_tokens
 from smartreg_torch.passes import Passes
@@ -127,21 +127,18 @@ def chosen(output: Any, outputs: Outputs | None) -> dict[str, Any]:
                 f"SMART: the model returns one tensor; outputs={outputs!r} chooses nothing in it. Leave outputs= out"
             )
         return {"the model's output": output}
-    fields: dict[Any, Any]
+    fields: dict[Any, Any] = vars(output) if hasattr(output, "__dict__") else {}
     if isinstance(output, Mapping):
         fields = dict(output)
     elif isinstance(output, Sequence):
         names = getattr(output, "_fields", ())  # of a named tuple, whose places count too
         fields = dict(enumerate(output)) if isinstance(outputs, int) or not names else output._asdict()  # type: ignore[attr-defined]
-    else:
-        fields = vars(output) if hasattr(output, "__dict__") else {}
     if outputs is not None:
         keys = [outputs] if isinstance(outputs, (str, int)) else list(outputs)
         missing = [key for key in keys if key not in fields]
         if missing:
             raise ValueError(
-                f"SMART: the model's output has no {missing[0]!r}; it has {list(fields)}. Name one of these with "
-                "outputs="
+                f"SMART: the model's output has no {missing[0]!r}; it has {list(fields)}. Name one with outputs="
             )
         return {str(key): fields[key] for key in keys}
     for wanted in (("logits",), SPANS):
@@ -156,6 +153,9 @@ def chosen(output: Any, outputs: Outputs | None) -> dict[str, Any]:
     several = {key: z for key, z in fields.items() if isinstance(z, Tensor) and z.is_floating_point() and z.ndim > 0}
     if len(several) == 1:
         return {str(key): z for key, z in several.items()}
+    if not several:
+        only = f"there is no floating-point output besides the loss, only {list(fields)}"
+        raise ValueError(f"SMART: {only}. Let forward return the logits, or give a function outputs= that finds them")
     raise ValueError(
         f"SMART: cannot tell which of the model's outputs {list(fields)} ({type(output).__name__}) to compare. Say "
         "outputs='logits', outputs=1, a list of them, or a function from the model's output to the tensor"
@@ -181,9 +181,7 @@ def check_output(z: Any, n: int | None) -> None:
             "returns one row of outputs for each row of its input"
         )
     if len(z) == 0:
-        raise ValueError(
-            f"SMART: the batch is empty: the outputs have the shape {tuple(z.shape)}. Leave empty batches out"
-        )
+        raise ValueError(f"SMART: the batch is empty: the outputs have shape {tuple(z.shape)}. Leave empty batches out")
 
 
 def find_heads(
@@ -443,8 +441,6 @@ def _describe_batch(compared: Compared, calls: Sequence[Call]) -> dict[str, Choi
     where = f"those of {inputs.mask_name}" if counted else "all" if several else "one an example"
     return {
         "x": Choice(x or "none", f"{len(calls)} call(s) of the site" if calls else "lambda_s is 0"),
-        "mask": Choice(
-            inputs.mask_name if masked else "none", str(tuple(masked[0].shape)) if masked else "no argument says"
-        ),
+        "mask": Choice(inputs.mask_name, str(tuple(masked[0].shape))) if masked else Choice("none", UNMASKED),
         "positions": Choice(where, f"the outputs are compared as {shapes}"),
     }

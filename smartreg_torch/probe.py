@@ -7,6 +7,7 @@ override. Whether labels are shifted, re-aligned or removed on the way shows in 
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager, nullcontext
@@ -273,6 +274,18 @@ def first_call(model: nn.Module, instead: Callable[..., tuple[Any, Any]]) -> Ite
         yield kept
     finally:
         restore()
+
+
+@contextmanager
+def naming_create_smart() -> Iterator[None]:
+    """Add to an error that names an argument of SMART in which method a Trainer's user gives it."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        named = re.search(r"\b(site|outputs|divergence|class_axis|mask)=", str(error))
+        if named and str(error).startswith("SMART: "):
+            error.add_note(f"In the Trainer override create_smart: return SMART(model, config, {named[1]}=...)")
+        raise
 
 
 def _outputs_and_gradients(

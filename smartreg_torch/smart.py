@@ -8,7 +8,6 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from types import TracebackType
 from typing import Any, Self
 
 import torch
@@ -311,8 +310,8 @@ class SMART:
     def _update(self) -> None:
         self._reports.judge(self.config)
         theta = self._runner.theta if self._loop.calls else self._look()  # as the last call found it
-        self._loop.updated()
         self.step += 1
+        self._loop.updated(self.step, self.config)
         if self.config.has_teacher:
             self._teacher.move(theta, self.step, self.config)
 
@@ -376,7 +375,7 @@ class SMART:
             >>> with smart.swap_teacher():
             ...     averaged = {name: value.clone() for name, value in model.state_dict().items()}
         """
-        with in_model(self._look(), self._teacher.copied(), self._runner.sharded):
+        with in_model(self._look(), self._teacher.copied(), self._runner.sharded), self._loop.swapped():
             yield
 
     def state_dict(self) -> dict[str, Any]:
@@ -412,6 +411,8 @@ class SMART:
 
     def remove(self) -> None:
         """Take every hook off the model and the optimiser. `swap_teacher` still works."""
+        if self.step == 0 and self._loop.calls > 1 and not self._removed:
+            self._loop.ended(self._runner.theta, self.config)
         if self._site is not None:
             self._site.remove()
         for hook in self._optimizer_hooks:
@@ -424,9 +425,9 @@ class SMART:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            self._loop.calls = 0  # what the loop left out is not to be said beside an exception
         self.remove()
 
     def __getstate__(self) -> dict[str, Any]:

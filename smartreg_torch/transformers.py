@@ -34,7 +34,7 @@ except ImportError as error:
 
 from smartreg.config import SMARTConfig, SMARTWarning
 from smartreg.report import Description
-from smartreg_torch.probe import Probe, cloned, first_call, undone
+from smartreg_torch.probe import Probe, cloned, first_call, naming_create_smart, undone
 from smartreg_torch.proximal import local
 from smartreg_torch.sharding import is_sharded
 from smartreg_torch.smart import SMART
@@ -155,6 +155,7 @@ class SMARTMixin(_Base):
             )
         return loss
 
+    @naming_create_smart()
     def compute_loss(
         self,
         model: nn.Module,
@@ -300,6 +301,7 @@ class SMARTMixin(_Base):
             for folder in folders:
                 Path(folder, "smart_config.json").write_text(config.to_json() + "\n", encoding="utf-8")
 
+    @naming_create_smart()
     def _begin_smart(self) -> None:
         """Make the SMART of this train(): the model is on its device, wrapped, with the weights that it starts from."""
         if self.smart is not None:
@@ -320,8 +322,7 @@ class SMARTMixin(_Base):
         for what, wanted in unsupported.items():
             if wanted:
                 raise ValueError(f"{type(self).__name__}: not supported yet: {what}")
-        if config.total_steps is None:
-            config = config.replace(total_steps=max(self.state.max_steps, 1))
+        config = config.replace(total_steps=config.total_steps or max(self.state.max_steps, 1))
         self.smart, self._smart_window = self.create_smart(self.model_wrapped, config), Window()
 
     @property
@@ -345,8 +346,7 @@ class SMARTMixin(_Base):
         if transformers.logging.get_verbosity() <= logging.WARNING:
             tqdm.write(str(description))  # to where the logs go, past the progress bar
         for callback in self.callback_handler.callbacks:
-            writer = getattr(callback, "tb_writer", None)
-            if writer is not None:
+            if (writer := getattr(callback, "tb_writer", None)) is not None:
                 writer.add_text("SMART", description.markdown(), self.state.global_step)
 
 

@@ -106,6 +106,7 @@ def test_outputs_with_a_position_axis_leave_padding_out():
     ("convert", "settings", "error", "message"),
     [
         (lambda z: {"a": z, "b": z}, {}, ValueError, r"cannot tell which of the model's outputs \['a', 'b'\] \(dict\)"),
+        (lambda z: {"loss": z.mean()}, {}, ValueError, r"floating-point output besides the loss, only \['loss'\]"),
         (lambda z: {"a": z}, {"outputs": "logits"}, ValueError, r"output has no 'logits'; it has \['a'\]"),
         (lambda z: z, {"outputs": "logits"}, ValueError, r"returns one tensor; outputs='logits' chooses nothing"),
         (lambda z: z.argmax(-1), {}, TypeError, r"floating-point tensors \(n, ..., C\), got torch.int64"),
@@ -126,7 +127,7 @@ def test_outputs_with_a_position_axis_leave_padding_out():
         (lambda z: z.detach() + 0 * z.sum().detach(), {}, ValueError, r"outputs do not depend on x"),
         (lambda z: z, {"noise": lambda like: like[:1]}, ValueError, r"noise must give a tensor of shape \(6, 5, 8\)"),
         (lambda z: z, {"mask": "padding"}, ValueError, r"mask='padding', but the model was called without"),
-        (lambda z: z, {"mask": lambda ids: ids[:, :2]}, ValueError, r"leading axes of x, \(6, 5\), got \(6, 2\)"),
+        (lambda z: z, {"mask": lambda ids: ids[:, :2]}, ValueError, r"mask= gave the shape \(6, 2\), but the site"),
         (lambda z: z, {"mask": lambda ids: [ids, ids]}, ValueError, r"gave 2 masks, but the site ran 1 times"),
     ],
 )

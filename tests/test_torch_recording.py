@@ -250,7 +250,8 @@ def test_no_graph_is_kept(tmp_path):
 
 def test_update_never_called(tmp_path):
     batches = [text() for _ in range(3)]
-    run(Tagger(), batches, settings={**TWO, "record": tmp_path / "run.npz"}, update=False)
+    with pytest.warns(SMARTWarning, match=r"3 batches without smart.update\(\)"):
+        run(Tagger(), batches, settings={**TWO, "record": tmp_path / "run.npz"}, update=False)
     assert failed(tmp_path / "run.npz") == {"theta~ is counted"}
     assert "smart.update()" in str(compare_run(tmp_path / "run.npz"))
 
@@ -306,7 +307,8 @@ def test_the_page_prints_its_table(tmp_path, monkeypatch, capsys):
     code, shown = (
         re.search(rf"^```{kind}\n(.*?)^```", page, re.MULTILINE | re.DOTALL)[1] for kind in ("python", "text")
     )
-    exec(compile(code, "debugging.md", "exec"), {})
+    with pytest.warns(SMARTWarning, match=r"5 batches without smart.update\(\)"):  # the line that it misses
+        exec(compile(code, "debugging.md", "exec"), {})
 
     def wording(text):
         return [re.split(r"  +", line)[:2] for line in text.splitlines()[2:]]

@@ -87,7 +87,7 @@ def test_empty_batches_and_inference_tensors_are_named(ids):
         SMART(Model(), R_S)(ids[:0])
     with torch.inference_mode():
         images = torch.randn(4, 5)
-    with pytest.raises(ValueError, match=r"the batch is empty: the outputs have the shape \(0, 3\)"):
+    with pytest.raises(ValueError, match=r"the batch is empty: the outputs have shape \(0, 3\)"):
         SMART(Model(), papers(lambda_s=0, total_steps=9))(torch.zeros(0, 5, dtype=torch.long))
     model = nn.Sequential(nn.Linear(5, 3))
     with pytest.raises(RuntimeError, match=r"gave an inference tensor.*clone"):

@@ -262,6 +262,42 @@ def test_total_steps_are_the_trainers(tmp_path, settings, given, expected):
     assert trainer.smart_config.total_steps == given
 
 
+class Scores(nn.Module):
+    """A classifier whose outputs have names of its own."""
+
+    def __init__(self, names):
+        super().__init__()
+        self.bert, self.names = bert(), names
+
+    def forward(self, input_ids, attention_mask, labels):
+        output = self.bert(input_ids, attention_mask, labels=labels)
+        return {"loss": output.loss} | dict.fromkeys(self.names, output.logits)
+
+
+@pytest.mark.parametrize(
+    ("names", "message", "note"),
+    [
+        (["scores", "others"], "cannot tell which", "override create_smart: return SMART(model, config, outputs=...)"),
+        ([], "no floating-point output besides the loss", "override create_smart"),
+    ],
+)
+def test_what_smart_asks_for_goes_into_create_smart(tmp_path, names, message, note):
+    with pytest.raises(ValueError, match=message) as caught:
+        make(tmp_path, Scores(names)).train()
+    (said,) = caught.value.__notes__
+    assert note in said
+
+
+def test_an_error_that_names_no_argument_of_smart_gets_no_note(tmp_path):
+    class Broken(Scores):
+        def forward(self, input_ids, attention_mask, labels):
+            raise ValueError("outputs= of the model's own")
+
+    with pytest.raises(ValueError, match="of the model's own") as caught:
+        make(tmp_path, Broken([])).train()
+    assert not getattr(caught.value, "__notes__", [])
+
+
 @pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused"])  # accelerate does not see that the second skips
 def test_a_skipped_step_does_not_move_the_teacher(tmp_path, optim):
     class Watch(TrainerCallback):

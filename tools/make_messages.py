@@ -376,7 +376,7 @@ def page(messages: list[Message]) -> str:
     sections: dict[str, list[list[Message]]] = {group: [] for group in GROUPS}
     for same in texts.values():
         sections[group_of(same[0])].append(same)
-    lines = [HEAD]
+    lines = [HEAD, ASKED]
     for group, paragraphs in sections.items():
         lines.append(f"## {marked(group)}\n")
         for same in paragraphs:
@@ -400,6 +400,74 @@ what the bold part says.
 
 If a message does not help, `print(smart.describe())` shows what SMART chose and why, and [debugging.md](debugging.md)
 how to look at the tensors of a step.
+"""
+
+ASKED = """## What SMART asks for most often
+
+Each is an argument of `SMART`. In Keras `site=` and `outputs=` are arguments of `SMARTCallback` and `attach`:
+[keras.md](keras.md).
+
+```python
+from smartreg_torch import SMART, SMARTConfig
+
+config, batch = SMARTConfig(total_steps=len(loader) * epochs), next(iter(loader))
+```
+
+"cannot tell which of the model's outputs ... to compare". Name those that your loss reads, or give a function of the
+output:
+
+```python
+smart = SMART(model, config, outputs="logits")
+smart = SMART(model, config, outputs=lambda output: output.logits)
+output, penalty = smart(**batch)
+```
+
+"Are its classes on the last axis, or on axis 1". `CrossEntropyLoss` has (n, classes, tokens), most models
+(n, tokens, classes):
+
+```python
+smart = SMART(model, config, class_axis=-1)  # (n, ..., classes)
+output, penalty = smart(**batch)
+print(smart.describe()["class axis"])
+```
+
+"Is it true at padding, or at real tokens?". Name the argument, or give a function of your model's arguments:
+(n, tokens), true at real tokens:
+
+```python
+smart = SMART(model, config, mask="attention_mask")
+smart = SMART(model, config, mask=lambda input_ids, **others: input_ids != 0)
+output, penalty = smart(**batch)
+```
+
+"the model has several embeddings", "the site ... was not run". Name a submodule that gives (n, ..., d), one of
+`model.named_modules()`:
+
+```python
+smart = SMART(model, config, site="bert.embeddings.word_embeddings")
+smart = SMART(model, config, site="bert.embeddings")  # with positions, after LayerNorm
+output, penalty = smart(**batch)
+```
+
+"they are no logits of classes there", "one value an example". Say what the loss takes the outputs for:
+
+```python
+smart = SMART(model, config, divergence="squared_error")  # regression
+smart = SMART(model, config, divergence="bernoulli_symmetric_kl")  # several labels, or one logit
+output, penalty = smart(**batch)
+```
+
+The Hugging Face Trainer has none of these arguments. Override `create_smart`, and give them there
+([trainer.md](trainer.md#say-which-outputs-site-or-mask)):
+
+```python
+from smartreg_torch.transformers import SMARTTrainer
+
+
+class MyTrainer(SMARTTrainer):
+    def create_smart(self, model, config):
+        return SMART(model, config, outputs="logits", class_axis=-1)
+```
 """
 
 
