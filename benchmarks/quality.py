@@ -468,7 +468,9 @@ def tables(lines: list[dict[str, Any]], select: bool, alike: str = "") -> dict[s
     """
     groups = grouped(lines, select, alike)
     if alike:
-        groups = {at: arms for at, arms in groups.items() if next(iter(arms)) == alike}
+        runs = {at: [line for runs in arms.values() for line in runs.values()] for at, arms in groups.items()}
+        others = {at for at in groups if not all(is_of(line, "plain") for line in runs[at])}
+        groups = {at: arms for at, arms in groups.items() if next(iter(arms)) == alike and at in others}
     p = adjusted(groups)
     shown = {}
     for (task, size), arms in groups.items():
@@ -531,10 +533,15 @@ def plot(lines: list[dict[str, Any]], path: Path, size: int) -> None:
     from matplotlib import pyplot
 
     groups = {at: arms for at, arms in grouped(lines, select=False).items() if at[1] == size}
+    groups = {at: {arm: runs for arm, runs in arms.items() if len(runs) > 2} for at, arms in groups.items()}
     names = ("score", "corrupted", "nll", "ece")
     height = sum(len(arms) for arms in groups.values())
     figure, axes = pyplot.subplots(
-        *(len(groups), len(names)), figsize=(11, 1 + 0.28 * height), squeeze=False, layout="constrained"
+        *(len(groups), len(names)),
+        figsize=(11, 1 + 0.28 * height),
+        height_ratios=[len(arms) for arms in groups.values()],
+        squeeze=False,
+        layout="constrained",
     )
     for row, ((task, _), arms) in zip(axes, groups.items(), strict=True):
         base, *others = arms  # plain training as --select chose it
@@ -558,8 +565,8 @@ def plot(lines: list[dict[str, Any]], path: Path, size: int) -> None:
 def filled(page: str, shown: dict[str, str]) -> str:
     """The page with each table between its <!-- TITLE --> and <!-- end -->."""
     for title, text in shown.items():
-        block = re.compile(f"(<!-- {re.escape(title)} -->\n).*?(\n<!-- end -->)", re.DOTALL)
-        page = block.sub(lambda found, text=text: found[1] + text + found[2], page)
+        block = re.compile(f"(<!-- {re.escape(title)} -->\n).*?(<!-- end -->)", re.DOTALL)
+        page = block.sub(lambda found, text=text: f"{found[1]}{text}\n{found[2]}", page)
     return page
 
 
@@ -570,11 +577,11 @@ def everything(lines: list[dict[str, Any]]) -> dict[str, str]:
         line for line in plain if (line["epochs"], line["rate"]) != chosen_by(lines, "plain", is_regression(line), 500)
     ]
     shown = {"summary": summary(lines, 500)}
-    shown |= {f"summary against {name}": summary(lines, 500, name) for name in sorted(set(map(name_of, other)))}
-    for name, line in {name_of(line): line for line in other}.items():
+    for name, line in sorted({name_of(line): line for line in other}.items()):
         tasks = {each["task"] for each in other if name_of(each) == name}
         same = [each for each in lines if (each["epochs"], each["rate"]) == (line["epochs"], line["rate"])]
-        shown |= tables([each for each in same if each["task"] in tasks], select=False, alike=name)
+        alike = tables([each for each in same if each["task"] in tasks], select=False, alike=name)
+        shown |= alike or {f"summary against {name}": summary(lines, 500, name)}
     return shown | tables(lines, select=False) | tables(lines, select=True)
 
 
