@@ -48,9 +48,7 @@ def check_probabilities(z: Tensor, head: Head) -> None:
     near = 1e-2 if z.dtype.itemsize == 2 else 1e-4
     sum_to_1 = head.divergence == "symmetric_kl" and bool(((z.sum(-1) - 1).abs() < near).all())
     if maker in PROBABILITIES or (sum_to_1 and varied and z[..., 0].numel() >= 4):  # four rows of logits never do
-        what, mend = "between 0 and 1", "torch.logit"
-        if sum_to_1:
-            what, mend = "they sum to 1", "torch.log"
+        what, mend = ("they sum to 1", "torch.log") if sum_to_1 else ("between 0 and 1", "torch.logit")
         raise ValueError(
             f"SMART: the outputs ({head.name}) are probabilities: {what}, and {head.divergence} takes logits. Let "
             f"forward return the logits instead, or say outputs={mend} (a function of the model's output)"
@@ -67,10 +65,10 @@ def check_probabilities(z: Tensor, head: Head) -> None:
 
 def _maker(z: Tensor) -> str:
     """Return the name of the operation that computed these values, whatever shape or type they were given then."""
-    node = z.grad_fn
-    while node is not None and node.name().rstrip("0123456789") in RESHAPED:
+    node, name = z.grad_fn, ""
+    while node is not None and (name := node.name().rstrip("0123456789")) in RESHAPED:
         node = node.next_functions[0][0]
-    return "" if node is None else node.name().rstrip("0123456789")
+    return name
 
 
 def check_real(mask: Tensor, name: str) -> None:

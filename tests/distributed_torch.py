@@ -318,23 +318,29 @@ def fork_two(name, job):
     return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
 
 
-def in_processes(script, *arguments, timeout):
-    """Run a script that forks its processes, warnings being errors; return the exit codes that it prints."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests")))}
+def in_a_session(*arguments, timeout, **environment):
+    """Run Python in a session of its own, which ends with all its forks; return its exit status, output and errors."""
+    paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
     started = subprocess.Popen(
-        [sys.executable, "-W", "error", script, *map(str, arguments)],
-        env=environment,
+        [sys.executable, *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": paths, **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
     )
     try:
-        codes, errors = started.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        os.killpg(started.pid, signal.SIGKILL)  # its forks, too
-        raise
-    assert started.returncode == 0, errors
+        output, errors = started.communicate(timeout=timeout)
+    finally:
+        if started.returncode is None:
+            os.killpg(started.pid, signal.SIGKILL)  # its forks, too
+    return started.returncode, output, errors
+
+
+def in_processes(script, *arguments, timeout):
+    """Run a script that forks its processes, warnings being errors; return the exit codes that it prints."""
+    status, codes, errors = in_a_session("-W", "error", script, *arguments, timeout=timeout)
+    assert status == 0, errors
     return json.loads(codes)
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import itertools
+import json
 import os
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from smartreg.demo import command, digits
+from smartreg.demo import command, compare, digits
 
 ROOT = Path(__file__).parents[1]
 RUN = """
@@ -45,6 +46,46 @@ def random_network(seed=0):
         weights[f"b{k}"] = np.zeros(n_out, np.float32)
     x = rng.random((40, 64), np.float32)
     return weights, x, digits.read(weights, x)
+
+
+def shows_all(folder, backend, other, without):
+    """Run the command as if the packages of the other backend were not installed, and look at what it shows."""
+    done = run(folder, "--seeds", 2, "--json", "result.json", without=without)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""  # no log of a framework
+    assert done.stdout.startswith(f"A network pre-trained on the digits 0 to 6 is fine-tuned in {backend} on all ten")
+    assert (folder / "out" / "demo.png").read_bytes().startswith(b"\x89PNG")
+    assert "The picture: out/demo.png (after" in done.stdout
+    commands = [line.split("  ")[1] for line in done.stdout.partition("Next:\n")[2].splitlines()]
+    assert len(commands) == 3
+    assert all(command.startswith("python -m ") for command in commands)
+    assert f"Without {other}" in done.stdout
+    found = json.loads((folder / "result.json").read_text())
+    assert list(found["backends"]) == ["loss", "R_s", "D_Breg", "|theta|", "|theta~|"]
+    for values in found["backends"].values():
+        assert list(values) == ["NumPy", backend, "difference"]
+        assert min(values["NumPy"], values[backend]) > 0.01  # something was trained, and perturbed
+        assert values["difference"] < 1e-9
+    for method, values in found["methods"].items():
+        assert method in done.stdout
+        assert np.mean(values["accuracy"], 0)[0] > 70
+    plain, smart = (found["methods"][method]["R_s"] for method in ("plain", "SMART"))
+    assert np.mean(smart) < np.mean(plain)
+
+
+def has_numpys_steps(demo):
+    """Compare the steps of a backend's part of the demo with those of NumPy."""
+    weights, x, y = random_network()
+    rng = np.random.default_rng(0)
+    task = compare.Task(
+        {name: value.astype(np.float64) for name, value in weights.items()},
+        x[:30].reshape(3, 10, 64).astype(np.float64),
+        y[:30].reshape(3, 10),
+        rng.standard_normal((3, 10, 64)),
+    )
+    expected = compare.run(task)
+    for name, values in demo.run(task).items():
+        assert values == pytest.approx(expected[name], rel=1e-9, abs=1e-12)
 
 
 def test_the_attack_stays_in_its_ball_and_finds_more_in_a_larger_one():

@@ -2,16 +2,15 @@
 
 import copy
 import importlib.util
-import os
 import signal
 import socket
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from distributed_torch import in_a_session
 from paper_settings import papers
 from torch import nn
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainerCallback, TrainingArguments
@@ -482,10 +481,8 @@ trainer.train()
 
 
 def test_a_killed_run_goes_on_as_the_unbroken_one(tmp_path):
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests")))}
-    command = [sys.executable, "-c", KILLED, str(tmp_path / "killed")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, env=environment)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    status, _, errors = in_a_session("-c", KILLED, tmp_path / "killed", timeout=300)
+    assert status == -signal.SIGKILL, errors
     runs = []
     for folder, resume in (("unbroken", None), ("killed", True)):
         model = bert()
@@ -1104,24 +1101,13 @@ def in_double(folder, accepts=False, shifted_labels=False, **settings):
 
 
 def test_two_processes_are_one_with_the_whole_batch(tmp_path):
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests")))}
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
-    started = subprocess.Popen(
-        [sys.executable, "-c", PROCESS, str(tmp_path)],
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        errors = [started.communicate(timeout=300)[1], (tmp_path / "1.log").read_text()]
-    finally:
-        if started.returncode is None:
-            os.killpg(started.pid, signal.SIGKILL)  # its fork, too
-    assert started.returncode == 0, errors
+        port = str(free.getsockname()[1])
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    status, _, own = in_a_session("-c", PROCESS, tmp_path, timeout=300, **address)
+    errors = [own, (tmp_path / "1.log").read_text()]
+    assert status == 0, errors
     assert all("and 2 process(es) it is 2 times what one large batch gives" in error for error in errors)
     for name, way in [*WAYS.items()][:-1]:
         settings = {key: value for key, value in way.items() if "label" in key or key == "accepts"}
