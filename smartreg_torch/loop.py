@@ -51,7 +51,7 @@ class Loop:
 
     def ended(self, theta: dict[str, nn.Parameter], config: SMARTConfig) -> None:
         """Warn as `called` does, at the end of a run in which no step was counted."""
-        if self.calls > 1 and self._forgotten(_last(theta), config):
+        if self._forgotten(_last(theta), config):
             self._say("updates", _not_counted(self.calls))
 
     def _forgotten(self, weight: nn.Parameter | None, config: SMARTConfig) -> bool:

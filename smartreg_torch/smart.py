@@ -411,7 +411,7 @@ class SMART:
 
     def remove(self) -> None:
         """Take every hook off the model and the optimiser. `swap_teacher` still works."""
-        if self.step == 0 and self._loop.calls > 1 and not self._removed:
+        if self._loop.calls > 1 and self.step == 0 and not self._removed:  # no call yet: __init__ may have raised
             self._loop.ended(self._runner.theta, self.config)
         if self._site is not None:
             self._site.remove()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from smartreg.config import SMARTConfig
 from smartreg.proximal import momentum, moves
 from smartreg_torch.compat import version
-from smartreg_torch.proximal import ema_update, like, local
+from smartreg_torch.proximal import ema_update, like, local, own
 from smartreg_torch.sharding import is_dtensor, is_sharded, reshard
 
 Theta = Mapping[str, nn.Parameter]
@@ -171,8 +171,8 @@ class Stamp:
 
     @staticmethod
     def _marked(parameter: nn.Parameter) -> tuple[Any, ...]:
-        own = local(parameter) if is_sharded(parameter) else parameter
-        return 0 if own.is_inference() else version(parameter), own.shape, own.device, own.data_ptr()
+        here = own(parameter)
+        return 0 if here.is_inference() else version(parameter), here.shape, here.device, here.data_ptr()
 
     def holds(self, parameter: nn.Parameter) -> bool:
         """Tell whether this is the same, unwritten parameter; its device may differ."""
