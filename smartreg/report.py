@@ -55,9 +55,6 @@ class Description(dict[str, Choice]):
         return "\n".join(["| | | chosen because |", "|---|---|---|", *rows])
 
 
-# why `describe()` has no mask
-UNMASKED = "every position counts and is perturbed; give mask= if the batch is padded"
-
 # what a training step shows, before the first
 LATER = dict.fromkeys(
     ("x", "outputs", "l_s", "class axis", "mask", "positions"),

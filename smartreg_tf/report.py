@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from smartreg.config import SMARTConfig, SMARTWarning
-from smartreg.report import LATER, STILL, Choice, Description, not_finite, suspicions, too_small
+from smartreg.report import LATER, STILL, Choice, Description, not_finite, past_the_end, suspicions, too_small
 from smartreg_tf.candidates import not_the_batch
 from smartreg_tf.outputs import Head
 from smartreg_tf.passes import half_precision_layers
@@ -93,7 +93,7 @@ class Reports:
             metric.reset_state()
 
     def judge(self, step: Callable[[], int], site: Any) -> None:
-        """Raise or warn about what compiled steps could only count.
+        """Raise or warn about what compiled steps could only count, and warn beyond `total_steps`.
 
         Args:
             step: counts the optimiser steps taken.
@@ -102,6 +102,12 @@ class Reports:
             FloatingPointError: a penalty was not finite, and `non_finite` is "raise".
             RuntimeError, ValueError: as `refuse`.
         """
+        total = self._config.total_steps
+        if total is not None and self._config.needs_total_steps and "total_steps" not in self._warned:
+            taken = step()
+            if taken > total:
+                self._warned.add("total_steps")
+                warnings.warn(past_the_end(taken, total), SMARTWarning, stacklevel=2)
         # Reading waits for the device, every step: a fault has to be raised before on_train_batch_end, where a
         # checkpoint may be written, and a step that XLA compiles cannot raise by itself.
         counts = dict(zip(_FAULTS, tf.convert_to_tensor(self.faults.value).numpy().tolist(), strict=True))

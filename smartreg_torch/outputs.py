@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from smartreg.config import one_each
 from smartreg.divergences import check_divergence, takes_logits
-from smartreg.report import LATER, UNMASKED, Choice
+from smartreg.report import LATER, Choice
 from smartreg_torch.divergences import ROWS
 from smartreg_torch.inputs import Inputs, Masks, read_inputs, virtual_tokens
 from smartreg_torch.passes import Passes
@@ -439,8 +439,9 @@ def _describe_batch(compared: Compared, calls: Sequence[Call]) -> dict[str, Choi
     several = any(z.ndim > 2 for z in targets)
     counted = any(m is not None for m in compared.positions)
     where = f"those of {inputs.mask_name}" if counted else "all" if several else "one an example"
+    unmasked = Choice("none", "every position counts and is perturbed; give mask= if the batch is padded")
     return {
         "x": Choice(x or "none", f"{len(calls)} call(s) of the site" if calls else "lambda_s is 0"),
-        "mask": Choice(inputs.mask_name, str(tuple(masked[0].shape))) if masked else Choice("none", UNMASKED),
+        "mask": Choice(inputs.mask_name, str(tuple(masked[0].shape))) if masked else unmasked,
         "positions": Choice(where, f"the outputs are compared as {shapes}"),
     }

@@ -33,3 +33,19 @@ def test_a_step_that_perturbs_nothing_warns_once(start, eager):
     assert said == ([STILL] if start == "margin" else [])
     assert warn_of(smart.metrics, start) == ({"still": STILL} if start == "margin" else {})
     assert (smart.metrics["max_delta"] == 0) == (start == "margin")
+
+
+def test_more_steps_than_total_steps_warn_once():
+    model = keras.Sequential([keras.Input([3]), keras.layers.Dense(2)])
+    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    x = np.eye(3)[:2]
+
+    def fit(epochs, **settings):
+        with smartreg_tf.attach(model, SMARTConfig(lambda_s=0, **settings)):
+            model.fit(x, Y, batch_size=1, epochs=epochs, verbose=0)  # two steps an epoch
+
+    fit(1, total_steps=2)  # a warning would be an error
+    with pytest.warns(SMARTWarning, match="step 3 of a run of total_steps=2: beta was scheduled for a shorter") as said:
+        fit(3, total_steps=2)
+    assert len(said) == 1
+    fit(2, total_steps=2, beta_early=0.9, beta_late=0.9)  # nothing is scheduled
