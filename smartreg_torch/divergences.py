@@ -202,29 +202,20 @@ def _blocks(shape: torch.Size, size: int) -> Iterator[tuple[int | slice, ...]]:
 def _symmetric_kl_rows(a: Tensor, b: Tensor, wanted: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Return J, dJ/da and dJ/db, each to nearly full relative precision; the reasons are in docs/math.md."""
     # Logits beyond 1e37 are moved to where no difference of two overflows, which changes no probability. A class
-    # that is -inf in both then has d = 0 and p = q = 0; any other infinity or NaN makes `distance`, and J, so.
-    huge = torch.finfo(a.dtype).max / 16
-    masked = torch.maximum(a, b).isneginf()
-    distance = torch.sub(a / 4, b, alpha=0.25).abs().where(~masked, 0).amax(-1)
+    # that is -inf in both then has d = 0 and p = q = 0; any other infinity or NaN makes `_distance`, and J, so.
+    huge, given = torch.finfo(a.dtype).max / 16, (a, b)
     a, b = a.clamp(-huge, huge), b.clamp(-huge, huge)
-    (p, _), (q, log_q) = _softmax(a), _softmax(b)
+    (p, _, _), (q, shifted, total) = _softmax(a), _softmax(b)
 
     d_from = _difference(a, b)
-    # log Z = log sum q exp(d) = log1p(sum_N q expm1(d) - q_F) - log1p(-p_F), N the classes where |d| < 1, F the
-    # others. If F has most of the mass, J is not small, and the plain forms of Z and p - q will do.
     d = d_from(_argmax(a + b))
     near = d.abs() < 1
-    far = (~near).to(d.dtype)
-    p_far, q_far = (p * far).sum(-1, keepdim=True), (q * far).sum(-1, keepdim=True)
-    alike = p_far + q_far < 0.5
-    excess = (q * (1 - far) * d.clamp(-1, 1).expm1()).sum(-1, keepdim=True)
-    log_z = torch.where(
-        alike,
-        (excess - q_far).where(alike, 0).log1p() - (-p_far).where(alike, 0).log1p(),
-        (log_q + d).logsumexp(-1, keepdim=True),
-    )
-    r = d - log_z
-    p_minus_q = torch.where(near & alike, q * r.clamp(-4, 4).expm1(), p - q)  # |r| < 2.7 there
+    close = _is_sure(near & (a < huge))
+    if close:  # the same as below if no class is far, in half the time
+        r = d - (q * d.expm1()).sum(-1, keepdim=True).log1p()
+        p_minus_q = q * r.expm1()
+    else:
+        r, p_minus_q = _with_far_classes(p, q, shifted, total, d, near)
     # r - E_p r = d - E_p d; d is centred anew, exact near the largest p for the one and the largest q for the other
     grad_a = grad_b = None
     if wanted[0]:
@@ -233,7 +224,45 @@ def _symmetric_kl_rows(a: Tensor, b: Tensor, wanted: Any) -> tuple[Tensor, Tenso
     if wanted[1]:
         d_q = d_from(_argmax(b))
         grad_b = q * ((q * d_q).sum(-1, keepdim=True) - d_q) - p_minus_q
-    return (p_minus_q * r).clamp(min=0).sum(-1).where(distance.isfinite(), distance), grad_a, grad_b
+    values = (p_minus_q * r).clamp(min=0).sum(-1)
+    if not close:
+        distance = _distance(*given)
+        values = values.where(distance.isfinite(), distance)
+    return values, grad_a, grad_b
+
+
+def _is_sure(condition: Tensor) -> bool:
+    """Tell whether a condition is true everywhere, if that can be known without waiting for a device."""
+    return condition.is_cpu and not torch.compiler.is_compiling() and bool(condition.all())
+
+
+def _with_far_classes(
+    p: Tensor, q: Tensor, shifted: Tensor, total: Tensor, d: Tensor, near: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return log p - log q and p - q; log q = shifted - log total.
+
+    log Z = log sum q exp(d) = log1p(sum_N q expm1(d) - q_F) - log1p(-p_F), N the classes where |d| < 1, F the others.
+    If F has most of the mass, J is not small, and the plain forms of Z and p - q will do.
+    """
+    far = (~near).to(d.dtype)
+    p_far, q_far = (p * far).sum(-1, keepdim=True), (q * far).sum(-1, keepdim=True)
+    alike = p_far + q_far < 0.5
+    excess = (q * (1 - far) * d.clamp(-1, 1).expm1()).sum(-1, keepdim=True)
+    log_q = shifted - total.log()
+    log_z = torch.where(
+        alike,
+        (excess - q_far).where(alike, 0).log1p() - (-p_far).where(alike, 0).log1p(),
+        (log_q + d).logsumexp(-1, keepdim=True),
+    )
+    r = d - log_z
+    p_minus_q = torch.where(near & alike, q * r.clamp(-4, 4).expm1(), p - q)  # |r| < 2.7 there
+    return r, p_minus_q
+
+
+def _distance(a: Tensor, b: Tensor) -> Tensor:
+    """Return the largest |a - b| / 4 of the classes that are not -inf in both."""
+    masked = torch.maximum(a, b).isneginf()
+    return torch.sub(a / 4, b, alpha=0.25).abs().where(~masked, 0).amax(-1)
 
 
 def _bernoulli_symmetric_kl_rows(a: Tensor, b: Tensor, wanted: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -320,12 +349,15 @@ def _difference(a: Tensor, b: Tensor) -> Callable[[Tensor], Tensor]:
     return d_from
 
 
-def _softmax(z: Tensor) -> tuple[Tensor, Tensor]:
-    """Return p and log p. torch's own adds up 50,000 classes in a row on some CPUs, and loses a digit."""
+def _softmax(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return p, and the two of which log p = shifted - log total.
+
+    torch's own adds up 50,000 classes in a row on some CPUs, and loses a digit.
+    """
     shifted = z - z.amax(-1, keepdim=True)
     exp = shifted.exp()
     total = exp.sum(-1, keepdim=True)
-    return exp / total, shifted - total.log()
+    return exp / total, shifted, total
 
 
 def _argmax(z: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from paper_settings import papers
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from smartreg_torch import SMART
+from smartreg_torch import SMART, divergences
 from smartreg_torch.reach import Attributes
 from smartreg_torch.report import Report
 
@@ -33,8 +33,9 @@ class Operations(TorchDispatchMode):
 
 @pytest.fixture
 def late(monkeypatch):
-    """As on a GPU: what a step found is not here yet when the step ends."""
+    """As on a GPU: what a step found is not here yet when the step ends, and no condition is known."""
     monkeypatch.setattr(Report, "is_here", property(lambda self: False))
+    monkeypatch.setattr(divergences, "_is_sure", lambda condition: False)
 
 
 @pytest.fixture(params=STARTS)
@@ -46,6 +47,12 @@ def bert():
     torch.manual_seed(0)
     model = classifier("Bert")().train()
     return model, text() | {"labels": torch.randint(3, (N,))}
+
+
+def test_a_condition_on_a_device_is_not_waited_for():
+    assert divergences._is_sure(torch.tensor([True]))
+    assert not divergences._is_sure(torch.tensor([True, False]))
+    assert not divergences._is_sure(torch.ones(1, dtype=torch.bool, device="meta"))
 
 
 def test_nothing_in_a_step_waits_for_the_device(late, start):

@@ -22,6 +22,11 @@ def outputs(distance, shape=(2, 3, 4), dtype=torch.float64):
     return a.requires_grad_(), b.requires_grad_()
 
 
+def test_logits_that_are_infinite_in_both_are_an_overflow_and_no_agreement():
+    a = torch.tensor([[torch.inf, 0.0], [1.0, 0.0]])
+    assert divergences.symmetric_kl(a, a.clone()).isnan().tolist() == [True, False]
+
+
 @pytest.mark.parametrize("mask", [None, MASK], ids=["all", "masked"])
 @pytest.mark.parametrize("distance", [1e-3, 1.0, 8.0])
 @pytest.mark.parametrize("name", list(DIVERGENCES))
