@@ -13,6 +13,11 @@ same point and round. The words below a panel are the median over the rounds of 
 - "an ascent step" is the slope of the least-squares line through plain steps against T_x. Its floor is F + X, the mean
   over the points.
 - "straight within" is the largest distance of a median from the line through the medians.
+
+python benchmarks/scale.py --over --rounds 200
+
+prints what the smallest of these models costs above the floor, in milliseconds of CPU time on one thread: the median
+over the rounds, with its quartiles. Other load on the machine changes CPU time less than seconds.
 """
 
 from __future__ import annotations
@@ -22,6 +27,7 @@ import json
 import math
 import random
 import statistics
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -185,6 +191,20 @@ def report(console: Console, name: str, points: list[Point]) -> None:
     console.print()
 
 
+def report_over(console: Console, rounds: int) -> None:
+    """Print the CPU milliseconds above the floor at 1M parameters, and those of the parts."""
+    p = point_of_size(*SIZES[0], "cpu")
+    p.bench.clock = time.process_time
+    measure([p], rounds)
+    console.print(f"{p.at:.2g}M parameters, {BATCH} x {LENGTH} tokens, {rounds} rounds: CPU ms above the floor")
+    for method in METHODS:
+        needs = {("plain" if part == "P" else part): times for part, times in p.floors[method].items()}
+        over = [r[method] - sum(times * r[part] for part, times in needs.items()) for r in p.rounds]
+        console.print(f"- {method}: {spread([1e3 * seconds for seconds in over])}")
+    parts = [f"{part} = {statistics.median(1e3 * r[part] for r in p.rounds):.2f}" for part in ("plain", *"FXSU")]
+    console.print(f"{', '.join(parts)} ms; theta~'s update U is in no floor")
+
+
 def draw(found: dict[str, list[Point]], file: Path) -> None:
     """Draw one panel for each thing that is changed: medians and quartiles, and the floors dotted."""
     figure, axes = plt.subplots(2, 2, figsize=(9, 7))
@@ -215,14 +235,18 @@ def main() -> None:
     add = parser.add_argument
     add("--panel", nargs="+", choices=PANELS, default=list(PANELS))
     add("--rounds", type=int, default=9)
+    add("--over", action="store_true", help="print the CPU ms above the floor at 1M parameters, and nothing else")
     add("--threads", type=int, default=2)
     add("--device", default="cpu")
     add("--json", type=Path, default=Path("out/scale.json"))
     add("--figure", type=Path, default=Path("out/scale.png"))
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    torch.set_num_threads(1 if args.over else args.threads)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    if args.over:
+        report_over(Console(highlight=False, width=130), args.rounds)
+        return
     for file in (args.json, args.figure):
         file.parent.mkdir(parents=True, exist_ok=True)
     console, found = Console(highlight=False, width=130), {}
