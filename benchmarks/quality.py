@@ -83,6 +83,8 @@ ARMS: dict[str, dict[str, Any]] = {
     "R_s, independent masks": SMOOTH | {"dropout": "independent"},
     "D_Breg": PLAIN | {"mu": 1.0},
     "R_s + D_Breg": SMOOTH | {"mu": 1.0},
+    "R_s + D_Breg, mu 0.3": SMOOTH | {"mu": 0.3},
+    "R_s + D_Breg, mu 0.5": SMOOTH | {"mu": 0.5},
     "R_s, lambda_s 0.1, + D_Breg": SMOOTH | {"lambda_s": 0.1, "mu": 1.0},
     "R_s, lambda_s 0.1, + D_Breg, mu 0.1": SMOOTH | {"lambda_s": 0.1, "mu": 0.1},
     "D_Breg, beta 0.99": PLAIN | PROXIMAL,
@@ -484,7 +486,8 @@ def tables(lines: list[dict[str, Any]], select: bool, alike: str = "") -> dict[s
                 cells.append(shown_cell(runs, apart, name, p.get((task, size, arm, name), 1.0)))
             both = runs.keys() & arms[base].keys()
             cost = [runs[seed]["seconds"] / arms[base][seed]["seconds"] for seed in both]
-            cells.append(f"{statistics.fmean(line['train_loss'] for line in runs.values()):.3f}")
+            losses = [line["train_loss"] for line in runs.values() if "train_loss" in line]
+            cells.append(f"{statistics.fmean(losses):.3f}" if losses else "")
             rows.append([*cells, f"{statistics.median(cost):.2f}" if cost else ""])
         rows.insert(1, ["---", *["---:"] * (len(rows[0]) - 1)])
         title = f"{task}, {size or 'all'} rows" + ", choice of settings" * select + f", beside {alike}" * bool(alike)
@@ -582,7 +585,8 @@ def everything(lines: list[dict[str, Any]]) -> dict[str, str]:
         same = [each for each in lines if (each["epochs"], each["rate"]) == (line["epochs"], line["rate"])]
         alike = tables([each for each in same if each["task"] in tasks], select=False, alike=name)
         shown |= alike or {f"summary against {name}": summary(lines, 500, name)}
-    return shown | tables(lines, select=False) | tables(lines, select=True)
+    in_keras = tables(lines_of(LINES.with_name("quality_tf.jsonl")), select=False)
+    return shown | tables(lines, select=False) | tables(lines, select=True) | in_keras
 
 
 def table(args: argparse.Namespace) -> None:

@@ -61,6 +61,7 @@ _REALS: dict[str, tuple[float, float, bool]] = {
     "early_fraction": (0.0, 1.0, True),
     "memory": (0.0, math.inf, False),
 }
+_WEIGHTS = {"lambda_s": 1.0, "mu": 0.5}  # if they are not given, for classes (docs/evidence.md)
 _INTEGERS = {"ascent_steps": 0, "smoothness_steps": 1, "proximal_steps": 1, "total_steps": 1}
 
 
@@ -130,8 +131,8 @@ class SMARTConfig:
 
     Attributes:
         lambda_s: weight of the smoothness term R_s; 0 switches the term and its cost off.
-        mu: weight of the proximal term D_Breg; 0 switches the term and its cost off. A weight that is not given is 1,
-            and 0.1 if an output is a regression's (l_s is the squared error).
+        mu: weight of the proximal term D_Breg; 0 switches the term and its cost off. If it is not given, `lambda_s` is
+            1 and `mu` 0.5, and each is 0.1 if an output is a regression's (l_s is the squared error).
         epsilon: radius of the ball ||x~_i - x_i||_p <= epsilon.
         sigma: standard deviation of the Gaussian start nu_i.
         eta: length of one ascent step. epsilon, sigma and eta are in the embeddings' own units
@@ -198,15 +199,14 @@ class SMARTConfig:
         for name, choices in _CHOICES.items():
             got = getattr(self, name)
             if got not in choices:
-                options = ", ".join(map(repr, choices))
-                raise ValueError(f"SMARTConfig: {name} must be one of {options}, got {got!r}")
+                raise ValueError(f"SMARTConfig: {name} must be one of {', '.join(map(repr, choices))}, got {got!r}")
         if not self.beta_early is self.beta_late is None:  # one alone: the other is the published one
             for name, published in (("beta_early", 0.99), ("beta_late", 0.999)):
                 if getattr(self, name) is None:
                     object.__setattr__(self, name, published)
-        for name in ("lambda_s", "mu"):
+        for name, weight in _WEIGHTS.items():
             if getattr(self, name) is None:
-                object.__setattr__(self, name, _ByTask(1.0))
+                object.__setattr__(self, name, _ByTask(weight))
         for name, (low, high, closed) in _REALS.items():
             got = getattr(self, name)
             if got is None and name in ("beta_early", "beta_late"):
@@ -295,7 +295,7 @@ class SMARTConfig:
         return 0.0 if steps % self.smoothness_steps else self.smoothness_steps * self.lambda_s
 
     def regression_share(self, name: str, logits: Iterable[bool]) -> float:
-        """Return what a weight is multiplied with: 0.1 in regression, if it was not given; else 1.
+        """Return what makes a weight 0.1 in regression, if it was not given; else 1.
 
         A squared error does not saturate as the divergence of two sure predictions does (docs/evidence.md).
 
@@ -308,7 +308,7 @@ class SMARTConfig:
             >>> config.regression_share("lambda_s", [False]), config.regression_share("mu", [False])
             (0.1, 1.0)
         """
-        return 0.1 if isinstance(getattr(self, name), _ByTask) and not all(logits) else 1.0
+        return 0.1 / _WEIGHTS[name] if isinstance(getattr(self, name), _ByTask) and not all(logits) else 1.0
 
     def check_total_steps(self, call: str) -> None:
         """Raise ValueError, naming `call`, if beta is scheduled and `total_steps` is not known."""

@@ -31,7 +31,7 @@ def test_mtdnn_is_the_released_update():
 
 def test_default_is_relative_to_the_embeddings():
     assert (SMARTConfig().scale, SMARTConfig().epsilon) == ("rms", 0.03)
-    assert (SMARTConfig().lambda_s, SMARTConfig().mu, SMARTConfig().memory) == (1, 1, 0.3)
+    assert (SMARTConfig().lambda_s, SMARTConfig().mu, SMARTConfig().memory) == (1, 0.5, 0.3)
 
 
 def test_the_weight_that_goes_with_the_task():
@@ -40,7 +40,7 @@ def test_the_weight_that_goes_with_the_task():
     assert config.regression_share("lambda_s", [True]) == config.regression_share("lambda_s", []) == 1
     assert config.regression_share("lambda_s", [True, False]) == config.regression_share("lambda_s", [False]) == 0.1
     assert config.to_dict()["mu"] is None
-    assert config.regression_share("mu", [False]) == 0.1
+    assert config.mu * config.regression_share("mu", [False]) == 0.1
     assert config.replace(mu=1).regression_share("mu", [False]) == 1
     for copied in (config.replace(mu=1), dataclasses.replace(config, mu=1), SMARTConfig.from_json(config.to_json())):
         assert copied.regression_share("lambda_s", [False]) == 0.1
@@ -120,7 +120,7 @@ def test_is_frozen_and_replaceable():
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.mu = 2.0
     assert config.replace(mu=2).mu == 2
-    assert config.mu == 1
+    assert config.mu == 0.5
     with pytest.raises(ValueError, match="mu must be a finite number"):
         config.replace(mu=-2)
 

@@ -28,9 +28,12 @@ def line(quality, arm="plain", task="a", seed=0, score=80.0, nll=0.5, select=Fal
 def test_settings_leave_out_what_is_off_and_know_the_task(quality):
     assert quality.settings_of("plain", regression=False) == {"lambda_s": 0, "mu": 0, "non_finite": "raise"}
     default = quality.settings_of("SMARTConfig()", regression=False)
-    assert (default["lambda_s"], default["mu"], default["epsilon"], default["memory"]) == (1, 1, 0.03, 0.3)
+    assert (default["lambda_s"], default["mu"], default["epsilon"], default["memory"]) == (1, 0.5, 0.03, 0.3)
     assert quality.settings_of("SMARTConfig()", regression=True)["lambda_s"] == 0.1
-    assert default == quality.settings_of("R_s + D_Breg", regression=False)
+    assert default == quality.settings_of("R_s + D_Breg, mu 0.5", regression=False)
+    assert quality.settings_of("SMARTConfig()", True) == quality.settings_of(
+        "R_s, lambda_s 0.1, + D_Breg, mu 0.1", True
+    )
     assert "beta_late" not in default
     assert "memory" not in quality.settings_of("the paper's values", regression=False)
 
