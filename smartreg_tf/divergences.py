@@ -43,7 +43,18 @@ def symmetric_kl(a: Tensor, b: Tensor, mask: Tensor | None = None) -> Tensor:
     a, b = _pair("symmetric_kl", a, b)
     if _in_blocks(a):
         return _symmetric_kl_in_blocks(a, b, mask)
-    return _with_gradient("symmetric_kl", lambda a, b: _symmetric_kl_terms(a, b)[0], symmetric_kl_grad, a, b, mask)
+
+    @tf.custom_gradient  # type: ignore[untyped-decorator]
+    def divergence(a: Tensor, b: Tensor) -> Any:  # as `_with_gradient`, but the two share their terms
+        j, *terms = _symmetric_kl_terms(a, b)
+
+        def vjp(upstream: Tensor) -> list[Tensor]:
+            each = tf.reshape(upstream, [-1] + [1] * (a.shape.rank - 1))
+            return [each * _mean_grad(grad, mask) for grad in _gradients(a, b, *terms)]
+
+        return mean_positions(j, mask), vjp
+
+    return divergence(a, b)
 
 
 def symmetric_kl_grad(a: Tensor, b: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -144,6 +155,8 @@ def mean_positions(values: Tensor, mask: Tensor | None = None) -> Tensor:
         >>> mean_positions(tf.constant([[1.0, 2.0, 9.0]]), [[1, 1, 0]]).numpy()
         array([1.5], dtype=float32)
     """
+    if mask is None and values.shape.rank == 1:  # one position an example
+        return tf.identity(values)
     weights = position_weights(values[..., None], mask)[..., 0]
     kept = tf.where(weights > 0, values, tf.zeros_like(values)) * weights
     return tf.reduce_sum(kept, axis=list(range(1, values.shape.rank)))
@@ -151,6 +164,8 @@ def mean_positions(values: Tensor, mask: Tensor | None = None) -> Tensor:
 
 def _mean_grad(grad: Tensor, mask: Tensor | None) -> Tensor:
     """Give the gradient of `mean_positions` from that of each position: 0 where the mask is false, NaN or not."""
+    if mask is None and grad.shape.rank == 2:  # one position an example
+        return grad
     weights = position_weights(grad, mask)
     return tf.where(weights > 0, grad, tf.zeros_like(grad)) * weights
 
@@ -283,7 +298,7 @@ def _sum(values: Tensor) -> Tensor:
 
 
 def _argmax(values: Tensor) -> Tensor:
-    return tf.argmax(values, -1)[..., None]
+    return tf.expand_dims(tf.argmax(values, -1), -1)
 
 
 def _take(values: Tensor, at: Tensor) -> Tensor:
@@ -334,12 +349,19 @@ def _symmetric_kl_terms(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor, T
 
 def _symmetric_kl_rows(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return J, dJ/da and dJ/db of each position."""
-    j, p, q, p_minus_q, d_from = _symmetric_kl_terms(a, b)
+    j, *terms = _symmetric_kl_terms(a, b)
+    return j, *_gradients(a, b, *terms)
+
+
+def _gradients(
+    a: Tensor, b: Tensor, p: Tensor, q: Tensor, p_minus_q: Tensor, d_from: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Return dJ/da and dJ/db of each position, from what `_symmetric_kl_terms` found there."""
     # r - E_p r = d - E_p d; d is centred anew, exact near the largest p as it was near the largest q
     d_p, d_q = d_from(_argmax(a)), d_from(_argmax(b))
     grad_a = p * (d_p - _sum(p * d_p)) + p_minus_q
     grad_b = q * (_sum(q * d_q) - d_q) - p_minus_q
-    return j, grad_a, grad_b
+    return grad_a, grad_b
 
 
 def _softmax(a: Tensor) -> tuple[Tensor, Tensor]:

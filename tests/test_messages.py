@@ -18,28 +18,32 @@ from smartreg.perturbation import normalize
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "messages.md").read_text("utf-8")
 tool = runpy.run_path(str(ROOT / "tools" / "make_messages.py"))
-MESSAGES = tool["read"]()
 
 
-def test_the_page_is_that_of_the_code():
+@pytest.fixture(scope="module")
+def messages():
+    return tool["read"]()
+
+
+def test_the_page_is_that_of_the_code(messages):
     """If not: python tools/make_messages.py."""
-    assert tool["page"](MESSAGES) == PAGE
+    assert tool["page"](messages) == PAGE
 
 
-def test_every_message_says_what_to_do_or_what_was_expected_and_got():
-    mute = [message for message in MESSAGES if message.text not in tool["SKIPPED"] and not message.helps]
+def test_every_message_says_what_to_do_or_what_was_expected_and_got(messages):
+    mute = [message for message in messages if message.text not in tool["SKIPPED"] and not message.helps]
     assert not mute
 
 
-def test_a_text_that_is_warned_of_elsewhere_is_on_the_page(tmp_path):
-    texts = {message.text: message.kind for message in MESSAGES}
+def test_a_text_that_is_warned_of_elsewhere_is_on_the_page(messages):
+    texts = {message.text: message.kind for message in messages}
     assert texts[next(text for text in texts if text.startswith("SMART: ‹batches› batches without smart."))] == ""
     assert "trained in eval mode" in PAGE
     assert "does not sum to 0 over axis" in PAGE
 
 
-def test_what_is_skipped_is_there():
-    assert set(tool["SKIPPED"]) <= {message.text for message in MESSAGES}
+def test_what_is_skipped_is_there(messages):
+    assert set(tool["SKIPPED"]) <= {message.text for message in messages}
 
 
 def test_every_exception_that_is_raised_is_read():
@@ -56,9 +60,9 @@ def test_every_exception_that_is_raised_is_read():
                     assert node.exc.id in own, f"{file}: {node.exc.id}"
 
 
-def patterns():
+def patterns(messages):
     """Each message as a regular expression, what is computed being anything."""
-    for message in MESSAGES:
+    for message in messages:
         if message.text not in tool["SKIPPED"]:
             text = re.sub(r"\[[^|]*\|.*\]", "‹›", message.text)  # a choice of texts
             yield "^" + "(.*)".join(map(re.escape, re.split("‹[^›]*›", text))) + "$"
@@ -77,11 +81,11 @@ def patterns():
         (lambda: SMARTConfig(start="gaussian", sigma=0), SMARTWarning),
     ],
 )
-def test_a_message_that_a_user_meets_is_on_the_page(call, error):
+def test_a_message_that_a_user_meets_is_on_the_page(call, error, messages):
     with pytest.raises(error) as caught:  # warnings are errors
         call()
     text = " ".join(str(caught.value).split())
-    assert any(re.match(pattern, text) for pattern in patterns()), text
+    assert any(re.match(pattern, text) for pattern in patterns(messages)), text
 
 
 def test_a_message_without_help_is_seen():

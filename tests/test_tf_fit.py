@@ -483,7 +483,7 @@ def test_the_models_own_exception_leaves_it_as_it_was():
 
 @pytest.mark.parametrize("second", [{}, {"lambda_s": 0.0, "mu": 0.0}], ids=["both at work", "the second switched off"])
 def test_two_callbacks_in_one_fit(second):
-    model = compiled(sequential, CE)
+    model = compiled(sequential, CE, run_eagerly=True)  # in a graph: test_fit_after_an_exception_is_plain
     model.fit(IDS, Y, verbose=0)
     before = state(model)
     callbacks = [SMARTCallback(papers(**{**SETTINGS, **changes})) for changes in ({}, second)]
@@ -499,7 +499,7 @@ def test_two_callbacks_in_one_fit(second):
 
 
 def test_a_second_callback_does_not_end_an_attach():
-    model = compiled(sequential, CE)
+    model = compiled(sequential, CE, run_eagerly=True)
     model.fit(IDS, Y, verbose=0)
     before = state(model)
     with attach(model, papers(**SETTINGS, total_steps=9)) as smart:

@@ -161,7 +161,7 @@ def test_precisions(tmp_path, policy):
 
 def test_fewer_steps_than_asked_for_and_a_second_fit(tmp_path):
     path = tmp_path / "run.npz"
-    model = compiled(sequential, CE, 0.1)
+    model = compiled(sequential, CE, 0.1, run_eagerly=True)
     callback = SMARTCallback(CONFIG, record=path)
     model.fit(IDS, Y, batch_size=4, verbose=0, callbacks=[callback])
     report = compare_run(path)

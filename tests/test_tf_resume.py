@@ -1,6 +1,7 @@
 """A broken run that goes on equals the unbroken one; what is saved loads, with this package and without."""
 
 import os
+import shutil
 import subprocess
 import sys
 
@@ -77,15 +78,28 @@ def test_backup_and_restore(tmp_path, ours_first, whole):
     assert not (tmp_path / "backup").exists()
 
 
-@pytest.mark.parametrize("name", ["{epoch}.weights.h5", "{epoch}.keras"])
-def test_model_checkpoint_and_resume(tmp_path, name, whole):
-    path = str(tmp_path / name)
-    weights_only = name.endswith("h5")
-    saves = keras.callbacks.ModelCheckpoint(path, save_weights_only=weights_only)
-    with pytest.raises(KeyboardInterrupt):
-        fit(classifier(), [SMARTCallback(CONFIG), saves, Interrupts()])
-    file = path.format(epoch=2)
-    if weights_only:
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory):
+    """Two runs of 4 epochs that stop after 2 of them: 1.keras, 2.keras and the same as .weights.h5."""
+    folder = tmp_path_factory.mktemp("broken")
+    for weights_only, name in ((False, "{epoch}.keras"), (True, "{epoch}.weights.h5")):
+        saves = keras.callbacks.ModelCheckpoint(folder / name, save_weights_only=weights_only)
+        with pytest.raises(KeyboardInterrupt):
+            fit(classifier(), [SMARTCallback(CONFIG), saves, Interrupts()])
+    return folder
+
+
+@pytest.fixture
+def checkpoint(broken, tmp_path):
+    """A copy of them: the path of 2.keras, beside 2.weights.h5."""
+    shutil.copytree(broken, tmp_path, dirs_exist_ok=True)
+    return str(tmp_path / "2.keras")
+
+
+@pytest.mark.parametrize("name", ["2.weights.h5", "2.keras"])
+def test_model_checkpoint_and_resume(checkpoint, name, whole):
+    file = checkpoint.replace("2.keras", name)
+    if name.endswith("h5"):
         model = classifier()
         model.load_weights(file)
     else:
@@ -93,23 +107,16 @@ def test_model_checkpoint_and_resume(tmp_path, name, whole):
     callback = SMARTCallback(CONFIG, resume=file)
     fit(model, [callback], initial_epoch=2)
     assert_equal_runs(model, callback, *whole[:2])
-    # without the state beside it, the run is another
+
+
+def test_without_the_state_beside_the_weights_the_run_is_another(checkpoint, whole):
+    file = checkpoint.replace("keras", "weights.h5")
     os.remove(f"{file}.smart.npz")
-    other = SMARTCallback(CONFIG)
+    callback = SMARTCallback(CONFIG)
     model = classifier()
     model.load_weights(file)
-    fit(model, [other], initial_epoch=2)
-    assert np.abs(other.engine.averages[0] - whole[1].engine.averages[0]).max() > 0
-
-
-@pytest.fixture
-def checkpoint(tmp_path):
-    """A run of 4 epochs that stops after 2 of them: 2.keras and 2.weights.h5."""
-    for weights_only, name in ((False, "{epoch}.keras"), (True, "{epoch}.weights.h5")):
-        saves = keras.callbacks.ModelCheckpoint(tmp_path / name, save_weights_only=weights_only)
-        with pytest.raises(KeyboardInterrupt):
-            fit(classifier(), [SMARTCallback(CONFIG), saves, Interrupts()])
-    return str(tmp_path / "2.keras")
+    fit(model, [callback], initial_epoch=2)
+    assert np.abs(callback.engine.averages[0] - whole[1].engine.averages[0]).max() > 0
 
 
 def test_a_resumed_model_that_was_not_loaded_warns(checkpoint):

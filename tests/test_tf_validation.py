@@ -60,11 +60,17 @@ def engine_of(model):
     return model._smartreg_engine
 
 
-def loss_of(values):
+@pytest.fixture(scope="module")
+def loss_of():
+    """The loss on DEV of weights in a model of their own, that SMART has never seen."""
     model = classifier()
-    for weight, value in zip(model.trainable_variables, values, strict=True):
-        weight.assign(value)
-    return model.evaluate(*DEV, verbose=0, batch_size=4)
+
+    def loss(values):
+        for weight, value in zip(model.trainable_variables, values, strict=True):
+            weight.assign(value)
+        return model.evaluate(*DEV, verbose=0, batch_size=4)
+
+    return loss
 
 
 class Seen(keras.callbacks.Callback):
@@ -121,7 +127,7 @@ def test_theta_tilde_alone_is_beside_plain_training_bit_for_bit(eager, plain):
 
 @pytest.mark.parametrize("wrap", [False, True], ids=["callback", "SMARTModel"])
 @pytest.mark.parametrize("config", [ALONE, ALL.replace(mu=0), ALL], ids=["alone", "R_s", "R_s and D_Breg"])
-def test_each_validation_is_of_theta_tilde_and_the_model_has_it_at_the_end(config, wrap):
+def test_each_validation_is_of_theta_tilde_and_the_model_has_it_at_the_end(config, wrap, loss_of):
     seen = Seen()
     model = wrapped(config) if wrap else classifier()
     callback = None if wrap else SMARTCallback(config)
@@ -262,7 +268,7 @@ def test_weights_that_a_callback_sets_after_a_validation_stay():
     fit(classifier(), [SMARTCallback(ALONE), Resets()], epochs=2)
 
 
-def test_a_callback_that_evaluates_gets_theta_tilde():
+def test_a_callback_that_evaluates_gets_theta_tilde(loss_of):
     found = []
 
     class Asks(keras.callbacks.Callback):
@@ -275,7 +281,7 @@ def test_a_callback_that_evaluates_gets_theta_tilde():
     assert abs(found[-1] - loss_of(seen.theta[-1])) > 1e-5
 
 
-def test_attach_evaluates_by_hand():
+def test_attach_evaluates_by_hand(loss_of):
     model = classifier()
     with attach(model, ALONE.replace(total_steps=6)) as smart:
         for _ in range(6):
