@@ -222,6 +222,7 @@ class SMARTCallback(keras.callbacks.Callback):  # type: ignore[misc]
         # less than an epoch too many is the one that was broken off, which begins again
         if done >= (epoch + 1) * each and done + left >= total + each:
             behind = done // each
+            self.engine.reports.warned.add("total_steps")
             warnings.warn(
                 f"SMARTCallback: the run that goes on has {done} optimiser steps behind it, and fit would take {left} "
                 f"more, but total_steps is {total}. Give fit(..., initial_epoch={behind}), and as epochs= those "

@@ -36,6 +36,7 @@ class Reports:
         found: what the last traced step chose; None before the first.
         drawn: the operations of the step that draw anew in every pass.
         skipped: the steps without a finite penalty.
+        warned: what was warned of, which is said once.
     """
 
     def __init__(self, config: SMARTConfig) -> None:
@@ -43,7 +44,7 @@ class Reports:
         self.found: Found | None = None
         self.drawn: list[str] = []
         self.skipped = 0
-        self._warned: set[str] = set()
+        self.warned: set[str] = set()
         self._last: dict[str, float] = {}
         # the sum over the replicas
         self.faults = keras.Variable(
@@ -103,10 +104,10 @@ class Reports:
             RuntimeError, ValueError: as `refuse`.
         """
         total = self._config.total_steps
-        if total is not None and self._config.needs_total_steps and "total_steps" not in self._warned:
+        if total is not None and self._config.needs_total_steps and "total_steps" not in self.warned:
             taken = step()
             if taken > total:
-                self._warned.add("total_steps")
+                self.warned.add("total_steps")
                 warnings.warn(past_the_end(taken, total), SMARTWarning, stacklevel=2)
         # Reading waits for the device, every step: a fault has to be raised before on_train_batch_end, where a
         # checkpoint may be written, and a step that XLA compiles cannot raise by itself.
@@ -116,8 +117,8 @@ class Reports:
         self.faults.assign(np.zeros(len(_FAULTS), np.int64))
         self.refuse(counts, site)
         for name, message in _WARNINGS.items():
-            if counts[name] and name not in self._warned:
-                self._warned.add(name)
+            if counts[name] and name not in self.warned:
+                self.warned.add(name)
                 warnings.warn(message, SMARTWarning, stacklevel=2)
         broken = [name for name in _NOT_FINITE if counts[name]]
         if broken:

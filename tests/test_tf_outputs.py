@@ -270,7 +270,7 @@ def test_total_steps_of_an_unknown_length():
     callback = SMARTCallback()
     model.fit(batches, epochs=2, steps_per_epoch=2, **quiet, callbacks=[callback])
     assert callback.engine.config.total_steps == 4
-    model.fit(batches, **quiet, callbacks=[SMARTCallback(papers(total_steps=4))])
+    model.fit(batches, **quiet, callbacks=[SMARTCallback(papers(total_steps=8))])
     with (
         pytest.raises(ValueError, match=r"attach: mu > 0 and theta~ remembers .* total_steps is needed"),
         attach(model),

@@ -141,8 +141,9 @@ def test_weights_without_the_optimisers_state_are_resumed_in_silence(checkpoint)
 
 def test_a_forgotten_initial_epoch_warns(checkpoint):
     message = r"has 6 optimiser steps behind it, and fit would take 12 more, but total_steps is 12. .*initial_epoch=2\)"
-    with pytest.warns(SMARTWarning, match=message):
+    with pytest.warns(SMARTWarning, match=message) as said:
         fit(keras.models.load_model(checkpoint), [SMARTCallback(CONFIG, resume=checkpoint)])
+    assert len(said) == 1  # and not once more beyond total_steps
     whole_run = CONFIG.replace(total_steps=12)
     with pytest.warns(SMARTWarning, match=message):
         fit(keras.models.load_model(checkpoint), [SMARTCallback(whole_run, resume=checkpoint)])
@@ -210,7 +211,8 @@ def test_smart_model_equals_the_callback_and_loads_with_its_teacher(tmp_path, wh
     np.testing.assert_array_equal(loaded.predict(IDS, verbose=0), smart.predict(IDS, verbose=0))
     with smart.swap_teacher(), loaded.swap_teacher():
         np.testing.assert_array_equal(loaded.predict(IDS, verbose=0), smart.predict(IDS, verbose=0))
-    again = fit(loaded, [], epochs=1)
+    with pytest.warns(SMARTWarning, match="step 13 of a run of total_steps=12"):
+        again = fit(loaded, [], epochs=1)
     assert set(again) == {"loss", "smoothness", "proximal"}
     assert again["proximal"][0] > 1e-6  # theta~ is not theta
 
