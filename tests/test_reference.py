@@ -157,15 +157,15 @@ def test_R_s_in_the_first_of_every_K_steps_with_K_times_its_weight():
     assert [step.D_Breg > 0 for step in steps] == [False] + [True] * 6
 
 
-@pytest.mark.parametrize(("divergence", "share"), [("squared_error", 0.1), ("symmetric_kl", 1.0)])
-def test_a_weight_that_is_not_given_follows_the_task(divergence, share):
+@pytest.mark.parametrize(("divergence", "lambda_s", "mu"), [("squared_error", 0.1, 0.1), ("symmetric_kl", 1.0, 0.5)])
+def test_a_weight_that_is_not_given_follows_the_task(divergence, lambda_s, mu):
     rng = np.random.default_rng(0)
     theta, batches = make_theta(rng), [make_batch(rng, divergence)]
     noise = [np.sign(rng.normal(size=(4, 3)))]
-    chosen, by_hand = SMARTConfig(total_steps=9), SMARTConfig(lambda_s=share, mu=share, total_steps=9)
+    chosen, by_hand = SMARTConfig(total_steps=9), SMARTConfig(lambda_s=lambda_s, mu=mu, total_steps=9)
     _, default = fit_reference(theta, batches * 2, chosen, noise * 2, divergence=divergence)
     _, given = fit_reference(theta, batches * 2, by_hand, noise * 2, divergence=divergence)
-    assert default.objective == default.loss + share * default.R_s + share * default.D_Breg
+    assert default.objective == default.loss + lambda_s * default.R_s + mu * default.D_Breg
     assert min(default.R_s, default.D_Breg) > 0
     assert all(np.array_equal(default.gradients[name], given.gradients[name]) for name in theta)
 

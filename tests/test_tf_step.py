@@ -58,15 +58,15 @@ def test_one_mini_batch_by_hand(start):
     assert not any(bool(fault) for fault in step.faults.values())
 
 
-@pytest.mark.parametrize(("output", "share"), [("regression", 0.1), ("logits", 1.0)])
-def test_a_weight_that_is_not_given_follows_the_task(output, share):
+@pytest.mark.parametrize(("output", "lambda_s", "mu"), [("regression", 0.1, 0.1), ("logits", 1.0, 0.5)])
+def test_a_weight_that_is_not_given_follows_the_task(output, lambda_s, mu):
     model = linear()
     weights, bias = model.get_weights()
-    for config, want in ((SMARTConfig(), share), (SMARTConfig(lambda_s=1, mu=1), 1.0)):
+    for config, want in ((SMARTConfig(), (lambda_s, mu)), (SMARTConfig(lambda_s=1, mu=1), (1.0, 1.0))):
         model.set_weights([weights, bias])
         teacher = Teacher(model, config)
         teacher.follow()
-        model.set_weights([weights + 1, bias])
+        model.set_weights([3 * weights, bias])  # the outputs' differences move, too
         watch = CleanPasses(Site(model))
         with watch.installed(), tf.GradientTape():
             with watch.recording(differentiable=True) as recorded:
@@ -74,8 +74,8 @@ def test_a_weight_that_is_not_given_follows_the_task(output, share):
             draw = partial(drawn, step=tf.constant(0, tf.int64), seed=0)
             step = smart_step(recorded[0], [Head(0, output)], None, None, teacher, config, 1.0, draw, None)
         R_s, D_Breg = float(step.terms["R_s"]), float(step.terms["D_Breg"])
-        assert min(R_s, D_Breg) > 0
-        assert float(step.penalty) == pytest.approx(want * R_s + want * D_Breg, rel=1e-6)
+        assert min(R_s, D_Breg) > 1e-3
+        assert float(step.penalty) == pytest.approx(want[0] * R_s + want[1] * D_Breg, rel=1e-6)
 
 
 def test_a_closed_gate_lets_no_nan_through():

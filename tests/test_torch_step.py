@@ -136,10 +136,10 @@ def test_the_paper_start_and_the_seed_make_a_run_reproducible():
 
 
 @pytest.mark.parametrize("lean", [False, True])
-@pytest.mark.parametrize(("divergence", "share"), [("squared_error", 0.1), ("symmetric_kl", 1.0)])
-def test_a_weight_that_is_not_given_follows_the_task(ids, divergence, share, lean):
+@pytest.mark.parametrize(("divergence", "lambda_s", "mu"), [("squared_error", 0.1, 0.1), ("symmetric_kl", 1.0, 0.5)])
+def test_a_weight_that_is_not_given_follows_the_task(ids, divergence, lambda_s, mu, lean):
     model, found, gradients = Model(), [], []
-    for config in (SMARTConfig(total_steps=9), SMARTConfig(lambda_s=share, mu=share, total_steps=9)):
+    for config in (SMARTConfig(total_steps=9), SMARTConfig(lambda_s=lambda_s, mu=mu, total_steps=9)):
         torch.manual_seed(0)
         smart = SMART(model, config, divergence=divergence, on_step=found.append, lean=lean)
         for average in smart.teacher.values():
@@ -151,7 +151,7 @@ def test_a_weight_that_is_not_given_follows_the_task(ids, divergence, share, lea
     assert found[0].metrics["R_s"] == found[1].metrics["R_s"] > 0
     assert found[0].metrics["D_Breg"] == found[1].metrics["D_Breg"] > 0
     assert found[0].metrics["penalty"] == pytest.approx(
-        share * (found[0].metrics["R_s"] + found[0].metrics["D_Breg"]), rel=1e-6
+        lambda_s * found[0].metrics["R_s"] + mu * found[0].metrics["D_Breg"], rel=1e-6
     )
     assert all(map(torch.equal, *gradients))
 
