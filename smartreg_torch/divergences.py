@@ -232,8 +232,9 @@ def _symmetric_kl_rows(a: Tensor, b: Tensor, wanted: Any) -> tuple[Tensor, Tenso
 
 
 def _is_sure(condition: Tensor) -> bool:
-    """Tell whether a condition is true everywhere, if that can be known without waiting for a device."""
-    return condition.is_cpu and not torch.compiler.is_compiling() and bool(condition.all())
+    """Tell whether a condition is true everywhere, if it has values now: not on a device, in a trace or a subclass."""
+    known = type(condition) is Tensor and condition.is_cpu and not torch.compiler.is_compiling()
+    return known and bool(condition.all())
 
 
 def _with_far_classes(

@@ -49,10 +49,15 @@ def bert():
     return model, text() | {"labels": torch.randint(3, (N,))}
 
 
+class Fake(torch.Tensor):
+    """Stands for tensors that have no values, as those of FakeTensorMode."""
+
+
 def test_a_condition_on_a_device_is_not_waited_for():
     assert divergences._is_sure(torch.tensor([True]))
     assert not divergences._is_sure(torch.tensor([True, False]))
     assert not divergences._is_sure(torch.ones(1, dtype=torch.bool, device="meta"))
+    assert not divergences._is_sure(torch.tensor([True]).as_subclass(Fake))
 
 
 def test_nothing_in_a_step_waits_for_the_device(late, start):
