@@ -44,17 +44,11 @@ def symmetric_kl(a: Tensor, b: Tensor, mask: Tensor | None = None) -> Tensor:
     if _in_blocks(a):
         return _symmetric_kl_in_blocks(a, b, mask)
 
-    @tf.custom_gradient  # type: ignore[untyped-decorator]
-    def divergence(a: Tensor, b: Tensor) -> Any:  # as `_with_gradient`, but the two share their terms
+    def value(a: Tensor, b: Tensor) -> Any:
         j, *terms = _symmetric_kl_terms(a, b)
+        return j, lambda: [_mean_grad(grad, mask) for grad in _gradients(a, b, *terms)]
 
-        def vjp(upstream: Tensor) -> list[Tensor]:
-            each = tf.reshape(upstream, [-1] + [1] * (a.shape.rank - 1))
-            return [each * _mean_grad(grad, mask) for grad in _gradients(a, b, *terms)]
-
-        return mean_positions(j, mask), vjp
-
-    return divergence(a, b)
+    return _with_gradient("symmetric_kl", value, a, b, mask)
 
 
 def symmetric_kl_grad(a: Tensor, b: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -89,11 +83,11 @@ def bernoulli_symmetric_kl(a: Tensor, b: Tensor, mask: Tensor | None = None) -> 
         array([0.], dtype=float32)
     """
 
-    def value(a: Tensor, b: Tensor) -> Tensor:
+    def value(a: Tensor, b: Tensor) -> Any:
         d, difference = _bernoulli_terms(a, b)
-        return tf.reduce_sum(difference * d, -1)
+        return tf.reduce_sum(difference * d, -1), lambda: bernoulli_symmetric_kl_grad(a, b, mask)
 
-    return _with_gradient("bernoulli_symmetric_kl", value, bernoulli_symmetric_kl_grad, a, b, mask)
+    return _with_gradient("bernoulli_symmetric_kl", value, a, b, mask)
 
 
 def bernoulli_symmetric_kl_grad(a: Tensor, b: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -123,10 +117,10 @@ def squared_error(a: Tensor, b: Tensor, mask: Tensor | None = None) -> Tensor:
         array([0., 4.], dtype=float32)
     """
 
-    def value(a: Tensor, b: Tensor) -> Tensor:
-        return tf.reduce_sum((a - b) ** 2, -1)
+    def value(a: Tensor, b: Tensor) -> Any:
+        return tf.reduce_sum((a - b) ** 2, -1), lambda: squared_error_grad(a, b, mask)
 
-    return _with_gradient("squared_error", value, squared_error_grad, a, b, mask)
+    return _with_gradient("squared_error", value, a, b, mask)
 
 
 def squared_error_grad(a: Tensor, b: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -196,20 +190,23 @@ def as_mask(mask: Tensor) -> Tensor:
     return mask if mask.dtype == tf.bool else mask != 0
 
 
-def _with_gradient(
-    call: str, value: Callable[..., Tensor], grad: Callable[..., Any], a: Tensor, b: Tensor, mask: Tensor | None
-) -> Tensor:
-    """Average `value` over positions, differentiated by `grad`: autodiff of the value cancels digits away."""
+def _with_gradient(call: str, value: Callable[..., Any], a: Tensor, b: Tensor, mask: Tensor | None) -> Tensor:
+    """Average a value over positions; autodiff of it would cancel digits away.
+
+    Args:
+        value: (a, b) -> its value at each position, and a function that gives the two gradients of the average.
+    """
     a, b = _pair(call, a, b)
 
     @tf.custom_gradient  # type: ignore[untyped-decorator]
     def divergence(a: Tensor, b: Tensor) -> Any:
-        def vjp(upstream: Tensor) -> tuple[Tensor, Tensor]:
-            each = tf.reshape(upstream, [-1] + [1] * (a.shape.rank - 1))
-            grad_a, grad_b = grad(a, b, mask)
-            return each * grad_a, each * grad_b
+        values, gradients = value(a, b)
 
-        return mean_positions(value(a, b), mask), vjp
+        def vjp(upstream: Tensor) -> list[Tensor]:
+            each = tf.reshape(upstream, [-1] + [1] * (a.shape.rank - 1))
+            return [each * grad for grad in gradients()]
+
+        return mean_positions(values, mask), vjp
 
     return divergence(a, b)
 
