@@ -2,8 +2,8 @@
 
 python benchmarks/memory.py
 
-Each method has a process of its own, so that no other's memory is in its peak. On a CPU it is the peak of the resident
-set, as Linux reports it; on a GPU the allocator's. The memory after the model has run on one row of one token without a
+On a CPU each method has a process of its own, so that no other's memory is in its peak, which is that of the resident
+set, as Linux reports it; on a GPU it is the allocator's. The memory after the model has run on one row of one token without a
 graph is subtracted. What is left is gradients, activations, theta~ and whatever else the method keeps.
 
 Beside the methods of step_cost.py there are those that save less for the backward:
@@ -19,6 +19,7 @@ The last two are not in smartreg_torch; they are tried here.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import re
@@ -34,7 +35,7 @@ import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
-from step_cost import FLOORS, OURS, Bench, make_model
+from step_cost import FLOORS, OURS, SIZES, Bench, make_model
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
@@ -50,6 +51,7 @@ METHODS = [*FLOORS, "plain, checkpointed", *OTHERS]
 def now(device: str) -> float:
     """Return the memory now in MB, and reset the peak."""
     if device == "cuda":
+        gc.collect()
         torch.cuda.reset_peak_memory_stats()
     else:
         Path("/proc/self/clear_refs").write_text("5")
@@ -188,7 +190,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="The peak memory of a training step with SMART over a plain step's.")
     add = parser.add_argument
     add("--one", nargs=5, help=argparse.SUPPRESS)
-    add("--model", choices=("minilm", "bert-base"), default="minilm")
+    add("--model", choices=SIZES, default="minilm")
     add("--batch", nargs="+", type=int, default=[8, 32])
     add("--length", nargs="+", type=int, default=[32, 128])
     add("--method", nargs="+", choices=METHODS, default=list(FLOORS), help="plain is always among them")
@@ -211,7 +213,8 @@ def main() -> None:
         for batch in args.batch:
             megabytes = {}
             for method in dict.fromkeys(["plain", *args.method]):
-                found = in_a_process(__file__, args.model, batch, length, method, args.device)
+                asked = args.model, batch, length, method, args.device
+                found = measure(*asked) if args.device == "cuda" else in_a_process(__file__, *asked)
                 megabytes[method] = found["after"] - found["before"]
             title = f"{args.model}, {batch} x {length} tokens"
             table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)

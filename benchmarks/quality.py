@@ -4,8 +4,8 @@
     python benchmarks/quality.py table
 
 A task is a folder with train.tsv and dev.tsv, as examples/finetune_text.py reads them. A run that has its line in
---lines is not run again, so hours of runs add up over days; several processes may share one file. In every arm a seed
-has the same training rows, order, initial head and dropout masks.
+--lines is not run again, so hours of runs add up over days. In every arm a seed has the same training rows, order,
+initial head and dropout masks. `--device cuda --jobs 12` has twelve runs at a time on one GPU.
 
 `run --select` measures on training rows that the seed did not draw, with seeds from 100: what it finds chooses epochs
 and learning rate (`run --tuned`), and the final table has neither these seeds nor these rows.
@@ -13,23 +13,25 @@ and learning rate (`run --tuned`), and the final table has neither these seeds n
 What a line has: `score` (accuracy, or Pearson's r, in %), `nll` (or the mean squared error of standardised scores),
 `ece` (calibration error, 15 bins), `corrupted` (the score with typos and dropped words), `other` (the score on the
 dev.tsv of --other), `attacked` (the score at the worst point that an attack with the labels finds in a ball of 0.03
-rms), `R_s` (of that ball), `train_loss`, `steps`, `seconds` (of CPU, in all steps); and under `averages` the same of
-theta~ by its memory.
+rms), `R_s` (of that ball), `train_loss`, `steps`, `seconds` (in all steps; of CPU time on a CPU); and under `averages`
+the same of theta~ by its memory.
 """
 
 from __future__ import annotations
 
 import argparse
-import fcntl
 import functools
 import json
+import multiprocessing
 import random
 import re
 import statistics
 import sys
 import time
+import traceback
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from itertools import cycle, product
 from pathlib import Path
 from typing import Any
@@ -47,7 +49,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, get_
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-from finetune_text import Row, collator, default_model, interval, length, load
+from finetune_text import Row, collator, default_model, interval, length, load, moved
 
 from smartreg_torch import SMART, SMARTConfig
 from smartreg_torch.divergences import squared_error, symmetric_kl
@@ -94,9 +96,11 @@ ARMS: dict[str, dict[str, Any]] = {
     "the paper's values": SMARTConfig.paper().to_dict(),
     "smart-pytorch": PLAIN | {"peer": 0.02},
     "R_s, unlabelled too": SMOOTH | {"unlabelled": 2000},
+    "R_s, unlabelled too, a tenth": SMOOTH | {"unlabelled": 2000, "share": 0.1},
+    "R_s, unlabelled too, a hundredth": SMOOTH | {"unlabelled": 2000, "share": 0.01},
     "SMARTConfig()": SMARTConfig().to_dict(),
 }
-NOT_SETTINGS = ("longer", "r_drop", "peer", "unlabelled")  # what an arm does beside SMARTConfig
+NOT_SETTINGS = ("longer", "r_drop", "peer", "unlabelled", "share")  # what an arm does beside SMARTConfig
 
 
 def settings_of(arm: str, regression: bool) -> dict[str, Any]:
@@ -155,19 +159,21 @@ def train(
         for fraction in memories
     }
     config = SMARTConfig(**{k: v for k, v in chosen.items() if k not in NOT_SETTINGS}, total_steps=steps)
-    more = cycle(unlabelled) if unlabelled else None
+    more = cycle(moved(unlabelled, model)) if unlabelled else None
     losses: list[float] = []
     seconds = 0.0
+    # on a CPU of all threads: other load on the machine counts less
+    clock = time.perf_counter if model.device.type == "cuda" else time.process_time
     model.train()
     with SMART(model, config) as smart:
         for _ in range(epochs):
-            for batch in loader:
-                started = time.process_time()  # of all threads: other load on the machine counts less
+            for batch in moved(loader, model):
+                started = clock()
                 output, penalty = smart(**batch)
                 loss = output.loss + penalty
                 if more is not None:
-                    loss = loss + smart(**next(more))[1]
-                with torch.random.fork_rng([]):  # masks of their own; the next step's stay as in the other arms
+                    loss = loss + chosen.get("share", 1.0) * smart(**next(more))[1]
+                with torch.random.fork_rng():  # masks of their own; the next step's stay as in the other arms
                     torch.manual_seed(len(losses) + (line["seed"] << 20))
                     if "r_drop" in chosen:
                         again = model(**batch).logits
@@ -181,7 +187,7 @@ def train(
                 optimizer.zero_grad()
                 smart.update()
                 losses.append(output.loss.item())
-                seconds += time.process_time() - started
+                seconds += clock() - started
                 for average in averages.values():
                     average.update_parameters(model)
     found = {"train_loss": statistics.fmean(losses[-len(loader) :]), "steps": steps, "seconds": round(seconds, 2)}
@@ -234,13 +240,13 @@ def worst(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
 def score(logits: Tensor, labels: Tensor) -> float:
     if logits.shape[-1] > 1:
         return 100 * float((logits.argmax(-1) == labels).float().mean())
-    return 100 * float(np.corrcoef(logits.squeeze(-1), labels)[0, 1])
+    return 100 * float(np.corrcoef(logits.squeeze(-1).cpu(), labels.cpu())[0, 1])
 
 
 def predictions(model: Any, rows: list[Row], collate: Any) -> tuple[Tensor, Tensor]:
     loader: Any = DataLoader(sorted(rows, key=length), 32, collate_fn=collate)  # type: ignore[arg-type]
     with torch.no_grad():
-        found = [(model(**batch).logits, batch["labels"]) for batch in loader]
+        found = [(model(**batch).logits, batch["labels"]) for batch in moved(loader, model)]
     return torch.cat([z for z, _ in found]), torch.cat([y for _, y in found])
 
 
@@ -254,7 +260,7 @@ def measure(model: Any, rows: dict[str, list[Row]], collate: Any) -> dict[str, f
     found |= {name: score(*predictions(model, rows[name], collate)) for name in ("corrupted", "other") if name in rows}
     if "attacked" in rows:
         some: Any = DataLoader(sorted(rows["attacked"], key=length), 32, collate_fn=collate)  # type: ignore[arg-type]
-        attacked = [(*worst(model, batch), batch["labels"]) for batch in some]
+        attacked = [(*worst(model, batch), batch["labels"]) for batch in moved(some, model)]
         found["attacked"] = score(torch.cat([z for z, _, _ in attacked]), torch.cat([y for _, _, y in attacked]))
         found["R_s"] = float(torch.cat([r for _, r, _ in attacked]).mean())
     return {name: round(value, 5) for name, value in found.items()}
@@ -282,7 +288,7 @@ def run_once(args: argparse.Namespace, line: dict[str, Any]) -> dict[str, Any]:
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     head = {"num_labels": 1} if classes is None else {"id2label": dict(enumerate(classes))}
     torch.manual_seed(seed)
-    model = AutoModelForSequenceClassification.from_pretrained(args.model, dtype=torch.float32, **head)
+    model = AutoModelForSequenceClassification.from_pretrained(args.model, dtype=torch.float32, **head).to(args.device)
     collate = collator(tokenizer, args.max_length, classes is None)
 
     def batches(rows: list[Row], collate: Any) -> Any:
@@ -336,11 +342,32 @@ def chosen_by(lines: list[dict[str, Any]], arm: str, regression: bool, size: int
     return max(means, key=means.__getitem__) if means else None
 
 
-def run(args: argparse.Namespace) -> None:
-    """Run what has no line yet: arms inside seeds, so that a broken-off run has whole pairs."""
-    torch.set_num_threads(args.threads)
+def results(
+    args: argparse.Namespace, wanted: list[dict[str, Any]]
+) -> Iterator[tuple[dict[str, Any], dict[str, Any] | None]]:
+    """Yield each line with what its run found, None if it failed, as they end."""
+    if args.jobs == 1:
+        prepare(args.threads)
+        yield from ((line, run_once(args, line)) for line in wanted)
+        return
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(args.jobs, spawn, prepare, (args.threads,)) as pool:
+        runs = {pool.submit(run_once, args, line): line for line in wanted}
+        for done in as_completed(runs):
+            if error := done.exception():
+                traceback.print_exception(error)
+            yield runs[done], None if error else done.result()
+
+
+def prepare(threads: int) -> None:
+    """Prepare a process for its runs."""
+    torch.set_num_threads(threads)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run what has no line yet: arms inside seeds, so that a broken-off run has whole pairs."""
     first, end = args.seeds or ((100, 102) if args.select else (0, 10))
     wanted = []
     for seed in range(first, end):
@@ -359,15 +386,18 @@ def run(args: argparse.Namespace) -> None:
                         "model": "/".join(Path(args.model).parts[-2:]),
                     }
                     wanted.append(line | {"settings": settings})
-    for at, line in enumerate(wanted):
-        if at % args.of[1] != args.of[0] or key(line) in map(key, lines_of(args.lines)):
+    done = set(map(key, lines_of(args.lines)))
+    failed = 0
+    for line, found in results(args, [line for line in wanted if key(line) not in done]):
+        if found is None:
+            failed += 1
             continue
-        found = line | {"other_task": args.other} | run_once(args, line)
         with args.lines.open("a") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            file.write(json.dumps(found) + "\n")
+            file.write(json.dumps(line | {"other_task": args.other} | found) + "\n")
         shown = ", ".join(f"{name} {found[name]:.4g}" for name in (*MEASURES, "seconds") if name in found)
         print(f"{line['task']} {line['size']} seed {line['seed']} {line['arm']}: {shown}", flush=True)
+    if failed:
+        raise SystemExit(f"{failed} runs failed")
 
 
 MEASURES = ("score", "corrupted", "nll", "ece", "other", "attacked", "R_s")
@@ -621,7 +651,8 @@ def main() -> None:
     add("--batch-size", type=int, default=16)
     add("--max-length", type=int, default=64)
     add("--threads", type=int, default=2)
-    add("--of", nargs=2, type=int, default=[0, 1], metavar=("K", "N"), help="only the runs k, k + n, k + 2n, ...")
+    add("--device", default="cpu")
+    add("--jobs", type=int, default=1, help="runs at a time, each in a process with --threads")
     runs.set_defaults(call=run)
     shown = commands.add_parser("table", help="print the tables of all lines")
     shown.add_argument("--docs", nargs="+", type=Path, default=[], help="pages with <!-- TITLE --> ... <!-- end -->")

@@ -191,12 +191,13 @@ def report(console: Console, name: str, points: list[Point]) -> None:
     console.print()
 
 
-def report_over(console: Console, rounds: int) -> None:
-    """Print the CPU milliseconds above the floor at 1M parameters, and those of the parts."""
-    p = point_of_size(*SIZES[0], "cpu")
-    p.bench.clock = time.process_time
+def report_over(console: Console, rounds: int, device: str) -> None:
+    """Print the milliseconds above the floor at 1M parameters, of CPU time on a CPU, and those of the parts."""
+    p = point_of_size(*SIZES[0], device)
+    if device == "cpu":
+        p.bench.clock = time.process_time
     measure([p], rounds)
-    console.print(f"{p.at:.2g}M parameters, {BATCH} x {LENGTH} tokens, {rounds} rounds: CPU ms above the floor")
+    console.print(f"{p.at:.2g}M parameters, {BATCH} x {LENGTH} tokens, {rounds} rounds: {device} ms above the floor")
     for method in METHODS:
         needs = {("plain" if part == "P" else part): times for part, times in p.floors[method].items()}
         over = [r[method] - sum(times * r[part] for part, times in needs.items()) for r in p.rounds]
@@ -235,7 +236,7 @@ def main() -> None:
     add = parser.add_argument
     add("--panel", nargs="+", choices=PANELS, default=list(PANELS))
     add("--rounds", type=int, default=9)
-    add("--over", action="store_true", help="print the CPU ms above the floor at 1M parameters, and nothing else")
+    add("--over", action="store_true", help="print the ms above the floor at 1M parameters, and nothing else")
     add("--threads", type=int, default=2)
     add("--device", default="cpu")
     add("--json", type=Path, default=Path("out/scale.json"))
@@ -245,7 +246,7 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     if args.over:
-        report_over(Console(highlight=False, width=130), args.rounds)
+        report_over(Console(highlight=False, width=130), args.rounds, args.device)
         return
     for file in (args.json, args.figure):
         file.parent.mkdir(parents=True, exist_ok=True)

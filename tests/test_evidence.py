@@ -101,7 +101,7 @@ def test_a_run_with_a_line_is_not_run_again(quality, monkeypatch, tmp_path):
         rate=1e-4,
         batch_size=16,
         model="m",
-        of=[0, 1],
+        jobs=1,
         threads=2,
         lines=tmp_path / "lines.jsonl",
         other=None,
