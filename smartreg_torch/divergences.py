@@ -7,6 +7,8 @@ Float32 and float64 are computed as they come; bf16 and fp16 in float32, which i
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +20,7 @@ from torch import Tensor
 from smartreg_torch.compat import frees_the_graph
 
 # Entries of the logits that are worked on at once: on a CPU what its caches hold, on other devices enough to fill one.
-BLOCK, DEVICE_BLOCK = 1 << 16, 1 << 22
+BLOCK, DEVICE_BLOCK = 1 << 16, 1 << 24
 
 
 def symmetric_kl(a: Tensor, b: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -152,12 +154,14 @@ def values_and_gradients(
     """Return l_s of each position, (n, ...), and the gradients that are wanted, block by block of the positions.
 
     Beside the inputs and the gradients only one block's temporaries are in memory. On a CPU, blocks leave out the
-    positions where the mask is false; on a GPU the host would wait to learn their number.
+    positions where the mask is false; on a GPU the host would wait to learn their number. There symmetric_kl is one
+    kernel, which leaves them out itself.
     """
+    if rows is _symmetric_kl_rows and _has_kernel(a, b):
+        return _kernels().symmetric_kl(a, b, mask, wanted)  # type: ignore[no-any-return]
     size = BLOCK if a.is_cpu else DEVICE_BLOCK
     if a.numel() <= size or torch.compiler.is_compiling():
         return rows(*_widened(a, b, mask), wanted)
-    block = _fused_rows if type(a) is type(b) is Tensor and a.is_cuda else _widened_rows
     dtype = _dtype(a, b)
     values = a.new_empty(a.shape[:-1], dtype=dtype)
     grad_a, grad_b = (a.new_empty(a.shape, dtype=dtype) if want else None for want in wanted)
@@ -165,7 +169,7 @@ def values_and_gradients(
         keep = None if mask is None else mask[at] != 0
         leaving_out = keep is not None and a.is_cpu
         inside = (a[at][keep], b[at][keep], None) if leaving_out else (a[at], b[at], keep)
-        for whole, part in zip((values, grad_a, grad_b), block(rows, *inside, wanted), strict=True):
+        for whole, part in zip((values, grad_a, grad_b), rows(*_widened(*inside), wanted), strict=True):
             if whole is None or part is None:
                 continue
             if leaving_out:
@@ -175,33 +179,30 @@ def values_and_gradients(
     return values, grad_a, grad_b
 
 
-def _widened_rows(rows: Formula, a: Tensor, b: Tensor, mask: Tensor | None, wanted: Sequence[bool]) -> Any:
-    return rows(*_widened(a, b, mask), wanted)
+def _has_kernel(a: Tensor, b: Tensor) -> bool:
+    """Tell whether a kernel computes the divergence of these logits: plain ones on a GPU, not in float64."""
+    plain = type(a) is type(b) is Tensor and a.is_cuda and _dtype(a, b) == torch.float32
+    return plain and not torch.compiler.is_compiling() and _kernels() is not None
 
 
-_fused: Callable[..., Any] | None = None  # `_widened_rows`, compiled when it is first needed
-
-
-def _fused_rows(rows: Formula, a: Tensor, b: Tensor, mask: Tensor | None, wanted: Sequence[bool]) -> Any:
-    """Compute a block by the few kernels that torch.compile makes of its forty; by the forty if it cannot."""
-    global _fused
-    _fused = _fused or torch.compile(_widened_rows, dynamic=True)
-    flat = a.flatten(0, -2), b.flatten(0, -2), None if mask is None else mask.flatten()  # of one rank: compile once
+@functools.cache
+def _kernels() -> Any:
+    """Return the module of the kernels, or None if Triton is not there or cannot compile them."""
+    if importlib.util.find_spec("triton") is None:
+        return None
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's own, of what it imports
-            found = _fused(rows, *flat, tuple(wanted))
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # no C compiler, no Triton; any other error comes again here
-        _fused = _widened_rows
-        found = _fused(rows, *flat, wanted)
+        from smartreg_torch import kernels
+
+        kernels.symmetric_kl(*torch.zeros(2, 1, 2, device="cuda"), None, (True, True))
+    except Exception as error:
         warnings.warn(
-            f"SMART: torch.compile failed ({type(error).__name__}: {error!s:.200}), so the divergence of large outputs "
-            "is computed one operation at a time, which takes longer. It needs a C compiler and, on a GPU, Triton",
+            f"SMART: the kernel of symmetric_kl cannot be compiled ({type(error).__name__}: {error!s:.200}), so many "
+            "operations do its work, which takes longer, and more memory if the vocabulary is large. Triton needs a C "
+            "compiler, such as gcc",
             stacklevel=2,
         )
-    return tuple(z if z is None else z.unflatten(0, a.shape[:-1]) for z in found)
+        return None
+    return kernels
 
 
 class _ByBlocks(torch.autograd.Function):

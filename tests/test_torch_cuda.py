@@ -177,6 +177,27 @@ def test_the_ways_to_run_a_model_give_one_step(way):
     np.testing.assert_allclose(found[0], exact[0], rtol=1e-3)
 
 
+@pytest.mark.parametrize("precision", [{}, {"bf16": True}, {"fp16": True}], ids=["float32", "bfloat16", "float16"])
+def test_the_trainer(precision, tmp_path):
+    """It trains as the loop does, and half precision moves R_s a little."""
+    transformers = pytest.importorskip("smartreg_torch.transformers")
+    from transformers import TrainingArguments
+
+    model, batch = bert(dropout=False)
+    examples = [{name: value[i].cpu() for name, value in batch.items()} for i in range(N)]
+    quiet = {"report_to": "none", "disable_tqdm": True, "save_strategy": "no", "logging_steps": 1, "dataloader_pin_memory": False}
+    given = {"max_steps": 4, "per_device_train_batch_size": N, "lr_scheduler_type": "constant", "max_grad_norm": 0}
+    arguments = TrainingArguments(str(tmp_path), learning_rate=1e-3, weight_decay=0.01, **quiet, **given, **precision)
+    trainer = transformers.SMARTTrainer(model, arguments, train_dataset=examples, smart=SMARTConfig())
+    assert trainer.args.device.type == DEVICE
+    trainer.train()
+    found = [log["R_s"] for log in trainer.state.log_history if "R_s" in log]
+    exact, weights = train(*bert(dropout=False), SMARTConfig(total_steps=4))
+    np.testing.assert_allclose(found, exact[:, 0], rtol=0.2 if precision else 1e-3)
+    for name, weight in moved(dict(trainer.model.named_parameters()), "cpu").items():
+        torch.testing.assert_close(weight, weights[name], rtol=0, atol=4e-3 if precision else 1e-4)
+
+
 def rows(dtype, distance, shape=(2, 50, 50257)):
     generator = torch.Generator().manual_seed(0)
     b = torch.randn(shape, generator=generator)
@@ -189,13 +210,12 @@ def rows(dtype, distance, shape=(2, 50, 50257)):
 @pytest.mark.parametrize("distance", [1e-4, 1e-2, 1.0, 8.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("function", [symmetric_kl, bernoulli_symmetric_kl])
-def test_the_kernel_for_vocabularies(function, dtype, distance, masked):
-    """Values and gradients by the compiled kernel, against NumPy's in float64."""
+def test_vocabularies(function, dtype, distance, masked):
+    """Values and gradients, those of symmetric_kl by its kernel, against NumPy's in float64."""
     (a, b), mask = rows(dtype, distance)
-    assert a.numel() > divergences.DEVICE_BLOCK
+    assert divergences._has_kernel(a, b)
     value = function(a, b, mask if masked else None)
     gradients = grad(value.sum(), (a, b))
-    assert divergences._fused is not divergences._widened_rows  # it could be compiled
     exact = [z.detach().double().cpu().numpy() for z in (a, b)]
     kept = mask.cpu().numpy() if masked else None
     name = function.__name__
@@ -207,13 +227,13 @@ def test_the_kernel_for_vocabularies(function, dtype, distance, masked):
 
 
 def test_the_memory_of_a_vocabulary():
-    """The logits, their gradients, and less than one tensor more."""
+    """The logits and their gradients, and nothing of their size."""
     (a, b), _ = rows(torch.float32, 1e-2, (4, 128, 50257))
     grad(symmetric_kl(a, b).sum(), (a, b))
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     grad(symmetric_kl(a, b).sum(), (a, b))
-    assert (torch.cuda.max_memory_allocated() - before) / a.nbytes < 3
+    assert (torch.cuda.max_memory_allocated() - before) / a.nbytes < 2.1
 
 
 def test_the_state_of_a_run_is_restored_bit_for_bit():
