@@ -191,9 +191,11 @@ def _kernels() -> Any:
     if importlib.util.find_spec("triton") is None:
         return None
     try:
-        from smartreg_torch import kernels
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Triton's own, of its next versions
+            from smartreg_torch import kernels
 
-        kernels.symmetric_kl(*torch.zeros(2, 1, 2, device="cuda"), None, (True, True))
+            kernels.symmetric_kl(*torch.zeros(2, 1, 2, device="cuda"), None, (True, True))
     except Exception as error:
         warnings.warn(
             f"SMART: the kernel of symmetric_kl cannot be compiled ({type(error).__name__}: {error!s:.200}), so many "
