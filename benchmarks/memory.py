@@ -3,8 +3,8 @@
 python benchmarks/memory.py
 
 On a CPU each method has a process of its own, so that no other's memory is in its peak, which is that of the resident
-set, as Linux reports it; on a GPU it is the allocator's. The memory after the model has run on one row of one token without a
-graph is subtracted. What is left is gradients, activations, theta~ and whatever else the method keeps.
+set, as Linux reports it; on a GPU it is the allocator's. The memory after the model has run on one row of one token
+without a graph is subtracted. What is left is gradients, activations, theta~ and whatever else the method keeps.
 
 Beside the methods of step_cost.py there are those that save less for the backward:
 

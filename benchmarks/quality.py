@@ -7,8 +7,8 @@ A task is a folder with train.tsv and dev.tsv, as examples/finetune_text.py read
 --lines is not run again, so hours of runs add up over days. In every arm a seed has the same training rows, order,
 initial head and dropout masks. `--device cuda --jobs 12` has twelve runs at a time on one GPU.
 
-`run --select` measures on training rows that the seed did not draw, with seeds from 100: what it finds chooses epochs
-and learning rate (`run --tuned`), and the final table has neither these seeds nor these rows.
+`run --select --tuned` measures on training rows that the seed did not draw, with seeds from 100: what it finds chooses
+epochs and learning rate (`run --tuned`), and the final table has neither these seeds nor these rows.
 
 What a line has: `score` (accuracy, or Pearson's r, in %), `nll` (or the mean squared error of standardised scores),
 `ece` (calibration error, 15 bins), `corrupted` (the score with typos and dropped words), `other` (the score on the
@@ -57,6 +57,7 @@ from smartreg_torch.perturbation import Ball, climb
 from smartreg_torch.site import Site
 
 LINES = Path(__file__).with_suffix(".jsonl")
+TRIED = ((3.0, 1e-4), (6.0, 1e-4), (6.0, 5e-5))  # epochs and rate, by --select
 RADIUS = 0.03
 ATTACK = SMARTConfig(mu=0, epsilon=RADIUS, eta=RADIUS, ascent_steps=3, start="margin")
 # SMARTConfig's settings of each arm, in full: a new default of SMARTConfig changes none of them.
@@ -366,38 +367,41 @@ def prepare(threads: int) -> None:
     transformers.logging.disable_progress_bar()
 
 
-def run(args: argparse.Namespace) -> None:
-    """Run what has no line yet: arms inside seeds, so that a broken-off run has whole pairs."""
+def wanted(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """List the lines that the runs will have: arms inside seeds, so that a broken-off command has whole pairs."""
     first, end = args.seeds or ((100, 102) if args.select else (0, 10))
-    wanted = []
-    for seed in range(first, end):
-        for task in args.task:
-            for size in args.size:
-                for arm in args.arm:
-                    regression = rows_of(args.data / task)[2] is None
-                    settings = settings_of(arm, regression)
-                    at = (args.epochs, args.rate)
-                    if args.tuned:
-                        at = chosen_by(lines_of(args.lines), arm, regression, size) or at
-                    line = {"task": task, "size": size, "arm": arm, "seed": seed, "epochs": at[0], "rate": at[1]}
-                    line |= {
-                        "batch": args.batch_size,
-                        "select": args.select,
-                        "model": "/".join(Path(args.model).parts[-2:]),
-                    }
-                    wanted.append(line | {"settings": settings})
+    known = [line for path in dict.fromkeys([LINES, args.lines]) for line in lines_of(path)]
+    found = []
+    for seed, task, size, arm in product(range(first, end), args.task, args.size, args.arm):
+        regression = rows_of(args.data / task)[2] is None
+        tried = [(args.epochs, args.rate)]
+        if args.tuned:
+            tried = TRIED if args.select else [chosen_by(known, arm, regression, size) or tried[0]]
+        for epochs, rate in tried:
+            line = {"task": task, "size": size, "arm": arm, "seed": seed, "epochs": epochs, "rate": rate}
+            line |= {"batch": args.batch_size, "select": args.select, "model": "/".join(Path(args.model).parts[-2:])}
+            found.append(line | {"settings": settings_of(arm, regression)})
     done = set(map(key, lines_of(args.lines)))
+    return [line for line in found if key(line) not in done]
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run what has no line yet."""
     failed = 0
-    for line, found in results(args, [line for line in wanted if key(line) not in done]):
+    for line, found in results(args, wanted(args)):
         if found is None:
             failed += 1
             continue
-        with args.lines.open("a") as file:
-            file.write(json.dumps(line | {"other_task": args.other} | found) + "\n")
+        append(args.lines, line | {"other_task": args.other} | found)
         shown = ", ".join(f"{name} {found[name]:.4g}" for name in (*MEASURES, "seconds") if name in found)
         print(f"{line['task']} {line['size']} seed {line['seed']} {line['arm']}: {shown}", flush=True)
     if failed:
         raise SystemExit(f"{failed} runs failed")
+
+
+def append(path: Path, line: dict[str, Any]) -> None:
+    with path.open("a") as file:
+        file.write(json.dumps(line) + "\n")
 
 
 MEASURES = ("score", "corrupted", "nll", "ece", "other", "attacked", "R_s")
@@ -645,7 +649,7 @@ def main() -> None:
     add("--epochs", type=float, default=6)
     add("--rate", type=float, default=1e-4)
     add("--select", action="store_true", help="measure on training rows that were not drawn")
-    add("--tuned", action="store_true", help="epochs and rate as the lines of --select choose them for each arm")
+    add("--tuned", action="store_true", help="epochs and rate as the lines of --select chose; with --select, try each")
     add("--memory", nargs="*", type=float, default=[], help="of theta~, as fractions of the run")
     add("--model", default=None)
     add("--batch-size", type=int, default=16)

@@ -10,13 +10,12 @@ were chosen for it. A seed has the same rows and initial head in both. A run tha
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 import finetune_keras
-from quality import LINES, chosen_by, key, lines_of, settings_of
+from quality import LINES, append, chosen_by, key, lines_of, settings_of
 
 METHODS = {"plain": "plain", "smart": "SMARTConfig()"}  # of the example, and what the arm is called here
 
@@ -47,8 +46,7 @@ def main() -> None:
             steps = given.epochs * -(-args.size // given.batch)
             line |= {"score": 100 * found["accuracy"], "nll": found["NLL"], "ece": found["ECE"], "averages": {}}
             line |= {"steps": steps, "seconds": round(found["ms"] * steps / 1000, 2)}
-            with args.lines.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+            append(args.lines, line)
             print(f"{line['task']} seed {seed} {line['arm']}, {epochs:g} epochs: {found}", flush=True)
 
 

@@ -23,7 +23,7 @@ def symmetric_kl(
 
     Args:
         a, b: logits, (n, ..., C), in float32 or less.
-        mask: which positions count, (n, ...); the others have a value and gradients of 0, and their logits are not read.
+        mask: which positions count, (n, ...). Of the others no logit is read; their value and gradients are 0.
         wanted: whether dJ/da and dJ/db are.
     """
     classes = a.shape[-1]

@@ -281,7 +281,9 @@ def margin_gradient(
 
 
 def _two_largest(z: Tensor) -> tuple[Tensor, Tensor]:
-    return z.topk(2, dim=-1).indices, z.new_tensor([-1.0, 1.0]).expand(*z.shape[:-1], 2)
+    # not a list as a tensor: to copy it to a GPU, the host would wait
+    signs = torch.arange(-1, 2, 2, dtype=z.dtype, device=z.device)
+    return z.topk(2, dim=-1).indices, signs.expand(*z.shape[:-1], 2)
 
 
 def _least_certain(z: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from architectures import N, classifier, text
 from paper_settings import papers
 from torch import nn
 from torch.autograd import grad
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from smartreg import divergences as reference
 from smartreg.checking import FUNCTIONS, Face, golden_checks, law_checks, load_backend, trajectory_checks
@@ -20,6 +20,9 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
     pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),  # inductor's
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS, but there was no current CUDA context:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning"),
+    pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores for float32 matrix multiplication:UserWarning"),
 ]
 DEVICE = "cuda"
 STARTS = {
@@ -68,12 +71,16 @@ def train(model, batch, config, steps=4, **settings):
 def on_the_device(function):
     """Return a function of the CPU's tensors that computes on the device."""
 
-    def called(*args, **kwargs):
-        args, kwargs = moved((args, kwargs), DEVICE)
+    def called(*own, **kwargs):
+        args, kwargs = moved((own, kwargs), DEVICE)
         inside = [
             (lambda *points, f=arg: moved(f(*moved(points, "cpu")), DEVICE)) if callable(arg) else arg for arg in args
         ]
-        return moved(function(*inside, **kwargs), "cpu")
+        found = moved(function(*inside, **kwargs), "cpu")
+        for given, now in zip(tree_leaves(own), tree_leaves(args), strict=True):  # what ema_update changes in place
+            if isinstance(given, torch.Tensor) and not given.requires_grad:
+                given.copy_(now)
+        return found
 
     return called
 
@@ -92,9 +99,7 @@ def test_the_check(dtype):
 
 @pytest.mark.parametrize("config", STARTS.values(), ids=STARTS)
 def test_training_is_as_on_a_cpu(config):
-    runs = [
-        train(*bert(device, torch.float64, dropout=False), config, noise=wave) for device in ("cpu", DEVICE)
-    ]
+    runs = [train(*bert(device, torch.float64, dropout=False), config, noise=wave) for device in ("cpu", DEVICE)]
     np.testing.assert_allclose(runs[1][0], runs[0][0], rtol=1e-6)
     assert runs[0][0][1:].min() > 0
     for name, weight in runs[0][1].items():
@@ -185,9 +190,11 @@ def test_the_trainer(precision, tmp_path):
 
     model, batch = bert(dropout=False)
     examples = [{name: value[i].cpu() for name, value in batch.items()} for i in range(N)]
-    quiet = {"report_to": "none", "disable_tqdm": True, "save_strategy": "no", "logging_steps": 1, "dataloader_pin_memory": False}
-    given = {"max_steps": 4, "per_device_train_batch_size": N, "lr_scheduler_type": "constant", "max_grad_norm": 0}
-    arguments = TrainingArguments(str(tmp_path), learning_rate=1e-3, weight_decay=0.01, **quiet, **given, **precision)
+    quiet = {"report_to": "none", "disable_tqdm": True, "save_strategy": "no", "dataloader_pin_memory": False}
+    given = {"max_steps": 4, "per_device_train_batch_size": N, "logging_steps": 1, "lr_scheduler_type": "constant"}
+    arguments = TrainingArguments(
+        str(tmp_path), learning_rate=1e-3, weight_decay=0.01, max_grad_norm=0, **quiet, **given, **precision
+    )
     trainer = transformers.SMARTTrainer(model, arguments, train_dataset=examples, smart=SMARTConfig())
     assert trainer.args.device.type == DEVICE
     trainer.train()
@@ -195,7 +202,7 @@ def test_the_trainer(precision, tmp_path):
     exact, weights = train(*bert(dropout=False), SMARTConfig(total_steps=4))
     np.testing.assert_allclose(found, exact[:, 0], rtol=0.2 if precision else 1e-3)
     for name, weight in moved(dict(trainer.model.named_parameters()), "cpu").items():
-        torch.testing.assert_close(weight, weights[name], rtol=0, atol=4e-3 if precision else 1e-4)
+        torch.testing.assert_close(weight, weights[name], rtol=0, atol=8e-3 if precision else 1e-4)
 
 
 def rows(dtype, distance, shape=(2, 50, 50257)):
@@ -219,7 +226,7 @@ def test_vocabularies(function, dtype, distance, masked):
     exact = [z.detach().double().cpu().numpy() for z in (a, b)]
     kept = mask.cpu().numpy() if masked else None
     name = function.__name__
-    np.testing.assert_allclose(value.double().cpu().numpy(force=True), getattr(reference, name)(*exact, kept), rtol=1e-5)
+    np.testing.assert_allclose(value.numpy(force=True), getattr(reference, name)(*exact, kept), rtol=1e-5)
     bound = 1e-5 if dtype == torch.float32 else 2**-8
     for got, want in zip(gradients, getattr(reference, f"{name}_grad")(*exact, kept), strict=True):
         error = np.abs(got.double().cpu().numpy() - want).max(-1)
