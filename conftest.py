@@ -3,6 +3,7 @@
 import gc
 import importlib.util
 import os
+import shutil
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
@@ -11,6 +12,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")
 os.environ.setdefault("TF_NUM_INTEROP_THREADS", "1")
+if shutil.which("nvidia-smi") is None:
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported, as torch.compile does
 
 import hypothesis
 import pytest
@@ -37,6 +40,7 @@ collect_ignore_glob += [
     )
 ]
 collect_ignore_glob += [] if "torch" in BACKENDS else ["tests/architectures.py"]
+collect_ignore_glob += [] if importlib.util.find_spec("triton") else ["smartreg_torch/kernels.py"]
 collect_ignore_glob += [] if importlib.util.find_spec("matplotlib") else ["smartreg/demo/show.py"]
 
 hypothesis.settings.register_profile("default", deadline=None, derandomize=True, max_examples=60)

@@ -195,12 +195,13 @@ def _kernels() -> Any:
             warnings.simplefilter("ignore")  # Triton's own, of its next versions
             from smartreg_torch import kernels
 
-            kernels.symmetric_kl(*torch.zeros(2, 1, 2, device="cuda"), None, (True, True))
+            logits = torch.zeros(1, 2, device="cuda")
+            kernels.symmetric_kl(logits, logits, None, (True, True))
     except Exception as error:
         warnings.warn(
             f"SMART: the kernel of symmetric_kl cannot be compiled ({type(error).__name__}: {error!s:.200}), so many "
-            "operations do its work, which takes longer, and more memory if the vocabulary is large. Triton needs a C "
-            "compiler, such as gcc",
+            "operations do its work, which takes longer, and more memory if the vocabulary is large. Use an environment "
+            "in which Triton finds a C compiler, such as gcc",
             stacklevel=2,
         )
         return None

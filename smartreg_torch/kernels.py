@@ -43,9 +43,9 @@ def symmetric_kl(
     return values, *gradients  # type: ignore[return-value]
 
 
-@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+@triton.jit
 def _symmetric_kl(
-    a_ptr,  # type: ignore[no-untyped-def]
+    a_ptr,
     b_ptr,
     keep_ptr,
     value_ptr,
@@ -148,33 +148,33 @@ def _symmetric_kl(
             tl.store(grad_b_ptr + row * classes + at, zero, at < classes)
 
 
-@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def _finite(z, HUGE: tl.constexpr):  # type: ignore[no-untyped-def]
+@triton.jit
+def _finite(z, HUGE: tl.constexpr):
     return tl.minimum(tl.maximum(z, -HUGE), HUGE)
 
 
-@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def _difference(a, b):  # type: ignore[no-untyped-def]
+@triton.jit
+def _difference(a, b):
     high = a - b
     minus_b = high - a
     return high, (a - (high - minus_b)) - (b + minus_b)
 
 
-@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def _difference_at(a_ptr, b_ptr, best, at, largest, count, HUGE: tl.constexpr):  # type: ignore[no-untyped-def]
+@triton.jit
+def _difference_at(a_ptr, b_ptr, best, at, largest, count, HUGE: tl.constexpr):
     index = tl.max(tl.where((best == largest) & (at < count), at, 0), 0)
     a = _finite(tl.load(a_ptr + index, count > 0, 0.0).to(tl.float32), HUGE)
     b = _finite(tl.load(b_ptr + index, count > 0, 0.0).to(tl.float32), HUGE)
     return _difference(a, b)
 
 
-@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def _expm1(x):  # type: ignore[no-untyped-def]
+@triton.jit
+def _expm1(x):
     series = 1 + x / 2 * (1 + x / 3 * (1 + x / 4 * (1 + x / 5 * (1 + x / 6 * (1 + x / 7)))))
     return tl.where(tl.abs(x) < 0.35, x * series, tl.exp(x) - 1)
 
 
-@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def _log1p(x):  # type: ignore[no-untyped-def]
+@triton.jit
+def _log1p(x):
     near = 1 + x  # Kahan: what 1 + x has lost is lost in both
     return tl.where(near == 1, x, tl.log(near) * (x / tl.where(near == 1, 1.0, near - 1)))

@@ -1,5 +1,7 @@
 """l_s in PyTorch: computed in blocks, and its higher derivatives (gradient penalties, meta-learning)."""
 
+import importlib.util
+
 import numpy as np
 import pytest
 import torch
@@ -220,3 +222,27 @@ def test_hessian_vector_product_of_a_step(name, weights):
         smart.update()  # the weights moved: without it the end of the block warns
     for got, plus, minus in zip(products, up, down, strict=True):
         torch.testing.assert_close(got, (plus - minus) / 2e-5, rtol=1e-5, atol=1e-8)
+
+
+def test_a_kernel_is_for_plain_float32_logits_on_a_gpu(monkeypatch):
+    """For others nothing asks whether there is Triton."""
+    asked = []
+    monkeypatch.setattr(divergences, "_kernels", lambda: asked.append(True))
+
+    class OnAGpu(torch.Tensor):
+        is_cuda = True
+
+    a = torch.zeros(2, 3)
+    assert not divergences._has_kernel(a, a)
+    assert not divergences._has_kernel(a.as_subclass(OnAGpu), a.as_subclass(OnAGpu))
+    assert asked == []
+    monkeypatch.undo()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert divergences._kernels.__wrapped__() is None
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernel can be compiled")
+def test_a_kernel_that_cannot_be_compiled_is_said():
+    with pytest.warns(UserWarning, match=r"kernel of symmetric_kl cannot be compiled \(.*Triton finds a C compiler"):
+        assert divergences._kernels.__wrapped__() is None
