@@ -200,8 +200,8 @@ def _kernels() -> Any:
     except Exception as error:
         warnings.warn(
             f"SMART: the kernel of symmetric_kl cannot be compiled ({type(error).__name__}: {error!s:.200}), so many "
-            "operations do its work, which takes longer, and more memory if the vocabulary is large. Use an environment "
-            "in which Triton finds a C compiler, such as gcc",
+            "operations do its work, which takes longer, and more memory if the vocabulary is large. Use an "
+            "environment in which Triton finds a C compiler, such as gcc",
             stacklevel=2,
         )
         return None

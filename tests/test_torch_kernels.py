@@ -25,7 +25,7 @@ def kernels():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(divergences, "_kernels", lambda: kernels)
         patch.setattr(divergences, "_has_kernel", lambda a, b: True)
-        yield
+        yield kernels
 
 
 def logits(distance, shape, dtype=torch.float32):
@@ -57,6 +57,13 @@ def test_values_and_gradients(classes, distance, masked):
     if masked:
         a[0, 1] = torch.nan  # where the mask is 0
     assert_as_the_reference(a, b, mask)
+
+
+def test_what_does_not_count_is_left_at_0(kernels):
+    a, b = logits(1.0, (2, 2, 5))
+    mask = torch.tensor([[1, 0], [0, 1]])
+    for found in kernels.symmetric_kl(a, b, mask, (True, True)):
+        assert torch.equal((found.reshape(4, -1) != 0).any(-1), mask.flatten() != 0)
 
 
 @pytest.mark.parametrize("shape", [(3, 1), (1, 4), (2, 2, 3, 5), (0, 4)])
@@ -105,5 +112,6 @@ def test_infinite_logits():
 def test_a_common_shift_and_huge_logits():
     a, b = logits(1.0, (4, 6))
     assert_as_the_reference(a + 1e6, b + 1e6)
+    assert_as_the_reference(a + 1e6, b)  # a - b is rounded
     assert_as_the_reference(a * 1e30, b * 1e30)
     assert symmetric_kl(torch.full((1, 3), 3e38), torch.full((1, 3), -3e38)) == 0
