@@ -16,7 +16,8 @@ from smartreg_torch.reach import Attributes
 from smartreg_torch.report import Report
 
 STARTS = {"gaussian": {"start": "gaussian", "ascent_steps": 1}, "margin": {"start": "margin", "ascent_steps": 0}}
-READS = {"_local_scalar_dense", "is_nonzero", "equal", "nonzero", "item"}
+# what the host waits for: values that it reads, and a list that it copies as a tensor
+READS = {"_local_scalar_dense", "is_nonzero", "equal", "nonzero", "item", "lift_fresh"}
 
 
 class Operations(TorchDispatchMode):
