@@ -429,7 +429,9 @@ def holm(p: list[float]) -> list[float]:
 def name_of(line: dict[str, Any]) -> str:
     names = [arm for arm in ARMS if is_of(line, arm)] or [line["arm"]]
     teacher = f", theta~ of memory {line['theta~']}" if "theta~" in line else ""
-    return f"{' = '.join(names)}{teacher}, {line['epochs']:g} epochs, rate {line['rate']:g}"
+    longer = line["settings"].get("longer")
+    epochs = round(line["epochs"] * longer) if longer else line["epochs"]
+    return f"{' = '.join(names)}{teacher}, {epochs:g} epochs, rate {line['rate']:g}"
 
 
 Arms = dict[str, dict[int, dict[str, Any]]]  # of each arm the line of each seed; the first is the one to compare with
@@ -516,9 +518,9 @@ def tables(lines: list[dict[str, Any]], select: bool, alike: str = "") -> dict[s
         for arm, runs in arms.items():
             cells = [arm, str(len(runs))]
             for name in names:
-                apart = differences(arms, base, arm, name) if arm != base else []
+                apart = differences(arms, base, arm, name) if arm != base and base.startswith("plain") else []
                 cells.append(shown_cell(runs, apart, name, p.get((task, size, arm, name), 1.0)))
-            both = runs.keys() & arms[base].keys()
+            both = [seed for seed in runs.keys() & arms[base].keys() if "seconds" in runs[seed]]
             cost = [runs[seed]["seconds"] / arms[base][seed]["seconds"] for seed in both]
             losses = [line["train_loss"] for line in runs.values() if "train_loss" in line]
             cells.append(f"{statistics.fmean(losses):.3f}" if losses else "")
@@ -619,8 +621,23 @@ def everything(lines: list[dict[str, Any]]) -> dict[str, str]:
         same = [each for each in lines if (each["epochs"], each["rate"]) == (line["epochs"], line["rate"])]
         alike = tables([each for each in same if each["task"] in tasks], select=False, alike=name)
         shown |= alike or {f"summary against {name}": summary(lines, 500, name)}
-    in_keras = tables(lines_of(LINES.with_name("quality_tf.jsonl")), select=False)
-    return shown | tables(lines, select=False) | tables(lines, select=True) | in_keras
+    longer = next((name_of(line) for line in on_a_gpu(lines) if is_of(line, "plain, longer")), "")
+    shown[f"summary on a GPU against {longer}"] = summary(on_a_gpu(lines), 500, longer)
+    for more in (lines_of(LINES.with_name("quality_tf.jsonl")), on_a_gpu(lines)):
+        shown |= tables(more, select=False) | tables([line for line in more if "on a GPU" in line["task"]], select=True)
+    return shown | tables(lines, select=False) | tables(lines, select=True)
+
+
+def on_a_gpu(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The lines of quality_gpu.jsonl, under names of their own, and the choices that were made on a CPU.
+
+    Without their seconds: fourteen runs shared one GPU.
+    """
+    own = [
+        {name: value for name, value in line.items() if name != "seconds"} | {"task": f"{line['task']} on a GPU"}
+        for line in lines_of(LINES.with_name("quality_gpu.jsonl"))
+    ]
+    return [*own, *(line for line in lines if line["select"])]
 
 
 def table(args: argparse.Namespace) -> None:
@@ -632,7 +649,8 @@ def table(args: argparse.Namespace) -> None:
     for page in args.docs:
         page.write_text(filled(page.read_text("utf-8"), shown), "utf-8")
     if args.plot:
-        plot(lines, args.plot, 500)
+        regressions = [line for line in lines if is_regression(line)]
+        plot([*on_a_gpu(lines), *(line for line in regressions if not line["select"])], args.plot, 500)
 
 
 def main() -> None:
