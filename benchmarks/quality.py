@@ -577,13 +577,14 @@ def plot(lines: list[dict[str, Any]], path: Path, size: int) -> None:
     height = sum(len(arms) for arms in groups.values())
     figure, axes = pyplot.subplots(
         *(len(groups), len(names)),
-        figsize=(11, 1 + 0.28 * height),
+        figsize=(14, 1 + 0.28 * height),
         height_ratios=[len(arms) for arms in groups.values()],
         squeeze=False,
         layout="constrained",
     )
     for row, ((task, _), arms) in zip(axes, groups.items(), strict=True):
         base, *others = arms  # plain training as --select chose it
+        row[0].set_ylabel(task)
         for ax, name in zip(row, names, strict=True):
             ax.axvline(0, color="0.6", linewidth=1)
             for y, arm in enumerate(others):
@@ -595,7 +596,7 @@ def plot(lines: list[dict[str, Any]], path: Path, size: int) -> None:
             ax.set_visible(any(name in run for runs in arms.values() for run in runs.values()))
             ax.set_ylim(len(others) - 0.5, -0.5)
             ax.set_yticks(range(len(others)), others if ax is row[0] else [""] * len(others), fontsize=8)
-            ax.set_title(f"{task}: {TITLES[name]}", fontsize=9)
+            ax.set_title(TITLES[name], fontsize=9)
             ax.tick_params(axis="x", labelsize=8)
     figure.suptitle(f"Difference to plain training by seed, 95% interval, {size} training rows", fontsize=10)
     figure.savefig(path, dpi=120)
