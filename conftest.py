@@ -43,7 +43,7 @@ collect_ignore_glob += [] if "torch" in BACKENDS else ["tests/architectures.py"]
 collect_ignore_glob += [] if importlib.util.find_spec("triton") else ["smartreg_torch/kernels.py"]
 collect_ignore_glob += [] if importlib.util.find_spec("matplotlib") else ["smartreg/demo/show.py"]
 
-hypothesis.settings.register_profile("default", deadline=None, derandomize=True, max_examples=60)
+hypothesis.settings.register_profile("default", deadline=None, derandomize=True, max_examples=40)
 hypothesis.settings.register_profile("nightly", deadline=None, max_examples=2000)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 

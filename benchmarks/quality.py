@@ -104,6 +104,7 @@ ARMS: dict[str, dict[str, Any]] = {
 NOT_SETTINGS = ("longer", "r_drop", "peer", "unlabelled", "share")  # what an arm does beside SMARTConfig
 
 
+@functools.cache
 def settings_of(arm: str, regression: bool) -> dict[str, Any]:
     """The settings of an arm as its line has them: lambda_s as it is for the task, nothing of a term that is off."""
     chosen = dict(ARMS[arm])
@@ -322,7 +323,7 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
 
 def is_of(line: dict[str, Any], arm: str) -> bool:
     """Whether a line is of an arm, whatever the arm was called when it was run."""
-    return line["settings"] == settings_of(arm, is_regression(line))
+    return bool(line["settings"] == settings_of(arm, is_regression(line)))
 
 
 def is_regression(line: dict[str, Any]) -> bool:

@@ -49,8 +49,8 @@ def assert_as_the_reference(a, b, mask=None, value_bound=1e-5, bound=1e-5):
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
-@pytest.mark.parametrize("distance", [1e-6, 1e-3, 0.3, 1.0, 5.0, 40.0])
-@pytest.mark.parametrize("classes", [2, 3, 2500])  # the last in two blocks
+@pytest.mark.parametrize("distance", [1e-6, 1e-3, 1.0, 5.0, 40.0])
+@pytest.mark.parametrize("classes", [3, 2500])  # the last in two blocks
 def test_values_and_gradients(classes, distance, masked):
     a, b = logits(distance, (2, 3, classes))
     mask = torch.tensor([[1, 0, 1], [0, 2, 1]]) if masked else None
