@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import math
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -188,7 +189,9 @@ def _has_kernel(a: Tensor, b: Tensor) -> bool:
 @functools.cache
 def _kernels() -> Any:
     """Return the module of the kernels, or None if Triton is not there or cannot compile them."""
-    if importlib.util.find_spec("triton") is None:
+    # if TensorFlow is there first, Triton's import aborts the process: both bring LLVM
+    too_late = "tensorflow" in sys.modules and "triton" not in sys.modules
+    if too_late or importlib.util.find_spec("triton") is None:
         return None
     try:
         with warnings.catch_warnings():

@@ -16,8 +16,8 @@ DTYPES = ["float32", "float64"]
 
 
 def by_day(examples):
-    """In place of 60 where TensorFlow, called op by op, takes long; at night as many as anywhere."""
-    return settings(max_examples=examples if settings.default.max_examples <= 60 else settings.default.max_examples)
+    """In place of 40 where TensorFlow, called op by op, takes long; at night as many as anywhere."""
+    return settings(max_examples=examples if settings.default.max_examples <= 40 else settings.default.max_examples)
 
 
 def face(backend, dtype):
@@ -33,7 +33,7 @@ def hold(found):
 
 @pytest.mark.parametrize("dtype", [*DTYPES, "bfloat16", "float16"])
 @pytest.mark.parametrize("name", list(DIVERGENCES))
-@by_day(40)
+@by_day(20)
 @given(data=st.data())
 def test_divergences(backend, name, dtype, data):
     hold(laws.divergence_laws(face(backend, dtype), name, data.draw(strategies.pairs(name, dtype))))
@@ -53,7 +53,7 @@ def test_projections(backend, ball, dtype, data):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@by_day(40)
+@by_day(20)
 @given(data=st.data())
 def test_ascend(backend, dtype, data):
     hold(laws.ascent_laws(face(backend, dtype), data.draw(strategies.ascents(dtype))))
@@ -80,7 +80,7 @@ def test_bregman_divergence(backend, dtype, data):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", list(DIVERGENCES))
-@by_day(40)
+@by_day(20)
 @given(data=st.data())
 def test_every_pair_of_backends(every_backend, name, dtype, data):
     """Values and gradients of any two backends against each other."""

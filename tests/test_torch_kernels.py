@@ -1,6 +1,6 @@
-"""The kernel of symmetric_kl in Triton's interpreter (conftest.py): no GPU is needed. test_torch_cuda.py has one."""
+"""The kernel of symmetric_kl in Triton's interpreter: `tox run -e kernels`. On a GPU it is in test_torch_cuda.py."""
 
-import importlib.util
+import os
 
 import numpy as np
 import pytest
@@ -12,10 +12,10 @@ from smartreg_torch import divergences
 from smartreg_torch.divergences import symmetric_kl
 
 pytestmark = [
-    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton"),
-    pytest.mark.skipif(torch.cuda.is_available(), reason="nothing is interpreted where there is a GPU"),
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="tox run -e kernels"),
     pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter"),
 ]
+KERNELS = divergences._kernels
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -115,3 +115,9 @@ def test_a_common_shift_and_huge_logits():
     assert_as_the_reference(a + 1e6, b)  # a - b is rounded
     assert_as_the_reference(a * 1e30, b * 1e30)
     assert symmetric_kl(torch.full((1, 3), 3e38), torch.full((1, 3), -3e38)) == 0
+
+
+def test_a_kernel_that_cannot_be_compiled_is_said():
+    """As on a GPU without a C compiler."""
+    with pytest.warns(UserWarning, match=r"kernel of symmetric_kl cannot be compiled \(.*Triton finds a C compiler"):
+        assert KERNELS.__wrapped__() is None
