@@ -314,7 +314,7 @@ class Engine:
     # The step
 
     def _begin(self, iterator: Any) -> Any:
-        """Give the batches as they come; build an unbuilt model on their shapes.
+        """Give the batches as they come; build an unbuilt model on their shapes, and the optimiser.
 
         theta~ must copy theta_0 before the step is traced: variables that are made in a trace have no value there.
         """
