@@ -24,7 +24,8 @@ BACKENDS = (
     if _requested is not None
     else [name for name, module in FRAMEWORKS.items() if importlib.util.find_spec(module)]
 )
-collect_ignore_glob = ["tests/mirrored_tf.py"]  # a script that a test runs
+# a script that a test runs, and what needs Triton, which aborts if TensorFlow is there first
+collect_ignore_glob = ["tests/mirrored_tf.py", "smartreg_torch/kernels.py"]
 collect_ignore_glob += [
     pattern
     for name in FRAMEWORKS
@@ -37,7 +38,6 @@ collect_ignore_glob += [
     )
 ]
 collect_ignore_glob += [] if "torch" in BACKENDS else ["tests/architectures.py"]
-collect_ignore_glob += [] if importlib.util.find_spec("triton") else ["smartreg_torch/kernels.py"]
 collect_ignore_glob += [] if importlib.util.find_spec("matplotlib") else ["smartreg/demo/show.py"]
 
 hypothesis.settings.register_profile("default", deadline=None, derandomize=True, max_examples=40)

@@ -383,7 +383,7 @@ def wanted(args: argparse.Namespace) -> list[dict[str, Any]]:
             line |= {"batch": args.batch_size, "select": args.select, "model": "/".join(Path(args.model).parts[-2:])}
             found.append(line | {"settings": settings_of(arm, regression)})
     done = set(map(key, lines_of(args.lines)))
-    return [line for line in found if key(line) not in done]
+    return [line for name, line in {key(line): line for line in found}.items() if name not in done]
 
 
 def run(args: argparse.Namespace) -> None:
@@ -537,12 +537,13 @@ def summary(lines: list[dict[str, Any]], size: int, against: str = "") -> str:
 
     `against` names another setting of plain training; then only the tasks are in for which --select did not choose it.
     """
-    names = [name for name in MEASURES if name != "R_s" and any(name in line for line in lines)]
-    rows = [["", "seeds", *[TITLES[name] for name in names]], ["---", *["---:"] * (len(names) + 1)]]
     groups = {at: arms for at, arms in grouped(lines, select=False, against=against).items() if at[1] == size}
     if against:
         own = {at: next(iter(arms)) for at, arms in grouped(lines, select=False).items()}
         groups = {at: arms for at, arms in groups.items() if next(iter(arms)) == against != own[at]}
+    there = [line for arms in groups.values() for runs in arms.values() for line in runs.values()]
+    names = [name for name in MEASURES if name != "R_s" and any(name in line for line in there)]
+    rows = [["", "seeds", *[TITLES[name] for name in names]], ["---", *["---:"] * (len(names) + 1)]]
     p = adjusted(groups)
     for (task, _), arms in groups.items():
         base = next(iter(arms))
@@ -635,11 +636,12 @@ def on_a_gpu(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
     Without their seconds: fourteen runs shared one GPU.
     """
-    own = [
+    own = lines_of(LINES.with_name("quality_gpu.jsonl"))
+    named = [
         {name: value for name, value in line.items() if name != "seconds"} | {"task": f"{line['task']} on a GPU"}
-        for line in lines_of(LINES.with_name("quality_gpu.jsonl"))
+        for line in own
     ]
-    return [*own, *(line for line in lines if line["select"])]
+    return [*named, *(line for line in [*lines, *own] if line["select"])]
 
 
 def table(args: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""Give a model and its optimiser their variables before its first training step is traced."""
+"""Give a model its weights before its first training step is traced."""
 
 from __future__ import annotations
 
@@ -15,16 +15,6 @@ from smartreg_tf import compat
 def is_built(model: Any) -> bool:
     """Tell whether every layer of a model has its weights."""
     return all(layer.built for layer in compat.every_layer(model))
-
-
-def build_optimizer(model: Any) -> None:
-    """Make the optimiser's variables before a trace: TensorFlow traces a step twice if the first trace makes some.
-
-    Of Keras' own training step on one device alone: another one may give the optimiser other weights.
-    """
-    usual = type(model).train_step is keras.Model.train_step
-    if usual and not model.optimizer.built and model.distribute_strategy is tf.distribute.get_strategy():
-        model.optimizer.build(model.trainable_variables)
 
 
 class Builder:

@@ -15,7 +15,7 @@ from smartreg.config import SMARTConfig, check_options
 from smartreg.proximal import last_move, momentum
 from smartreg.report import Description
 from smartreg_tf import compat, resume
-from smartreg_tf.build import Builder, build_optimizer, is_built
+from smartreg_tf.build import Builder, is_built
 from smartreg_tf.measure import measure
 from smartreg_tf.options import Options
 from smartreg_tf.penalty import Penalty
@@ -314,15 +314,14 @@ class Engine:
     # The step
 
     def _begin(self, iterator: Any) -> Any:
-        """Give the batches as they come; build an unbuilt model on their shapes, and the optimiser.
+        """Give the batches as they come; build an unbuilt model on their shapes.
 
         theta~ must copy theta_0 before the step is traced: variables that are made in a trace have no value there.
         """
-        if not self.model.run_eagerly:
-            if not is_built(self.model) or (not self.averages and self.config.has_teacher):
-                iterator = self._builder.build(iterator)
-                self.teacher.follow()
-            build_optimizer(self.model)
+        unbuilt = not is_built(self.model)
+        if (unbuilt or (not self.averages and self.config.has_teacher)) and not self.model.run_eagerly:
+            iterator = self._builder.build(iterator)
+            self.teacher.follow()
         if not self._begun and self._steps == 0:
             self.teacher.begin()
         self._begun = True

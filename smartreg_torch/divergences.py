@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from smartreg.config import SMARTWarning
 from smartreg_torch.compat import frees_the_graph
 
 # Entries of the logits that are worked on at once: on a CPU what its caches hold, on other devices enough to fill one.
@@ -158,7 +159,7 @@ def values_and_gradients(
     positions where the mask is false; on a GPU the host would wait to learn their number. There symmetric_kl is one
     kernel, which leaves them out itself.
     """
-    if rows is _symmetric_kl_rows and _has_kernel(a, b):
+    if rows is _symmetric_kl_rows and _has_kernel(a, b, mask):
         return _kernels().symmetric_kl(a, b, mask, wanted)  # type: ignore[no-any-return]
     size = BLOCK if a.is_cpu else DEVICE_BLOCK
     if a.numel() <= size or torch.compiler.is_compiling():
@@ -180,10 +181,12 @@ def values_and_gradients(
     return values, grad_a, grad_b
 
 
-def _has_kernel(a: Tensor, b: Tensor) -> bool:
-    """Tell whether a kernel computes the divergence of these logits: plain ones on a GPU, not in float64."""
-    plain = type(a) is type(b) is Tensor and a.is_cuda and _dtype(a, b) == torch.float32
-    return plain and not torch.compiler.is_compiling() and _kernels() is not None
+def _has_kernel(a: Tensor, b: Tensor, mask: Tensor | None) -> bool:
+    """Tell whether a kernel computes the divergence of these logits: plain ones on one GPU, in float32 or less."""
+    on_one = {z.device for z in (a, b, mask) if z is not None} == {a.device} and a.is_cuda
+    narrow = a.is_floating_point() and b.is_floating_point() and _dtype(a, b) == torch.float32
+    plain = type(a) is type(b) is Tensor and not torch.compiler.is_compiling()
+    return on_one and narrow and plain and _kernels() is not None
 
 
 @functools.cache
@@ -205,6 +208,7 @@ def _kernels() -> Any:
             f"SMART: the kernel of symmetric_kl cannot be compiled ({type(error).__name__}: {error!s:.200}), so many "
             "operations do its work, which takes longer, and more memory if the vocabulary is large. Use an "
             "environment in which Triton finds a C compiler, such as gcc",
+            SMARTWarning,
             stacklevel=2,
         )
         return None

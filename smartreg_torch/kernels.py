@@ -35,11 +35,12 @@ def symmetric_kl(
     keep = None if mask is None else (mask != 0).flatten().view(torch.uint8)
     block = min(triton.next_power_of_2(classes), 2048)
     if values.numel() and classes:
-        _symmetric_kl[(values.numel(),)](
-            *(a, b, keep, values, *gradients, a.shape[1], classes, *a.stride()[:2], *b.stride()[:2]),
-            *(HUGE, block),
-            num_warps=max(1, min(8, block // 128)),
-        )
+        with torch.cuda.device_of(a):  # Triton launches on the current device
+            _symmetric_kl[(values.numel(),)](
+                *(a, b, keep, values, *gradients, a.shape[1], classes, *a.stride()[:2], *b.stride()[:2]),
+                *(HUGE, block),
+                num_warps=max(1, min(8, block // 128)),
+            )
     return values, *gradients  # type: ignore[return-value]
 
 
@@ -110,12 +111,13 @@ def _symmetric_kl(
     total_p, total_q = tl.sum(sum_p, 0), tl.sum(sum_q, 0)
     p_far, q_far = tl.sum(far_p, 0) / total_p, tl.sum(far_q, 0) / total_q
     mean_a, mean_b = tl.sum(mean_p, 0) / total_p, tl.sum(mean_q, 0) / total_q
+    high_z, low_z = _difference(largest_a, largest_b)
     alike = p_far + q_far < 0.5
     excess_of_near = tl.where(alike, tl.sum(excess, 0) / total_q - q_far, 0.0)
     log_z = tl.where(
         alike,
         _log1p(excess_of_near) - _log1p(tl.where(alike, -p_far, 0.0)),
-        ((largest_a - largest_b) - high_sum) - low_sum + (tl.log(total_p) - tl.log(total_q)),
+        (high_z - high_sum) + (low_z - low_sum) + (tl.log(total_p) - tl.log(total_q)),
     )
 
     value = zero
@@ -150,7 +152,8 @@ def _symmetric_kl(
 
 @triton.jit
 def _finite(z, HUGE: tl.constexpr):
-    return tl.minimum(tl.maximum(z, -HUGE), HUGE)
+    nan: tl.constexpr = tl.PropagateNan.ALL
+    return tl.minimum(tl.maximum(z, -HUGE, propagate_nan=nan), HUGE, propagate_nan=nan)
 
 
 @triton.jit

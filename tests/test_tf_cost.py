@@ -9,8 +9,7 @@ import tensorflow as tf
 from keras import layers
 from paper_settings import papers
 
-from smartreg_tf import SMARTCallback, attach
-from smartreg_tf.build import build_optimizer
+from smartreg_tf import attach
 
 N, TOKENS, WORDS, WIDTH = 4, 5, 30, 8
 IDS = tf.constant(np.random.default_rng(0).integers(WORDS, size=(N, TOKENS)), tf.int32)
@@ -120,27 +119,3 @@ def test_xla_knows_every_size(start, norm):
         program = function.experimental_get_compiler_ir(IDS, LABELS)(stage="hlo")
     assert "rng-bit-generator(" in program  # dropout's
     assert "set-dimension-size(" not in program
-
-
-def test_a_fit_traces_its_step_once(monkeypatch):
-    """TensorFlow traces it twice if the first trace makes variables, as those of Adam."""
-    traces, own = [], keras.Model.train_step
-    monkeypatch.setattr(keras.Model, "train_step", lambda model, data: traces.append(model) or own(model, data))
-    model = transformer()
-    model.compile("adam", model.loss)
-    model.fit(IDS, LABELS, batch_size=len(IDS), verbose=0, callbacks=[SMARTCallback(papers(total_steps=1))])
-    assert len(traces) == 1
-
-
-@pytest.mark.parametrize("case", ["a step of its own", "two devices"])
-def test_an_optimiser_that_may_have_other_weights_is_not_built_before_the_step(case):
-    class OwnStep(keras.Sequential):
-        def train_step(self, data):
-            return super().train_step(data)
-
-    model = (OwnStep if case == "a step of its own" else keras.Sequential)([keras.Input([3]), layers.Dense(1)])
-    model.compile("adam", "mse")
-    if case == "two devices":
-        model._distribute_strategy = tf.distribute.OneDeviceStrategy("cpu:0")
-    build_optimizer(model)
-    assert not model.optimizer.built

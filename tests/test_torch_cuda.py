@@ -1,5 +1,6 @@
 """On a GPU: the values of the CPU, the same random streams, no wait, and the kernel that is made for vocabularies."""
 
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,6 +19,9 @@ from smartreg_torch.divergences import bernoulli_symmetric_kl, symmetric_kl
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
+    pytest.mark.skipif(
+        "tensorflow" in sys.modules, reason="with TensorFlow there is no kernel: SMARTREG_BACKENDS=torch"
+    ),
     pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),  # inductor's
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
     pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS, but there was no current CUDA context:UserWarning"),
@@ -203,7 +207,10 @@ def test_the_trainer(precision, tmp_path):
     exact, weights = train(*bert(dropout=False), SMARTConfig(total_steps=4))
     np.testing.assert_allclose(found, exact[:, 0], rtol=0.2 if precision else 1e-3)
     for name, weight in moved(dict(trainer.model.named_parameters()), "cpu").items():
-        torch.testing.assert_close(weight, weights[name], rtol=0, atol=8e-3 if precision else 1e-4)
+        if precision:  # Adam makes a move of 1e-3 of any gradient, and there are four
+            assert (weight - weights[name]).abs().mean() < 5e-4
+        else:
+            torch.testing.assert_close(weight, weights[name], rtol=0, atol=1e-4)
 
 
 def rows(dtype, distance, shape=(2, 50, 50257)):
@@ -221,7 +228,7 @@ def rows(dtype, distance, shape=(2, 50, 50257)):
 def test_vocabularies(function, dtype, distance, masked):
     """Values and gradients, those of symmetric_kl by its kernel, against NumPy's in float64."""
     (a, b), mask = rows(dtype, distance)
-    assert divergences._has_kernel(a, b)
+    assert divergences._has_kernel(a, b, None)
     value = function(a, b, mask if masked else None)
     gradients = grad(value.sum(), (a, b))
     exact = [z.detach().double().cpu().numpy() for z in (a, b)]

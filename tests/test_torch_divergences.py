@@ -227,19 +227,27 @@ def test_hessian_vector_product_of_a_step(name, weights):
 def test_a_kernel_is_for_plain_float32_logits_on_a_gpu(monkeypatch):
     """For others nothing asks whether there is Triton."""
     asked = []
-    monkeypatch.setattr(divergences, "_kernels", lambda: asked.append(True))
+    monkeypatch.setattr(divergences, "_kernels", lambda: asked.append(True) or True)
+    a, mask = torch.zeros(2, 3), torch.ones(2)
+    assert not divergences._has_kernel(a, a, None)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
 
-    class OnAGpu(torch.Tensor):
-        is_cuda = True
+    class Other(torch.Tensor):
+        pass
 
-    a = torch.zeros(2, 3)
-    assert not divergences._has_kernel(a, a)
-    assert not divergences._has_kernel(a.as_subclass(OnAGpu), a.as_subclass(OnAGpu))
+    others = [(a.as_subclass(Other), a), (a.double(), a), (a.long(), a), (a, a.to("meta"))]
+    assert not any(divergences._has_kernel(*pair, None) for pair in others)
+    assert not divergences._has_kernel(a, a, mask.to("meta"))
     assert asked == []
-    monkeypatch.undo()
+    assert divergences._has_kernel(a, a.bfloat16(), mask)
+
+
+def test_where_triton_cannot_be_imported_there_is_no_kernel(monkeypatch):
+    find = divergences._kernels.__wrapped__
+    monkeypatch.delitem(sys.modules, "triton", raising=False)
+    monkeypatch.delitem(sys.modules, "tensorflow", raising=False)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert divergences._kernels.__wrapped__() is None
+    assert find() is None
     monkeypatch.setattr("importlib.util.find_spec", lambda name: pytest.fail("its import would abort the process"))
     monkeypatch.setitem(sys.modules, "tensorflow", None)
-    monkeypatch.delitem(sys.modules, "triton", raising=False)
-    assert divergences._kernels.__wrapped__() is None
+    assert find() is None

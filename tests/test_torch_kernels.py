@@ -8,7 +8,7 @@ import torch
 from torch.autograd import grad
 
 from smartreg import divergences as reference
-from smartreg_torch import divergences
+from smartreg_torch import SMARTWarning, divergences
 from smartreg_torch.divergences import symmetric_kl
 
 pytestmark = [
@@ -24,7 +24,7 @@ def kernels():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(divergences, "_kernels", lambda: kernels)
-        patch.setattr(divergences, "_has_kernel", lambda a, b: True)
+        patch.setattr(divergences, "_has_kernel", lambda a, b, mask: True)
         yield kernels
 
 
@@ -107,17 +107,22 @@ def test_infinite_logits():
     torch.testing.assert_close(value[:1], without, rtol=1e-6, atol=0)
     assert value[1] == torch.inf
     assert value.isnan().tolist() == [False, False, True, True, False]
+    c = a[2:3].requires_grad_()
+    assert grad(symmetric_kl(c, b[2:3]).sum(), c)[0].isnan().all()  # as a scaler of float16 looks for
 
 
 def test_a_common_shift_and_huge_logits():
     a, b = logits(1.0, (4, 6))
-    assert_as_the_reference(a + 1e6, b + 1e6)
     assert_as_the_reference(a + 1e6, b)  # a - b is rounded
+    for distance in (1.0, 40.0):
+        c, d = logits(distance, (60, 6))
+        for shift in (1e4, 1e6, 1e8):
+            assert_as_the_reference(c + shift, d)
     assert_as_the_reference(a * 1e30, b * 1e30)
     assert symmetric_kl(torch.full((1, 3), 3e38), torch.full((1, 3), -3e38)) == 0
 
 
 def test_a_kernel_that_cannot_be_compiled_is_said():
     """As on a GPU without a C compiler."""
-    with pytest.warns(UserWarning, match=r"kernel of symmetric_kl cannot be compiled \(.*Triton finds a C compiler"):
+    with pytest.warns(SMARTWarning, match=r"kernel of symmetric_kl cannot be compiled \(.*Triton finds a C compiler"):
         assert KERNELS.__wrapped__() is None
