@@ -16,7 +16,7 @@ DTYPES = ["float32", "float64"]
 
 
 def by_day(examples):
-    """In place of 40 where TensorFlow, called op by op, takes long; at night as many as anywhere."""
+    """In place of 30 where TensorFlow, called op by op, takes long; at night as many as anywhere."""
     return settings(max_examples=examples if settings.default.max_examples <= 40 else settings.default.max_examples)
 
 

@@ -196,6 +196,7 @@ def wrapped(seed=0):
     model = classifier()
     smart = SMARTModel(model, CONFIG.replace(total_steps=12), seed=seed)
     smart.compile(keras.optimizers.Adam(0.05), CE)
+    smart.optimizer.build(smart.trainable_variables)  # else each step is traced twice
     return smart
 
 
