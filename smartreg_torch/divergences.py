@@ -183,7 +183,9 @@ def values_and_gradients(
 
 def _has_kernel(a: Tensor, b: Tensor, mask: Tensor | None) -> bool:
     """Tell whether a kernel computes the divergence of these logits: plain ones on one GPU, in float32 or less."""
-    on_one = {z.device for z in (a, b, mask) if z is not None} == {a.device} and a.is_cuda
+    if not a.is_cuda:
+        return False
+    on_one = {z.device for z in (a, b, mask) if z is not None} == {a.device}
     narrow = a.is_floating_point() and b.is_floating_point() and _dtype(a, b) == torch.float32
     plain = type(a) is type(b) is Tensor and not torch.compiler.is_compiling()
     return on_one and narrow and plain and _kernels() is not None
