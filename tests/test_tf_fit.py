@@ -156,6 +156,9 @@ MATRIX = {
 }
 
 
+IN_A_GRAPH = {"functional", "convolutional, BatchNorm", "LSTM, mask_zero", "keras_hub BERT, strings"}  # for the time
+
+
 def compiled(build, loss, rate=0.0, **options):
     keras.utils.set_random_seed(1)
     model = build()
@@ -207,7 +210,7 @@ def test_same_masks_in_every_pass_and_nothing_left(name):
         assert got.path.split("/")[-1] == want.path.split("/")[-1]
         np.testing.assert_array_equal(got.numpy(), want.numpy())  # BatchNorm's statistics and the seeds among them
 
-    plain.run_eagerly = False
+    plain.run_eagerly = name not in IN_A_GRAPH
     before = state(plain)
     callback = SMARTCallback(papers(**SETTINGS, eta=0.3))
     history = plain.fit(batches, verbose=0, shuffle=False, callbacks=[callback]).history
