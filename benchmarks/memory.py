@@ -169,6 +169,11 @@ def in_a_process(file: str, *arguments: object) -> dict[str, float]:
     return found
 
 
+def alone(file: str, measure: Callable[..., dict[str, float]], *arguments: Any) -> dict[str, float]:
+    """Measure in a process of its own; on a GPU, the last argument, here: the allocator forgets what others took."""
+    return measure(*arguments) if arguments[-1] == "cuda" else in_a_process(file, *arguments)
+
+
 def draw(settings: list[dict[str, Any]], file: Path) -> None:
     """Draw the peaks over the plain step's, one group of bars for each setting."""
     figure, axis = plt.subplots(figsize=(9, 4.2))
@@ -213,8 +218,7 @@ def main() -> None:
         for batch in args.batch:
             megabytes = {}
             for method in dict.fromkeys(["plain", *args.method]):
-                asked = args.model, batch, length, method, args.device
-                found = measure(*asked) if args.device == "cuda" else in_a_process(__file__, *asked)
+                found = alone(__file__, measure, args.model, batch, length, method, args.device)
                 megabytes[method] = found["after"] - found["before"]
             title = f"{args.model}, {batch} x {length} tokens"
             table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)

@@ -323,7 +323,7 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
 
 def is_of(line: dict[str, Any], arm: str) -> bool:
     """Whether a line is of an arm, whatever the arm was called when it was run."""
-    return bool(line["settings"] == settings_of(arm, is_regression(line)))
+    return line["settings"] == settings_of(arm, is_regression(line))
 
 
 def is_regression(line: dict[str, Any]) -> bool:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from memory import in_a_process, now, peak
+from memory import alone, now, peak
 from ratios import in_turn, spread
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -196,8 +196,7 @@ def main() -> None:
         heads = ("", f"x {names[0]} (quartiles)", "peak, tensors" if panel == "divergence" else "peak, MB", "x plain")
         for head in heads if panel == "step" else heads[:3]:
             table.add_column(head, justify="right" if head else "left", no_wrap=True)
-        measured = measure if args.device == "cuda" else partial(in_a_process, __file__)
-        peaks = {name: measured(panel, name, *sizes)["MB"] / tensor + inputs for name in names}
+        peaks = {name: alone(__file__, measure, panel, name, *sizes)["MB"] / tensor + inputs for name in names}
         for name in names:
             ratio = spread([taken[name] / taken[names[0]] for taken in rounds])
             cells = [name, ratio, f"{peaks[name]:.{int(panel == 'divergence')}f}"]

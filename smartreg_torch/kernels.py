@@ -76,8 +76,7 @@ def _symmetric_kl(
     odd = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, count, BLOCK):
         at = start + lanes
-        a = tl.load(a_ptr + at, at < count, -float("inf")).to(tl.float32)
-        b = tl.load(b_ptr + at, at < count, -float("inf")).to(tl.float32)
+        a, b = _logits(a_ptr, at, count), _logits(b_ptr, at, count)
         distance = tl.where((a == -float("inf")) & (b == -float("inf")), 0.0, tl.abs(a / 4 - b / 4))
         odd += tl.where(distance < float("inf"), 0.0, distance)
         a, b = _finite(a, HUGE), _finite(b, HUGE)
@@ -94,8 +93,7 @@ def _symmetric_kl(
     sum_p, sum_q, far_p, far_q, excess, mean_p, mean_q = zero, zero, zero, zero, zero, zero, zero
     for start in range(0, count, BLOCK):
         at = start + lanes
-        a = _finite(tl.load(a_ptr + at, at < count, -float("inf")).to(tl.float32), HUGE)
-        b = _finite(tl.load(b_ptr + at, at < count, -float("inf")).to(tl.float32), HUGE)
+        a, b = _finite(_logits(a_ptr, at, count), HUGE), _finite(_logits(b_ptr, at, count), HUGE)
         p, q = tl.exp(a - largest_a), tl.exp(b - largest_b)
         p, q = tl.where(at < count, p, 0.0), tl.where(at < count, q, 0.0)
         high, low = _difference(a, b)
@@ -123,8 +121,7 @@ def _symmetric_kl(
     value = zero
     for start in range(0, count, BLOCK):
         at = start + lanes
-        a = _finite(tl.load(a_ptr + at, at < count, -float("inf")).to(tl.float32), HUGE)
-        b = _finite(tl.load(b_ptr + at, at < count, -float("inf")).to(tl.float32), HUGE)
+        a, b = _finite(_logits(a_ptr, at, count), HUGE), _finite(_logits(b_ptr, at, count), HUGE)
         p, q = tl.exp(a - largest_a) / total_p, tl.exp(b - largest_b) / total_q
         high, low = _difference(a, b)
         d = (high - high_sum) + (low - low_sum)
@@ -151,6 +148,11 @@ def _symmetric_kl(
 
 
 @triton.jit
+def _logits(ptr, at, count):
+    return tl.load(ptr + at, at < count, -float("inf")).to(tl.float32)
+
+
+@triton.jit
 def _finite(z, HUGE: tl.constexpr):
     nan: tl.constexpr = tl.PropagateNan.ALL
     return tl.minimum(tl.maximum(z, -HUGE, propagate_nan=nan), HUGE, propagate_nan=nan)
@@ -166,9 +168,7 @@ def _difference(a, b):
 @triton.jit
 def _difference_at(a_ptr, b_ptr, best, at, largest, count, HUGE: tl.constexpr):
     index = tl.max(tl.where((best == largest) & (at < count), at, 0), 0)
-    a = _finite(tl.load(a_ptr + index, count > 0, 0.0).to(tl.float32), HUGE)
-    b = _finite(tl.load(b_ptr + index, count > 0, 0.0).to(tl.float32), HUGE)
-    return _difference(a, b)
+    return _difference(_finite(_logits(a_ptr, index, count), HUGE), _finite(_logits(b_ptr, index, count), HUGE))
 
 
 @triton.jit
