@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from smartreg_torch.reach import Given, Known, Reach
+from smartreg_torch.reach import Given, InModules, Known, Reach
 from smartreg_torch.values import Slot, Value
 
 
@@ -27,8 +27,9 @@ class Kept:
 
     def __init__(self, modules: list[nn.Module], given: Given, known: Known) -> None:
         self.given, self._known = given, known
-        found = self._found = Reach(modules, given, known)
-        self._tensors, self._generators = found.tensors, found.generators
+        self._arguments, self._inside = Reach.of(given, modules, known), InModules.found(modules, known)
+        self._tensors = self._inside.tensors | self._arguments.tensors
+        self._generators = self._arguments.generators + self._inside.generators
         self._every: list[Slot] | None = None  # all slots, once they are needed
         self._active: list[Slot] | None = None  # None before the clean pass: all of them
         self._accepted: list[tuple[Slot, Any]] = []
@@ -37,14 +38,13 @@ class Kept:
     @property
     def _slots(self) -> list[Slot]:
         if self._every is None:
-            self._every = self._found.every_slot()
+            self._every = self._arguments.slots + self._inside.every_slot()
         return self._every
 
     @property
     def given_tensors(self) -> list[Tensor]:
         """List the tensors among the arguments."""
-        values = [self._tensors[key].value for key in self._found.arguments]
-        return [value for value in values if isinstance(value, Tensor)]
+        return [found.value for found in self._arguments.tensors.values() if isinstance(found.value, Tensor)]
 
     def settle(self, everything: bool = False) -> list[str]:
         """Note what the clean pass wrote into, and free the copies of the rest.
@@ -58,9 +58,14 @@ class Kept:
         known, first = self._known, self._known.first
         if not (everything or first):
             # a sweep over all containers once a step; the passes that follow touch those that this one has changed
-            found, moving = self._found, known.moving
-            self._active = [slot for slot in found.slots if id(slot.owner) in moving or slot.is_changed()]
-            self._active += found.attributes.changed(moving)
+            moving = known.moving
+            given, inside = (
+                [slot for slot in found.slots if id(slot.owner) in moving or slot.is_changed()]
+                for found in (self._arguments, self._inside)
+            )
+            inside += self._inside.attributes.changed(moving)
+            self._active = given + inside
+            known.inside = None if inside else self._inside
         known.first = False
         lost, known.dropped = known.dropped, []
         unseen = []
@@ -144,7 +149,7 @@ class Kept:
         swapped = convert is not None or any(value.written for value in self._tensors.values())
         generators = self._generators
         if given_only:
-            slots, generators = self._slots[: self._found.given[0]], generators[: self._found.given[1]]
+            slots, generators = self._arguments.slots, self._arguments.generators
         else:
             slots = self._slots if self._active is None or swapped else self._active
         now = [slot.get() for slot in slots]
@@ -184,7 +189,7 @@ class Kept:
             return value
         if id(value) not in memo:
             memo[id(value)] = found.stand_in() if found.written else value
-            if convert is not None and id(value) in self._found.arguments:
+            if convert is not None and id(value) in self._arguments.tensors:
                 memo[id(value)] = convert(memo[id(value)])
         return memo[id(value)]
 

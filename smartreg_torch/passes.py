@@ -63,7 +63,7 @@ class Runner:
         self.theta: dict[str, nn.Parameter] = {}
         self.sharded: list[Any] = []
         self._held: list[Any] = []
-        self.known.layout = None
+        self.known.inside = None
 
     def look(self) -> dict[str, nn.Parameter]:
         """Return the parameters by name. Walk over the model only if a module holds others than before."""

@@ -10,8 +10,8 @@ import operator
 import random
 import sys
 import types
-from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -53,67 +53,10 @@ class Known:
         self.written: set[int] = set()  # ids of frozen weights that a forward was seen to write into
         self.by_value: set[str] = set()  # arguments that were written into past their version, through .data, say
         self.dropped: list[str] = []  # attributes that came to lead to too much
-        self.layout: Layout | None = None  # of the modules' attributes
+        self.inside: InModules | None = None  # what the last step found in the modules, if its clean pass changed none
         self.first = True
         # steps in which frozen weights are compared by value: a momentum encoder starts as what it follows
         self.looks = 3
-
-
-class Layout(NamedTuple):
-    """Say where in the attributes of a model's modules something may be that a forward can change in place.
-
-    It holds no value of an attribute. It is true as long as modules, classes, names and types are the same.
-
-    Attributes:
-        modules: those that it was made of.
-        classes: theirs.
-        owners: the modules that are looked into; `lengths`, `names` and `kinds` are of their `__dict__`s, in a row.
-        visits: the modules that have something to be looked into, in their order.
-    """
-
-    modules: list[nn.Module]
-    classes: list[type]
-    owners: list[nn.Module]
-    lengths: list[int]
-    names: list[str]
-    kinds: list[type]
-    visits: dict[int, Visit]
-
-    @classmethod
-    def of(cls, modules: list[nn.Module], before: Layout | None) -> Layout:
-        """Return the layout of these modules; that of the step before if it is still true."""
-        classes: list[Any] = list(map(type, modules))
-        if before is not None and (before.modules is not modules or before.classes != classes):
-            before = None
-        ours = (module for module, kind in zip(modules, classes, strict=True) if not _is_foreign(kind))
-        owners = list(ours) if before is None else before.owners
-        dicts = list(map(vars, owners))
-        lengths, names = list(map(len, dicts)), list(itertools.chain.from_iterable(dicts))
-        values: Iterable[Any] = itertools.chain.from_iterable(map(dict.values, dicts))
-        kinds: list[Any] = list(map(type, values))
-        if before is not None and (lengths, names, kinds) == (before.lengths, before.names, before.kinds):
-            return before
-        visits, seen = dict[int, Visit](), set[int]()
-        entries = iter(enumerate(zip(names, kinds, strict=True)))
-        for i, (owner, length) in enumerate(zip(owners, lengths, strict=True)):
-            inside, is_first = itertools.islice(entries, length), id(type(owner)) not in seen
-            found = [(place, name) for place, (name, kind) in inside if kind not in _PLAIN and name not in _OWN]
-            if found or is_first:
-                visits[i] = Visit(found, is_first)
-            seen.add(id(type(owner)))
-        return cls(modules, classes, owners, lengths, names, kinds, visits)
-
-
-class Visit(NamedTuple):
-    """Say what of a module is looked into.
-
-    Attributes:
-        attributes: the places in the row, and the names.
-        is_first: whether no module before it is of its class, which is looked into as well.
-    """
-
-    attributes: list[tuple[int, str]]
-    is_first: bool
 
 
 class Attributes:
@@ -122,87 +65,60 @@ class Attributes:
     A sweep over the row is far cheaper than one over each module. A module has a `Slot` only if that is asked for.
     """
 
-    def __init__(self, layout: Layout, entries: tuple[Get, Put]) -> None:
-        self._layout, self._entries = layout, entries
-        self._dicts = list(map(vars, layout.owners))
-        self.values = self._now()
+    def __init__(self, owners: list[nn.Module], entries: tuple[Get, Put]) -> None:
+        self._owners, self._entries = owners, entries
+        self._dicts = list(map(vars, owners))
+        self._starts = list(itertools.accumulate(map(len, self._dicts), initial=0))
+        self._names, self._values = self._now()
         self._slots: dict[int, Slot] = {}
 
-    def _now(self) -> list[Any]:
-        return list(itertools.chain.from_iterable(map(dict.values, self._dicts)))
+    def _now(self) -> tuple[list[str], list[Any]]:
+        chained = itertools.chain.from_iterable
+        return list(chained(self._dicts)), list(chained(map(dict.values, self._dicts)))
 
-    def changed(self, moving: set[int]) -> list[Slot]:
+    def changed(self, moving: Collection[int] = ()) -> list[Slot]:
         """Return the slots of the modules whose attributes are not as before, and of those that are `moving`."""
-        now, names = self._now(), list(itertools.chain.from_iterable(self._dicts))
-        same = len(now) == len(self.values) and names == self._layout.names
-        if same and all(map(operator.is_, now, self.values)) and moving.isdisjoint(map(id, self._dicts)):
+        names, values = self._now()
+        same = len(values) == len(self._values) and names == self._names
+        if same and all(map(operator.is_, values, self._values)) and not (moving and self._any_in(moving)):
             return []
         return [slot for slot in map(self.slot, range(len(self._dicts))) if id(slot.owner) in moving or slot.changed()]
+
+    def _any_in(self, moving: Collection[int]) -> bool:
+        return any(id(entries) in moving for entries in self._dicts)
 
     def slot(self, i: int) -> Slot:
         """Return the slot of the i-th module."""
         if i not in self._slots:
-            if not self._slots:
-                self._starts = list(itertools.accumulate(self._layout.lengths, initial=0))
-            module, place = self._layout.owners[i], slice(*self._starts[i : i + 2])
-            before = self._entries[0](dict(zip(self._layout.names[place], self.values[place], strict=True)))
+            module, place = self._owners[i], slice(*self._starts[i : i + 2])
+            before = self._entries[0](dict(zip(self._names[place], self._values[place], strict=True)))
             self._slots[i] = Slot(type(module).__name__, id(module), self._dicts[i], *self._entries, True, before)
         return self._slots[i]
 
 
 class Reach:
-    """Find what a forward can reach.
-
-    Args:
-        modules: those of the model.
-        given: the arguments, (args, kwargs).
-        known: what earlier steps have shown.
+    """Find what values lead to.
 
     Attributes:
-        slots, generators: the containers and objects but for the modules' attributes, and the random generators.
-        attributes: those of the modules.
+        slots, generators: the containers and objects, and the random generators.
         tensors: the tensors and arrays, by id.
-        arguments: the ids of the tensors among the arguments.
-        given: how many of the slots and of the generators are the arguments'; they come first.
     """
 
-    def __init__(self, modules: list[nn.Module], given: Given, known: Known) -> None:
+    def __init__(self, modules: list[nn.Module], known: Known) -> None:
         self.slots: list[Slot] = []
         self.generators: list[Generator] = []
         self.tensors: dict[int, Value] = {}
         self._known, self._room = known, _MANY
         self._seen = dict.fromkeys(map(id, modules))
+        self._hidden = False  # whether there are modules that model.modules() does not have
+
+    @classmethod
+    def of(cls, given: Given, modules: list[nn.Module], known: Known) -> Reach:
+        """Find what the arguments of the model lead to."""
+        found = cls(modules, known)
         args, kwargs = given
         for name, value in (*((f"argument {i + 1}", value) for i, value in enumerate(args)), *kwargs.items()):
-            self._root(value, name, None)
-        self.arguments = set(self.tensors)
-        self.given = len(self.slots), len(self.generators)
-        layout = known.layout = Layout.of(modules, known.layout)
-        self.attributes = Attributes(layout, ZERO_ENTRIES if _is_partitioned(modules) else ENTRIES)
-        self._starts = list[int]()  # how many slots there are before a module's
-        for i, module in enumerate(layout.owners):
-            self._starts.append(len(self.slots))
-            hooks = forward_hooks(module)
-            if hooks or i in layout.visits:
-                self._visit(module, hooks, layout.visits.get(i))
-
-    def _visit(self, module: nn.Module, hooks: tuple[Any, ...], visit: Visit | None) -> None:
-        kind: Any = type(module)
-        for place, name in () if visit is None else visit.attributes:
-            value = self.attributes.values[place]
-            if id(value) not in self._seen:
-                self._root(value, f"{kind.__name__}.{name}", (id(module), name))
-        for hook in hooks:
-            self._keep_function(hook, "a hook")
-        if visit is not None and visit.is_first:
-            self._keep_function(kind.forward, kind.__name__)
-            self._keep_names(kind, kind, vars(kind))
-
-    def every_slot(self) -> list[Slot]:
-        """Return all slots: the arguments' first, then each module's own before those that it leads to."""
-        found, bounds = self.slots[: self.given[0]], [*self._starts, len(self.slots)]
-        for i, (start, end) in enumerate(itertools.pairwise(bounds)):
-            found += [self.attributes.slot(i), *self.slots[start:end]]
+            found._root(value, name, None)
         return found
 
     def _keep_function(self, function: Any, where: str) -> None:
@@ -298,6 +214,7 @@ class Reach:
 
     def _walk_module(self, hidden: nn.Module, where: str, key: Any) -> None:
         """Walk over a module that model.modules() does not have, of a list, say."""
+        self._hidden = True
         for module in hidden.modules():
             if module is not hidden and id(module) in self._seen:
                 continue
@@ -331,6 +248,72 @@ class Reach:
     def _keep_tensor(self, value: Any, where: str, key: Any) -> None:
         copied = self._known.first or key is None or value.nbytes <= _LARGE or key in self._known.changing
         self.tensors[id(value)] = Value(where, key, value, copied)
+
+
+class InModules(Reach):
+    """Find what a model's modules lead to: their attributes, hooks and classes.
+
+    Args:
+        modules: those of the model.
+        known: what earlier steps have shown.
+
+    Attributes:
+        attributes: those of the modules. `slots` has all other containers and objects.
+    """
+
+    def __init__(self, modules: list[nn.Module], known: Known) -> None:
+        super().__init__(modules, known)
+        kinds: list[Any] = list(map(type, modules))
+        self._modules, self._kinds = modules, kinds
+        self._owners = [module for module, kind in zip(modules, kinds, strict=True) if not _is_foreign(kind)]
+        self._hooks = list(map(forward_hooks, self._owners))
+        self.attributes = Attributes(self._owners, ZERO_ENTRIES if _is_partitioned(modules) else ENTRIES)
+        self._forwards: dict[Any, Any] = {}  # of each class
+        self._starts: list[int] = []  # how many slots there are before a module's
+        for module, hooks in zip(self._owners, self._hooks, strict=True):
+            self._starts.append(len(self.slots))
+            self._visit(module, hooks)
+
+    def _visit(self, module: nn.Module, hooks: tuple[Any, ...]) -> None:
+        kind: Any = type(module)
+        for name, value in list(vars(module).items()):
+            if type(value) not in _PLAIN and name not in _OWN and id(value) not in self._seen:
+                self._root(value, f"{kind.__name__}.{name}", (id(module), name))
+        for hook in hooks:
+            self._keep_function(hook, "a hook")
+        if kind not in self._forwards:
+            self._forwards[kind] = kind.forward
+            self._keep_function(kind.forward, kind.__name__)
+            self._keep_names(kind, kind, vars(kind))
+
+    @classmethod
+    def found(cls, modules: list[nn.Module], known: Known) -> InModules:
+        """Return what the last step found, with new copies of the tensors, if a walk would find the same; else walk."""
+        inside, known.inside = known.inside, None
+        if inside is None or not inside._holds(modules):
+            return cls(modules, known)
+        for value in list(inside.tensors.values()):
+            inside._keep_tensor(value.value, value.where, value.key)
+        return inside
+
+    def _holds(self, modules: list[nn.Module]) -> bool:
+        """Tell whether every container, hook and class is as it was: then so is all that they lead to."""
+        return (
+            self._modules is modules
+            and self._kinds == list(map(type, modules))
+            and self._hooks == list(map(forward_hooks, self._owners))
+            and all(kind.forward is forward for kind, forward in self._forwards.items())
+            and not (self.generators or self._hidden)
+            and not self.attributes.changed()
+            and not any(slot.is_changed() for slot in self.slots)
+        )
+
+    def every_slot(self) -> list[Slot]:
+        """Return all slots: each module's own before those that it leads to."""
+        found: list[Slot] = []
+        for i, (start, end) in enumerate(itertools.pairwise([*self._starts, len(self.slots)])):
+            found += [self.attributes.slot(i), *self.slots[start:end]]
+        return found
 
 
 class _TooManyError(Exception):

@@ -6,6 +6,7 @@ import random
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from operator import attrgetter
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -184,15 +185,14 @@ class State:
         """
         own = [(buffers, dict(buffers)) for buffers, _ in self._buffers]  # the clean pass may have put others in
         frozen = [(parameters, dict(parameters)) for parameters, _ in self._frozen]
-        modes = self._modes_now()
         with self._streams_replayed(seed):
+            modes = self._set_modes(self._modes)
             try:
                 copies: dict[int, Tensor] = {}
                 for buffers, before in self._buffers:
                     buffers.update({name: _copy(buffer, copies) for name, buffer in before.items()})
                 for parameters, before in self._frozen:
                     parameters.update({name: _copy(value, copies, frozen=True) for name, value in before.items()})
-                self._set_modes(self._modes)
                 with self.kept.as_before(convert) as given:
                     yield given
             finally:
@@ -240,14 +240,16 @@ class State:
                     random.setstate(streams[1])
 
     def _modes_now(self) -> list[bool]:
-        return [module.training for module in self._modules]
+        return list(map(attrgetter("training"), self._modules))
 
-    def _set_modes(self, modes: list[bool]) -> None:
-        if self._modes_now() == modes:
-            return
-        for module, mode in zip(self._modules, modes, strict=True):
-            if module.training != mode:  # model.eval() between a forward and its backward
-                module.training = mode
+    def _set_modes(self, modes: list[bool]) -> list[bool]:
+        """Put the modules into these modes; return those of before."""
+        before = self._modes_now()
+        if before != modes:  # model.eval() between a forward and its backward
+            for module, then, mode in zip(self._modules, before, modes, strict=True):
+                if then != mode:
+                    module.training = mode
+        return before
 
 
 def _autocast(kind: str, dtype: torch.dtype, enabled: bool) -> AbstractContextManager[Any]:

@@ -25,16 +25,17 @@ class Report:
         self, step: int, values: Mapping[str, Tensor], stages: Mapping[str, list[Output]], dtype: torch.dtype | None
     ) -> None:
         self.step, self.dtype, self.judged = step, dtype, False
-        # a sum is finite if the entries are; the outputs themselves would stay in memory
-        self.sums = {
-            name: [z.detach().sum(dtype=torch.promote_types(z.dtype, torch.float32)) for z in values_of(outputs)]
-            for name, outputs in stages.items()
-        }
         self.names = list(values)
         penalty = values["penalty"].detach()
         found = torch.stack([value.detach().to(penalty) for value in values.values()])
         self._found = found.to("cpu", non_blocking=found.is_cuda)
         self._sent = torch.cuda.current_stream(found.device).record_event() if found.is_cuda else None
+        # to name the pass that is not finite; a sum is finite if the entries are, which would stay in memory
+        needed = not (self.is_here and self.is_finite)
+        self.sums = {
+            name: [z.detach().sum(dtype=torch.promote_types(z.dtype, torch.float32)) for z in values_of(outputs)]
+            for name, outputs in (stages if needed else {}).items()
+        }
 
     @property
     def is_here(self) -> bool:
@@ -127,14 +128,13 @@ def observed(calls: list[Call], deltas: list[Tensor]) -> tuple[dict[str, Tensor]
     """
     if not deltas:
         return {}, None
-    moves = [delta != 0 for delta in deltas]
-    moved = total(move.sum() for move in moves).clamp(min=1)
+    moved = total(delta.count_nonzero() for delta in deltas).clamp(min=1)
 
     def lost(dtypes: list[torch.dtype]) -> Tensor:
         same = []
-        for call, delta, move, dtype in zip(calls, deltas, moves, dtypes, strict=True):
+        for call, delta, dtype in zip(calls, deltas, dtypes, strict=True):
             x = call.x.to(dtype)
-            same.append((move & (shift(x, delta) == x)).sum())
+            same.append(delta.where(shift(x, delta) == x, 0).count_nonzero())
         return total(same) / moved
 
     own, next_layer = [call.x.dtype for call in calls], [call.dtype for call in calls]

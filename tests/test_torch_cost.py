@@ -104,22 +104,24 @@ def test_a_penalty_that_arrives_late_and_is_not_finite_is_raised_before_harm_is_
 
 
 def test_modules_that_do_not_change_are_looked_at_in_one_row(monkeypatch):
-    """How they are looked into is kept from the first step, and none of them is looked at alone."""
+    """What was found in them is kept from step to step, and none of them is looked at alone."""
     model, inputs = bert()
     smart = SMART(model, papers(**STARTS["margin"], total_steps=10))
     smart(**inputs)
-    alone, layout = [], smart._runner.known.layout
+    alone = []
     own = Attributes.slot
     monkeypatch.setattr(Attributes, "slot", lambda self, i: alone.append(i) or own(self, i))
     smart(**inputs)
+    inside = smart._runner.known.inside
+    smart(**inputs)
     assert alone == []
-    assert smart._runner.known.layout is layout
+    assert smart._runner.known.inside is inside is not None
     handle = model.classifier.register_forward_hook(lambda module, *_: setattr(module, "calls", 1))
     smart(**inputs)
     assert alone  # it would be seen
     handle.remove()
     smart.remove()
-    assert smart._runner.known.layout is None  # it holds the modules
+    assert smart._runner.known.inside is None  # it holds the modules
 
 
 def test_a_late_penalty_can_be_skipped(late):

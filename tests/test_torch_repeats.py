@@ -6,6 +6,8 @@ import dataclasses
 import functools
 import itertools
 import random
+import types
+import weakref
 
 import numpy as np
 import pytest
@@ -262,7 +264,7 @@ def becomes_a_counter(model):
 
 
 def becomes_a_list(model):
-    model.head[1].calls = []
+    model.head[1].calls = [1]
 
 
 def becomes_another_list(model):
@@ -300,21 +302,107 @@ def gets_a_hook(model):
     model.head[1].register_forward_hook(lambda module, args, output: kept.append(1) or output * len(kept))
 
 
-CHANGES = [becomes_a_counter, becomes_a_list, becomes_another_list, becomes_a_buffer, becomes_another_module]
-CHANGES += [becomes_a_copy, becomes_another_class, gets_a_hook]
+def has_a_class_of_its_own(model):
+    model.head[1].__class__ = type("Own", (Twice,), {})
+
+
+def gets_another_forward(model):
+    kept = []
+    type(model.head[1]).forward = lambda self, x: kept.append(1) or nn.Linear.forward(self, x) * len(kept)
+
+
+def holds_an_object(model):
+    def counted(module, args, output):
+        if held.kept is not None:
+            held.kept.append(1)
+        return output * len(held.kept or [1])
+
+    model.head[1].held = held = types.SimpleNamespace(kept=None)
+    model.head[1].register_forward_hook(counted)
+
+
+def holds_a_list_in_it(model):
+    model.head[1].held.kept = [1]
+
+
+class Times(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return x * self.calls
+
+
+def holds_a_hidden_module(model):
+    model.head[1].held = [nn.Sequential(nn.Identity())]  # model.modules() does not have it
+    model.head[1].register_forward_hook(lambda module, args, output: module.held[0](output))
+
+
+def holds_another_hidden_module(model):
+    model.head[1].held[0][0] = Times()
+
+
+def holds_a_stream(model):
+    model.head[1].stream = np.random.default_rng(0)
+    model.head[1].register_forward_hook(lambda module, args, output: output * module.stream.random())
+
+
+def holds_a_tensor(model):
+    model.head[1].total = torch.ones(())
+    model.head[1].register_forward_hook(lambda module, args, output: output * module.total)
+
+
+def is_written_into(model):
+    model.head[1].total.mul_(3)
+
+
+def stays(model):
+    pass
+
+
+CHANGES = {
+    becomes_a_counter: None,
+    becomes_a_list: None,
+    becomes_another_list: becomes_a_list,
+    becomes_a_buffer: None,
+    becomes_another_module: None,
+    becomes_a_copy: becomes_a_counter,
+    becomes_another_class: None,
+    gets_a_hook: None,
+    gets_another_forward: has_a_class_of_its_own,
+    holds_a_list_in_it: holds_an_object,
+    holds_another_hidden_module: holds_a_hidden_module,
+    is_written_into: holds_a_tensor,
+    stays: holds_a_stream,
+}
 
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_what_is_put_on_a_module_between_two_steps(ids, change):
+    """`change` comes before the third step, what it changes before the first."""
     model, plain = WithHead(), WithHead()
-    if change in (becomes_another_list, becomes_a_copy):
-        model.head[1].calls, plain.head[1].calls = ([], []) if change is becomes_another_list else (0, 0)
+    for each in (model, plain):
+        if CHANGES[change]:
+            CHANGES[change](each)
     smart = SMART(model, BOTH)
     for step in range(4):
         if step == 2:
             change(model), change(plain)
         assert torch.equal(smart(ids)[0], plain(ids))
         assert smart.metrics["D_Breg"] == pytest.approx(0, abs=1e-13)
+
+
+def test_what_a_module_has_replaced_is_freed(ids):
+    model = WithHead()
+    model.head[1].register_forward_hook(lambda module, args, output: setattr(module, "last", output.detach()))
+    smart = SMART(model, BOTH)
+    for _ in range(3):
+        smart(ids)
+        last = weakref.ref(model.head[1].last)
+    smart(ids)
+    assert last() is None
 
 
 @pytest.mark.parametrize("drawn", [0, 1])
