@@ -262,7 +262,7 @@ def _blocks(a: Tensor, b: Tensor, mask: Tensor | None) -> list[Tensor]:
         kept = tf.gather(keep, at)
 
         def rows() -> list[Tensor]:
-            return [_unmasked(z, kept) for z in _symmetric_kl_rows(tf.gather(a, at), tf.gather(b, at))]
+            return _rows_of_a_block(*(_unmasked(tf.gather(z, at), kept) for z in (a, b)))
 
         found: list[Tensor] = tf.cond(
             tf.reduce_any(kept), rows, lambda: [tf.zeros(z.shape, z.dtype) for z in signature]
@@ -272,6 +272,24 @@ def _blocks(a: Tensor, b: Tensor, mask: Tensor | None) -> list[Tensor]:
     found = tf.map_fn(block, tf.range(0, tf.shape(a)[0], size), fn_output_signature=signature)
     whole = [tf.reshape(z, [-1, *rest.shape[1:]])[: tf.shape(a)[0]] for z, rest in zip(found, signature, strict=True)]
     return [tf.reshape(whole[0], shape[:-1]), *(tf.reshape(z, shape) for z in whole[1:])]
+
+
+def _rows_of_a_block(a: Tensor, b: Tensor) -> list[Tensor]:
+    """Return what `_symmetric_kl_rows` does; in half the time if no class is far, as in R_s."""
+    huge = a.dtype.max / 16
+    x, y = tf.clip_by_value(a, -huge, huge), tf.clip_by_value(b, -huge, huge)
+    d = _difference(x, y)(_argmax(x))
+
+    def close() -> list[Tensor]:
+        (p, _), (q, _) = _softmax(x), _softmax(y)
+        r = d - tf.math.log1p(_sum(q * tf.math.expm1(d)))
+        p_minus_q = q * tf.math.expm1(r)
+        j = tf.reduce_sum(tf.maximum(p_minus_q * r, 0), -1)
+        return [j, *_gradients(x, y, p, q, p_minus_q, lambda at: d)]
+
+    is_close = tf.reduce_all(tf.abs(d) < 1) & tf.reduce_all(x < huge)
+    found: list[Tensor] = tf.cond(is_close, close, lambda: list(_symmetric_kl_rows(a, b)))
+    return found
 
 
 def _unmasked(values: Tensor, mask: Tensor | None) -> Tensor:
@@ -315,13 +333,7 @@ def _symmetric_kl_terms(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor, T
     p, _ = _softmax(a)
     q, log_q = _softmax(b)
 
-    # d = a - b up to a shift, which J does not see. A common shift may be far larger than what is left without it, so
-    # the rounding of a - b is kept (Knuth's two-sum).
-    high = a - b
-    low = (a - (high - (high - a))) - (b + (high - a))
-
-    def d_from(at: Tensor) -> Tensor:
-        return (high - _take(high, at)) + (low - _take(low, at))
+    d_from = _difference(a, b)
 
     # r = d - log Z, Z = sum q exp(d). Over the classes N where |d| < 1 that sum is 1 - q_F + sum_N q expm1(d); the far
     # ones, F, have Z p_F of it. So log Z = log1p(sum_N q expm1(d) - q_F) - log1p(-p_F): nothing cancels, and no large
@@ -359,6 +371,20 @@ def _gradients(
     grad_a = p * (d_p - _sum(p * d_p)) + p_minus_q
     grad_b = q * (_sum(q * d_q) - d_q) - p_minus_q
     return grad_a, grad_b
+
+
+def _difference(a: Tensor, b: Tensor) -> Callable[[Tensor], Tensor]:
+    """Return d = a - b less its value at a class: J does not see a shift.
+
+    A common shift may be far larger than what is left without it, so the rounding of a - b is kept (Knuth's two-sum).
+    """
+    high = a - b
+    low = (a - (high - (high - a))) - (b + (high - a))
+
+    def d_from(at: Tensor) -> Tensor:
+        return (high - _take(high, at)) + (low - _take(low, at))
+
+    return d_from
 
 
 def _softmax(a: Tensor) -> tuple[Tensor, Tensor]:

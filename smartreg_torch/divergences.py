@@ -252,18 +252,16 @@ def _symmetric_kl_rows(a: Tensor, b: Tensor, wanted: Any) -> tuple[Tensor, Tenso
     (top_a, at_a), (top_b, at_b) = _largest(a), _largest(b)
     (p, _, _), (q, shifted, total) = _softmax(a, top_a), _softmax(b, top_b)
 
-    # r - E_p r = d - E_p d; d is centred anew, exact near the largest p for the one and the largest q for the other
     d_from = _difference(a, b)
     d = d_p = d_q = d_from(at_a)
-    if not _is_sure(at_a == at_b):
-        d, d_q = d_from(_largest(a + b)[1]), d_from(at_b)
-    near = d.abs() < 1
-    close = _is_sure(near) and _is_sure(top_a < huge)
+    close = _is_sure(d.abs() < 1) and _is_sure(top_a < huge)
     if close:  # the same as below if no class is far, in half the time
         r = d - (q * d.expm1()).sum(-1, keepdim=True).log1p()
         p_minus_q = q * r.expm1()
     else:
-        r, p_minus_q = _with_far_classes(p, q, shifted, total, d, near)
+        # r - E_p r = d - E_p d; d is centred anew, exact near the largest p for the one and the largest q for the other
+        d_q = d_from(at_b)
+        r, p_minus_q = _with_far_classes(p, q, shifted, total, d_from(_largest(a + b)[1]))
     grad_a = p * (d_p - (p * d_p).sum(-1, keepdim=True)) + p_minus_q if wanted[0] else None
     grad_b = q * ((q * d_q).sum(-1, keepdim=True) - d_q) - p_minus_q if wanted[1] else None
     values = (p_minus_q * r).clamp(min=0).sum(-1)
@@ -279,14 +277,13 @@ def _is_sure(condition: Tensor) -> bool:
     return known and bool(condition.all())
 
 
-def _with_far_classes(
-    p: Tensor, q: Tensor, shifted: Tensor, total: Tensor, d: Tensor, near: Tensor
-) -> tuple[Tensor, Tensor]:
+def _with_far_classes(p: Tensor, q: Tensor, shifted: Tensor, total: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
     """Return log p - log q and p - q; log q = shifted - log total.
 
     log Z = log sum q exp(d) = log1p(sum_N q expm1(d) - q_F) - log1p(-p_F), N the classes where |d| < 1, F the others.
     If F has most of the mass, J is not small, and the plain forms of Z and p - q will do.
     """
+    near = d.abs() < 1
     far = (~near).to(d.dtype)
     p_far, q_far = (p * far).sum(-1, keepdim=True), (q * far).sum(-1, keepdim=True)
     alike = p_far + q_far < 0.5

@@ -237,13 +237,13 @@ def in_blocks(monkeypatch):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("shape", [(3, 5, 6), (2, 4, 3, 6), (5, 6)])
+@pytest.mark.parametrize(("shape", "distances"), [((3, 5, 6), (-6, 3)), ((2, 4, 3, 6), (-6, -6)), ((5, 6), (-1, 1))])
 @pytest.mark.usefixtures("in_blocks")
-def test_blocks_equal_numpy_with_masked_positions(shape, mode):
+def test_blocks_equal_numpy_with_masked_positions(shape, distances, mode):
     """An odd number of positions, masked blocks, NaN where masked, and gradients by each argument alone."""
     rng = np.random.default_rng(0)
     a = 3 * rng.normal(size=shape)
-    b = a + 10.0 ** rng.uniform(-6, 1, size=(*shape[:-1], 1)) * rng.normal(size=shape)
+    b = a + 10.0 ** rng.uniform(*distances, size=(*shape[:-1], 1)) * rng.normal(size=shape)
     a[..., 1] = b[..., 1] = -np.inf
     mask = np.arange(np.prod(shape[:-1])).reshape(shape[:-1]) % 5 > 2
     want = reference.symmetric_kl(a, b, mask), *reference.symmetric_kl_grad(a, b, mask)
@@ -262,6 +262,12 @@ def test_blocks_equal_numpy_with_masked_positions(shape, mode):
     each = np.arange(1.0, 1 + shape[0]).reshape(-1, *[1] * (len(shape) - 1))
     for found, expected in zip(got, [each * g for g in want[1:]] * 2 + list(want[1:]), strict=True):
         np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-12 * np.abs(expected).max())
+
+
+@pytest.mark.usefixtures("in_blocks")
+def test_blocks_do_not_hide_infinite_logits():
+    a = tf.constant([[np.inf, 0.0], [1.0, 0.0]])
+    assert np.isnan(divergences.symmetric_kl(a, a)).tolist() == [True, False]
 
 
 @pytest.mark.parametrize("case", ["far", "near", "masked positions", "masked class"])
