@@ -200,8 +200,10 @@ def report_over(console: Console, rounds: int, device: str) -> None:
     console.print(f"{p.at:.2g}M parameters, {BATCH} x {LENGTH} tokens, {rounds} rounds: {device} ms above the floor")
     for method in METHODS:
         needs = {("plain" if part == "P" else part): times for part, times in p.floors[method].items()}
-        over = [r[method] - sum(times * r[part] for part, times in needs.items()) for r in p.rounds]
-        console.print(f"- {method}: {spread([1e3 * seconds for seconds in over])}")
+        over = [1e3 * (r[method] - sum(times * r[part] for part, times in needs.items())) for r in p.rounds]
+        less = [ms - 1e3 * r["U"] for ms, r in zip(over, p.rounds, strict=True)]
+        update = f", {spread(less)} of it not theta~'s update" if "MBPP" in method else ""
+        console.print(f"- {method}: {spread(over)}{update}", soft_wrap=True)
     parts = [f"{part} = {statistics.median(1e3 * r[part] for r in p.rounds):.2f}" for part in ("plain", *"FXSU")]
     console.print(f"{', '.join(parts)} ms; theta~'s update U is in no floor")
 

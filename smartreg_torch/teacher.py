@@ -158,8 +158,7 @@ class Teacher:
         return vars(self) | {"_stamps": None, "_followed": None}
 
 
-def _looks(parameter: nn.Parameter) -> tuple[Any, ...]:
-    return parameter.requires_grad, parameter.dtype, parameter.device, parameter.shape
+_looks = operator.attrgetter("requires_grad", "dtype", "device", "shape")  # of a parameter
 
 
 class Stamp:
