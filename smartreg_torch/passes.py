@@ -439,9 +439,8 @@ def untouched_gradients(weights: Iterable[Tensor]) -> Iterator[None]:
     weights = [weight for weight in weights if weight.requires_grad]
     own = [weight.grad for weight in weights]
     try:
-        for weight, grad in zip(weights, own, strict=True):
-            if grad is not None:
-                weight.grad = None
+        for weight in (weight for weight, grad in zip(weights, own, strict=True) if grad is not None):
+            weight.grad = None
         yield
         filled = [weight for weight in weights if weight.grad is not None]
         if any(map(compat.has_accumulation_hooks, filled)):
