@@ -94,7 +94,7 @@ def prepare(network: Any, way: str) -> None:
     if way == "perturbed pass in bfloat16":
         in_perturbed_pass(lambda: in_bfloat16(network))
         return
-    network.gradient_checkpointing_enable({"use_reentrant": False})
+    network.activation_checkpointing_enable({"use_reentrant": False})
     if way == "checkpointed":
         return
     on = False
