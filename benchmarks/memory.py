@@ -35,7 +35,7 @@ import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
-from step_cost import FLOORS, OURS, SIZES, Bench, make_model
+from step_cost import FLOORS, OURS, SIZES, Bench, add_options_of_a_model, make_model, prepared
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
@@ -50,7 +50,7 @@ METHODS = [*FLOORS, "plain, checkpointed", *OTHERS]
 
 def now(device: str) -> float:
     """Return the memory now in MB, and reset the peak."""
-    if device == "cuda":
+    if device != "cpu":
         gc.collect()
         torch.cuda.reset_peak_memory_stats()
     else:
@@ -60,7 +60,7 @@ def now(device: str) -> float:
 
 def peak(device: str) -> float:
     """Return the peak in MB, since `now`."""
-    if device == "cuda":
+    if device != "cpu":
         return torch.cuda.max_memory_allocated() / 2**20
     found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert found is not None
@@ -140,21 +140,26 @@ def print_errors() -> None:
         print(f"epsilon {config.epsilon:g} {config.scale}: float32 {errors[0]:.1e}, bfloat16 {errors[1]:.1e}")
 
 
-def measure(model: str, batch: int, length: int, method: str, device: str) -> dict[str, float]:
+def measure(
+    model: str, batch: int, length: int, method: str, precision: str, compiled: bool, device: str
+) -> dict[str, float]:
     """Measure the peak before and after two steps, in this process."""
-    network = make_model(model).to(device)
+    network, own = prepared(make_model(model), device, precision, compiled), Passes.at
     way = next((way for way in reversed(WAYS) if f", {way}" in method), None)
-    if way is not None:
-        prepare(network, way)
-        method = method.replace(f", {way}", "")
-    with torch.no_grad():
-        network(torch.ones(1, 1, dtype=torch.long, device=device))
-    before = now(device)
-    bench = Bench(network, batch, length)
-    step = bench.step(method)
-    for _ in range(2):
-        bench.seconds(step)
-    return {"before": before, "after": peak(device)}
+    try:
+        if way is not None:
+            prepare(network, way)
+            method = method.replace(f", {way}", "")
+        with torch.no_grad():
+            network(torch.ones(1, 1, dtype=torch.long, device=device))
+        before = now(device)
+        bench = Bench(network, batch, length, precision)
+        step = bench.step(method)
+        for _ in range(2):
+            bench.seconds(step)
+        return {"before": before, "after": peak(device)}
+    finally:
+        Passes.at = own  # type: ignore[method-assign]
 
 
 def in_a_process(file: str, *arguments: object) -> dict[str, float]:
@@ -171,7 +176,7 @@ def in_a_process(file: str, *arguments: object) -> dict[str, float]:
 
 def alone(file: str, measure: Callable[..., dict[str, float]], *arguments: Any) -> dict[str, float]:
     """Measure in a process of its own; on a GPU, the last argument, here: the allocator forgets what others took."""
-    return measure(*arguments) if arguments[-1] == "cuda" else in_a_process(file, *arguments)
+    return in_a_process(file, *arguments) if arguments[-1] == "cpu" else measure(*arguments)
 
 
 def draw(settings: list[dict[str, Any]], file: Path) -> None:
@@ -194,13 +199,13 @@ def draw(settings: list[dict[str, Any]], file: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="The peak memory of a training step with SMART over a plain step's.")
     add = parser.add_argument
-    add("--one", nargs=5, help=argparse.SUPPRESS)
+    add("--one", nargs=7, help=argparse.SUPPRESS)
     add("--model", choices=SIZES, default="minilm")
     add("--batch", nargs="+", type=int, default=[8, 32])
     add("--length", nargs="+", type=int, default=[32, 128])
     add("--method", nargs="+", choices=METHODS, default=list(FLOORS), help="plain is always among them")
     add("--error", action="store_true", help="print the error of R_s's gradient alone")
-    add("--device", default="cpu")
+    add_options_of_a_model(add)
     add("--json", type=Path, default=Path("out/memory.json"))
     add("--figure", type=Path, default=Path("out/memory.png"))
     args = parser.parse_args()
@@ -208,8 +213,8 @@ def main() -> None:
         print_errors()
         return
     if args.one:
-        model, batch, length, method, device = args.one
-        print(json.dumps(measure(model, int(batch), int(length), method, device)))
+        model, batch, length, method, precision, compiled, device = args.one
+        print(json.dumps(measure(model, int(batch), int(length), method, precision, compiled == "True", device)))
         return
     for file in (args.json, args.figure):
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -218,9 +223,13 @@ def main() -> None:
         for batch in args.batch:
             megabytes = {}
             for method in dict.fromkeys(["plain", *args.method]):
-                found = alone(__file__, measure, args.model, batch, length, method, args.device)
+                how = args.precision, args.compile, args.device
+                found = alone(__file__, measure, args.model, batch, length, method, *how)
                 megabytes[method] = found["after"] - found["before"]
-            title = f"{args.model}, {batch} x {length} tokens"
+            title = (
+                f"{args.model}, {batch} x {length} tokens, {args.device}, {args.precision}"
+                + ", compiled" * args.compile
+            )
             table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
             for name in ("method", "MB over the model", "x plain"):
                 table.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)

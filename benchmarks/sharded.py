@@ -2,12 +2,13 @@
 
     torchrun --nproc_per_node 2 benchmarks/sharded.py
 
-On GPUs it uses NCCL and one GPU a process, else gloo. DeepSpeed is tried if it is installed, accelerate's FSDP2 and the
-Trainer's on GPUs alone: accelerate shards on no CPU. Exit status 1 if a line says fail.
+On GPUs it uses NCCL and one GPU a process, else gloo. DeepSpeed is tried if it is installed. Accelerate and the Trainer
+shard on GPUs alone: accelerate shards on no CPU. Exit status 1 if a line says fail.
 """
 
 from __future__ import annotations
 
+import argparse
 import gc
 import importlib.util
 import os
@@ -16,6 +17,8 @@ import tempfile
 import traceback
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,6 +32,12 @@ STEPS, ROWS = 4, 8  # ROWS are those of each process
 CONFIG = SMARTConfig(total_steps=STEPS, lambda_s=1.0, mu=1.0, epsilon=0.1, sigma=0.05, eta=0.1, memory=0.5)
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if CUDA else torch.device("cpu")
+ZERO = {  # DeepSpeed's settings, but for the stage
+    "train_micro_batch_size_per_gpu": ROWS,
+    "gradient_clipping": 0.0,
+    "zero_allow_untested_optimizer": True,
+    "zero_force_ds_cpu_optimizer": False,
+}
 BOUND = 1e-4  # of the largest entry of a tensor: float32, and AdamW divides by small gradients
 Found = dict[str, Tensor]
 
@@ -78,16 +87,15 @@ def by_torch(
     return step
 
 
-def whole(tensors: dict[str, Any]) -> Found:
-    """Gather shards."""
-    return {name: (t.full_tensor() if hasattr(t, "full_tensor") else t).detach().clone() for name, t in tensors.items()}
-
-
-def results(smart: SMART) -> tuple[Found, Found]:
-    """Return the weights and theta~, whole."""
-    own = whole(dict(smart.model.named_parameters()))
-    with smart.swap_teacher():
-        return own, whole(dict(smart.model.named_parameters()))
+def whole(model: nn.Module) -> Found:
+    """Return the weights of a model, gathered."""
+    deepspeed = sys.modules.get("deepspeed")
+    parts = nullcontext() if deepspeed is None else deepspeed.zero.GatheredParameters(list(model.parameters()))
+    with parts:
+        weights: dict[str, Any] = dict(model.named_parameters())
+        return {
+            name: (w.full_tensor() if hasattr(w, "full_tensor") else w).detach().clone() for name, w in weights.items()
+        }
 
 
 def sharded(model: nn.Sequential) -> Any:
@@ -106,18 +114,24 @@ def in_a_loop(wrap: Callable[[Any], Any], rank: int, world: int) -> tuple[Any, .
 
 def results_after(metrics: tuple[float, float], smart: SMART) -> tuple[Any, ...]:
     """Return the weights, theta~ and the metrics."""
-    return (*results(smart), metrics)
+    own = whole(smart.model)
+    with smart.swap_teacher():
+        return own, whole(smart.model), metrics
 
 
-def with_accelerate(fsdp: bool, rank: int, world: int) -> tuple[Any, ...]:
-    """Train in a loop with Accelerate."""
+def with_accelerate(rank: int, world: int, fsdp: bool = False, stage: int = 0) -> tuple[Any, ...]:
+    """Train in a loop with Accelerate: FSDP2, a stage of ZeRO, or neither."""
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
-    from accelerate.utils import FullyShardedDataParallelPlugin
+    from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
 
     AcceleratorState._reset_state(reset_partial_state=True)
-    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="NO_WRAP") if fsdp else None
-    accelerator = Accelerator(cpu=not CUDA, fsdp_plugin=plugin)
+    plugins: dict[str, Any] = {}
+    if fsdp:
+        plugins["fsdp_plugin"] = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="NO_WRAP")
+    if stage:
+        plugins["deepspeed_plugin"] = DeepSpeedPlugin(hf_ds_config=ZERO | {"zero_optimization": {"stage": stage}})
+    accelerator = Accelerator(cpu=not CUDA, **plugins)
     model = make()
     model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=0.01))
     smart = SMART(model, CONFIG, noise=noise)
@@ -128,13 +142,7 @@ def with_deepspeed(stage: int, rank: int, world: int) -> tuple[Any, ...]:
     """Train with DeepSpeed's engine."""
     import deepspeed
 
-    settings = {
-        "train_micro_batch_size_per_gpu": ROWS,
-        "gradient_clipping": 0.0,
-        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-    }
+    settings = ZERO | {"zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0}}
     deepspeed.init_distributed("nccl" if CUDA else "gloo", verbose=False)
     model = make()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
@@ -145,15 +153,7 @@ def with_deepspeed(stage: int, rank: int, world: int) -> tuple[Any, ...]:
         engine.backward(loss)
         engine.step()
 
-    metrics = train(engine, step, smart, rank, world, world)
-
-    def gathered() -> Found:
-        with deepspeed.zero.GatheredParameters(list(model.parameters())):
-            return {name: weight.detach().clone() for name, weight in model.named_parameters()}
-
-    own = gathered()
-    with smart.swap_teacher():
-        return own, gathered(), metrics
+    return results_after(train(engine, step, smart, rank, world, world), smart)
 
 
 def in_the_trainer(settings: dict[str, Any], rows: int = ROWS, alone: bool = False) -> tuple[Any, ...]:
@@ -172,7 +172,8 @@ def in_the_trainer(settings: dict[str, Any], rows: int = ROWS, alone: bool = Fal
     # not BERT: accelerate 1.15 shards its embeddings twice, and raises
     model = GPT2ForSequenceClassification(GPT2Config(**sizes, **dropout))
     model.accepts_loss_kwargs = False
-    data = [{"input_ids": [2, 10 + i % 20, 20 + i % 7, 3], "labels": i % 2} for i in range(64)]
+    total = STEPS * rows * (1 if alone else distributed.get_world_size())
+    data = [{"input_ids": [2, 10 + i % 20, 20 + i % 7, 3], "labels": i % 2} for i in range(total)]
     with tempfile.TemporaryDirectory() as folder:
         quiet = {"report_to": "none", "disable_tqdm": True, "save_strategy": "no", "log_level": "error"}
         args = {
@@ -187,8 +188,6 @@ def in_the_trainer(settings: dict[str, Any], rows: int = ROWS, alone: bool = Fal
             arguments._n_gpu = min(arguments.n_gpu, 1)
         trainer = Made(model, arguments, train_dataset=data, smart=CONFIG)
         trainer.train()
-        if trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage == 3:
-            raise RuntimeError("its weights are not gathered here")
         last = next(row for row in reversed(trainer.state.log_history) if "R_s" in row)
         assert trainer.smart is not None
         return results_after((last["R_s"], last["D_Breg"]), trainer.smart)
@@ -200,8 +199,8 @@ def ways(rank: int, world: int) -> dict[str, Callable[[], tuple[Any, ...]] | str
     found: dict[str, Any] = {
         "DDP, a loop": lambda: in_a_loop(ddp, rank, world),
         "FSDP2, a loop": lambda: in_a_loop(sharded, rank, world),
-        "DDP, Accelerate": lambda: with_accelerate(False, rank, world),
-        "FSDP2, Accelerate": lambda: with_accelerate(True, rank, world),
+        "DDP, Accelerate": lambda: with_accelerate(rank, world),
+        "FSDP2, Accelerate": lambda: with_accelerate(rank, world, fsdp=True),
         "DDP, Trainer": lambda: in_the_trainer({}),
         "FSDP2, Trainer": lambda: in_the_trainer({"fsdp": True, "fsdp_config": {"version": 2}}),
     }
@@ -209,15 +208,14 @@ def ways(rank: int, world: int) -> dict[str, Callable[[], tuple[Any, ...]] | str
         found |= dict.fromkeys(["FSDP2, Accelerate", "FSDP2, Trainer"], "accelerate shards on no CPU")
     installed = importlib.util.find_spec("deepspeed") is not None
     for stage in (1, 2, 3):
-        name = f"ZeRO {stage}"
-        found[f"{name}, a loop"] = "deepspeed is not installed"
-        if installed:
-            found[f"{name}, a loop"] = lambda stage=stage: with_deepspeed(stage, rank, world)
-    for stage in (1, 2, 3):
-        settings = {"deepspeed": {"zero_optimization": {"stage": stage}, "train_micro_batch_size_per_gpu": "auto"}}
-        found[f"ZeRO {stage}, Trainer"] = "deepspeed is not installed" if not installed else "on GPUs alone"
-        if installed and CUDA:
-            found[f"ZeRO {stage}, Trainer"] = lambda settings=settings: in_the_trainer(settings)
+        zero = {"stage": stage, "stage3_param_persistence_threshold": 0}
+        settings = {"zero_optimization": zero, "train_micro_batch_size_per_gpu": "auto"}
+        tried = {
+            f"ZeRO {stage}, a loop": partial(with_deepspeed, stage, rank, world),
+            f"ZeRO {stage}, Accelerate": partial(with_accelerate, rank, world, stage=stage),
+            f"ZeRO {stage}, Trainer": partial(in_the_trainer, {"deepspeed": settings}),
+        }
+        found |= tried if installed else dict.fromkeys(tried, "deepspeed is not installed")
     return found
 
 
@@ -229,6 +227,10 @@ def differ(one: Found, other: Found) -> float:
 
 def main() -> int:
     """Try each way; return the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args()
+    if "RANK" not in os.environ:
+        parser.error("start it with torchrun, which says how many processes there are")
     warnings.simplefilter("ignore")
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if CUDA:
@@ -241,11 +243,13 @@ def main() -> int:
     place = {name: os.environ.pop(name) for name in names if name in os.environ}
     of_the_trainer = in_the_trainer({}, ROWS * world, alone=True)
     os.environ.update(place)
+    if CUDA:
+        torch.cuda.set_device(DEVICE)  # the Trainer took the first one
     distributed.init_process_group("nccl" if CUDA else "gloo")
     failed = False
     for name, way in ways(rank, world).items():
-        if isinstance(way, str) or ("Trainer" in name and "ZeRO 3" in name):
-            line = f"not tried  {name}: {way if isinstance(way, str) else 'its weights are not gathered here'}"
+        if isinstance(way, str):
+            line = f"not tried  {name}: {way}"
         else:
             environment = dict(os.environ)  # accelerate writes its settings there
             try:

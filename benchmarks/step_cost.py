@@ -94,6 +94,26 @@ def make_model(name: str) -> Any:
     return BertForSequenceClassification(BertConfig(**shape, num_attention_heads=max(12, width // 64)))
 
 
+def add_options_of_a_model(add: Callable[..., Any]) -> None:
+    """Add the options that say where and how the model runs."""
+    add("--device", default="cpu")
+    add(
+        "--precision",
+        choices=("float32", "autocast", "bfloat16"),
+        default="float32",
+        help="the last two have bfloat16 activations, or weights too; SMART then has precision='model'",
+    )
+    add("--compile", action="store_true", help="the model, by torch.compile")
+
+
+def prepared(model: Any, device: str, precision: str, compiled: bool) -> Any:
+    """Return the model as these options say."""
+    model = model.to(device, torch.bfloat16 if precision == "bfloat16" else None)
+    if compiled:
+        model.compile()
+    return model
+
+
 class Bench:
     """One model, one batch, and every method's step on them."""
 
@@ -230,7 +250,7 @@ class Bench:
         embedding, ids = self.model.get_input_embeddings(), self.inputs["input_ids"]
         size = embedding.weight.shape[1] * ids.shape[1]
         shape = (*ids.shape, embedding.weight.shape[1])
-        delta = torch.empty(shape, device=ids.device).uniform_(-xi, xi) / size**0.5
+        delta = embedding.weight.new_empty(shape).uniform_(-xi, xi) / size**0.5
         for _ in range(K):
             delta.requires_grad_()
             with self._autocast():
@@ -271,14 +291,7 @@ def main() -> None:
     add("--rounds", type=int, default=20)
     add("--method", nargs="+", choices=FLOORS, default=list(FLOORS), help="plain is always among them")
     add("--threads", type=int, default=2)
-    add("--device", default="cpu")
-    add(
-        "--precision",
-        choices=("float32", "autocast", "bfloat16"),
-        default="float32",
-        help="the last two have bfloat16 activations, or weights too; SMART then has precision='model'",
-    )
-    add("--compile", action="store_true", help="the model, by torch.compile")
+    add_options_of_a_model(add)
     add("--json", type=Path, default=Path("out/step_cost.json"))
     add("--figure", type=Path, default=Path("out/step_cost.png"))
     args = parser.parse_args()
@@ -290,9 +303,7 @@ def main() -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
     console, settings = Console(highlight=False, width=110), []
     for name in args.model:
-        model = make_model(name).to(args.device, torch.bfloat16 if args.precision == "bfloat16" else None)
-        if args.compile:
-            model.compile()
+        model = prepared(make_model(name), args.device, args.precision, args.compile)
         size = sum(weight.numel() for weight in model.parameters()) / 1e6
         for length in args.length:
             for batch in args.batch:

@@ -30,6 +30,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from smart_pytorch import SMARTLoss, kl_loss, sym_kl_loss
+from step_cost import add_options_of_a_model, prepared
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
@@ -63,10 +64,13 @@ def textbook(a: Tensor, b: Tensor) -> Tensor:
     return ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(-1).mean()
 
 
-def divergence(name: str, batch: int, length: int, vocabulary: int, device: str) -> Step:
-    """Return the forward and backward pass of l_s, or of a cross entropy, in logits."""
+def divergence(
+    name: str, batch: int, length: int, vocabulary: int, precision: str, compiled: bool, device: str
+) -> Step:
+    """Return the forward and backward pass of l_s, or of a cross entropy, in logits; `compiled` is of no use here."""
     torch.manual_seed(0)
-    a = torch.randn(batch, length, vocabulary, device=device, requires_grad=True)
+    dtype = torch.float32 if precision == "float32" else torch.bfloat16
+    a = torch.randn(batch, length, vocabulary, device=device, dtype=dtype, requires_grad=True)
     b = (a.detach() + 0.01 * torch.randn_like(a)).requires_grad_()
     labels = torch.randint(vocabulary, (batch * length,), device=device)
     keep = torch.rand(batch, length, device=device) < 0.15
@@ -105,11 +109,13 @@ class NoLogits(nn.Module):
         return {"loss": total / len(labels), "hidden": hidden}
 
 
-def training_step(name: str, batch: int, length: int, vocabulary: int, device: str) -> Step:
+def training_step(
+    name: str, batch: int, length: int, vocabulary: int, precision: str, compiled: bool, device: str
+) -> Step:
     """Return the forward and backward pass of a method on a language model."""
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=vocabulary, n_layer=6, n_positions=max(length, 256))
-    language: Any = GPT2LMHeadModel(config).to(device).train()
+    language: Any = prepared(GPT2LMHeadModel(config), device, precision, compiled).train()
     ids = torch.randint(vocabulary, (batch, length), device=device)
     model: Any = NoLogits(language) if name.startswith("no logits") else language
     given = {"input_ids": ids} if name.startswith("no logits") else {"input_ids": ids, "labels": ids}
@@ -117,18 +123,20 @@ def training_step(name: str, batch: int, length: int, vocabulary: int, device: s
         (lambda found: Projection(found["hidden"], language.lm_head.weight)) if model is not language else "logits"
     )
     terms = STEPS[name]
-    smart = SMART(model, CONFIGS[terms], outputs=outputs) if terms in CONFIGS else None
+    passes = "float32" if precision == "float32" else "model"
+    smart = SMART(model, CONFIGS[terms], outputs=outputs, precision=passes) if terms in CONFIGS else None
     peer = SMARTLoss(lambda x: language(inputs_embeds=x).logits.flatten(0, 1), kl_loss, sym_kl_loss)
 
+    def loss_of_a_batch() -> Tensor:
+        output, penalty = smart(**given) if smart is not None else (model(**given), None)
+        if terms == "peer":
+            penalty = peer(language.transformer.wte(ids), output.logits.flatten(0, 1))
+        loss: Tensor = output["loss"]
+        return loss if penalty is None else loss + penalty
+
     def step() -> None:
-        if smart is not None:
-            output, penalty = smart(**given)
-            loss = output["loss"] + penalty
-        else:
-            output = model(**given)
-            loss = output["loss"]
-            if terms == "peer":
-                loss = loss + peer(language.transformer.wte(ids), output.logits.flatten(0, 1))
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "autocast"):
+            loss = loss_of_a_batch()
         loss.backward()
         model.zero_grad()
         if smart is not None:
@@ -144,7 +152,7 @@ def measure(panel: str, name: str, *sizes: Any) -> dict[str, float]:
     """Measure the peak of a row in this process, over what was there before its first step."""
     device = sizes[-1]
     step = PANELS[panel][1](name, *sizes)
-    if device == "cuda":
+    if device != "cpu":
         step()  # to compile a kernel takes memory, too
     before = now(device)
     for _ in range(2):
@@ -154,10 +162,10 @@ def measure(panel: str, name: str, *sizes: Any) -> dict[str, float]:
 
 def seconds(step: Step, device: str) -> float:
     """Time a step: the processor's time on a CPU, on which other load counts less; on a GPU until it is done."""
-    clock = time.perf_counter if device == "cuda" else time.process_time
+    clock = time.process_time if device == "cpu" else time.perf_counter
     started = clock()
     step()
-    if device == "cuda":
+    if device != "cpu":
         torch.cuda.synchronize()
     return clock() - started
 
@@ -165,22 +173,22 @@ def seconds(step: Step, device: str) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--one", nargs=6, help=argparse.SUPPRESS)
+    add("--one", nargs=8, help=argparse.SUPPRESS)
     add("--panel", nargs="+", choices=PANELS, default=list(PANELS))
     add("--batch", type=int, default=4)
     add("--length", type=int, default=64)
     add("--vocabulary", type=int, default=50257)
     add("--rounds", type=int, default=5)
     add("--threads", type=int, default=1)
-    add("--device", default="cpu")
+    add_options_of_a_model(add)
     add("--json", type=Path, default=Path("out/vocabulary.json"))
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.one:
-        panel, name, *sizes, device = args.one
-        print(json.dumps(measure(panel, name, *map(int, sizes), device)))
+        panel, name, *sizes, precision, compiled, device = args.one
+        print(json.dumps(measure(panel, name, *map(int, sizes), precision, compiled == "True", device)))
         return
-    sizes = (args.batch, args.length, args.vocabulary, args.device)
+    sizes = (args.batch, args.length, args.vocabulary, args.precision, args.compile, args.device)
     console, rng, found = Console(highlight=False, width=110), random.Random(0), {}
     for panel in args.panel:
         names, make = PANELS[panel]
@@ -190,9 +198,12 @@ def main() -> None:
         timed = {name: partial(seconds, step, args.device) for name, step in steps.items()}
         rounds = [in_turn(timed, dict, rng) for _ in range(args.rounds)]
         del steps, step, timed
-        tensor = 4 * math.prod(sizes[:3]) / 2**20 if panel == "divergence" else 1.0
+        tensor = (
+            (4 if args.precision == "float32" else 2) * math.prod(sizes[:3]) / 2**20 if panel == "divergence" else 1.0
+        )
         inputs = 2 if panel == "divergence" else 0
-        table = Table(title=f"{panel}, {args.batch} x {args.length} x {args.vocabulary}", box=SIMPLE_HEAD)
+        title = f"{panel}, {args.batch} x {args.length} x {args.vocabulary}, {args.device}, {args.precision}"
+        table = Table(title=title + ", compiled" * args.compile, box=SIMPLE_HEAD)
         heads = ("", f"x {names[0]} (quartiles)", "peak, tensors" if panel == "divergence" else "peak, MB", "x plain")
         for head in heads if panel == "step" else heads[:3]:
             table.add_column(head, justify="right" if head else "left", no_wrap=True)

@@ -46,7 +46,7 @@ def symmetric_kl(a: Tensor, b: Tensor, mask: Tensor | None = None) -> Tensor:
 
     def value(a: Tensor, b: Tensor) -> Any:
         j, *terms = _symmetric_kl_terms(a, b)
-        return j, lambda: [_mean_grad(grad, mask) for grad in _gradients(a, b, *terms)]
+        return j, lambda: [_mean_grad(grad, mask) for grad in _gradients(*_centred(a, b, *terms))]
 
     return _with_gradient("symmetric_kl", value, a, b, mask)
 
@@ -281,13 +281,15 @@ def _rows_of_a_block(a: Tensor, b: Tensor) -> list[Tensor]:
     d = _difference(x, y)(_argmax(x))
 
     def close() -> list[Tensor]:
-        (p, _), (q, _) = _softmax(x), _softmax(y)
+        q, _ = _softmax(y)
         r = d - tf.math.log1p(_sum(q * tf.math.expm1(d)))
         p_minus_q = q * tf.math.expm1(r)
         j = tf.reduce_sum(tf.maximum(p_minus_q * r, 0), -1)
-        return [j, *_gradients(x, y, p, q, p_minus_q, lambda at: d)]
+        return [j, *_gradients(q + p_minus_q, q, p_minus_q, d, d)]
 
-    is_close = tf.reduce_all(tf.abs(d) < 1) & tf.reduce_all(x < huge)
+    # a row of infinities is not close to another: clipped, its classes would all be alike
+    finite = tf.maximum(tf.abs(tf.reduce_max(x, -1)), tf.abs(tf.reduce_max(y, -1))) < huge
+    is_close = tf.reduce_all(tf.abs(d) < 1) & tf.reduce_all(finite)
     found: list[Tensor] = tf.cond(is_close, close, lambda: list(_symmetric_kl_rows(a, b)))
     return found
 
@@ -359,15 +361,19 @@ def _symmetric_kl_terms(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor, T
 def _symmetric_kl_rows(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return J, dJ/da and dJ/db of each position."""
     j, *terms = _symmetric_kl_terms(a, b)
-    return j, *_gradients(a, b, *terms)
+    return j, *_gradients(*_centred(a, b, *terms))
 
 
-def _gradients(
+def _centred(
     a: Tensor, b: Tensor, p: Tensor, q: Tensor, p_minus_q: Tensor, d_from: Callable[[Tensor], Tensor]
-) -> tuple[Tensor, Tensor]:
-    """Return dJ/da and dJ/db of each position, from what `_symmetric_kl_terms` found there."""
-    # r - E_p r = d - E_p d; d is centred anew, exact near the largest p as it was near the largest q
-    d_p, d_q = d_from(_argmax(a)), d_from(_argmax(b))
+) -> tuple[Tensor, ...]:
+    """Return what `_gradients` takes: d is centred anew, exact near the largest p as it was near the largest q."""
+    return p, q, p_minus_q, d_from(_argmax(a)), d_from(_argmax(b))
+
+
+def _gradients(p: Tensor, q: Tensor, p_minus_q: Tensor, d_p: Tensor, d_q: Tensor) -> tuple[Tensor, Tensor]:
+    """Return dJ/da and dJ/db of each position; d_p is exact near the largest p, d_q near the largest q."""
+    # r - E_p r = d - E_p d
     grad_a = p * (d_p - _sum(p * d_p)) + p_minus_q
     grad_b = q * (_sum(q * d_q) - d_q) - p_minus_q
     return grad_a, grad_b

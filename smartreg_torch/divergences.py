@@ -250,18 +250,20 @@ def _symmetric_kl_rows(a: Tensor, b: Tensor, wanted: Any) -> tuple[Tensor, Tenso
     huge, given = torch.finfo(a.dtype).max / 16, (a, b)
     a, b = a.clamp(-huge, huge), b.clamp(-huge, huge)
     (top_a, at_a), (top_b, at_b) = _largest(a), _largest(b)
-    (p, _, _), (q, shifted, total) = _softmax(a, top_a), _softmax(b, top_b)
-
+    q, shifted, total = _softmax(b, top_b)
     d_from = _difference(a, b)
     d = d_p = d_q = d_from(at_a)
-    close = _is_sure(d.abs() < 1) and _is_sure(top_a < huge)
-    if close:  # the same as below if no class is far, in half the time
+    close = _is_sure(d.abs() < 1) and _is_sure((top_a.abs() < huge) & (top_b.abs() < huge))
+    if close:  # the same as below if no class is far, in less than half the time
         r = d - (q * d.expm1()).sum(-1, keepdim=True).log1p()
         p_minus_q = q * r.expm1()
+        p = q + p_minus_q
     else:
-        # r - E_p r = d - E_p d; d is centred anew, exact near the largest p for the one and the largest q for the other
-        d_q = d_from(at_b)
+        p, _, _ = _softmax(a, top_a)
         r, p_minus_q = _with_far_classes(p, q, shifted, total, d_from(_largest(a + b)[1]))
+        # d is centred anew, exact near the largest p for the one gradient and the largest q for the other
+        d_q = d_from(at_b) if wanted[1] else d
+    # r - E_p r = d - E_p d
     grad_a = p * (d_p - (p * d_p).sum(-1, keepdim=True)) + p_minus_q if wanted[0] else None
     grad_b = q * ((q * d_q).sum(-1, keepdim=True) - d_q) - p_minus_q if wanted[1] else None
     values = (p_minus_q * r).clamp(min=0).sum(-1)

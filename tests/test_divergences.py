@@ -126,6 +126,9 @@ def test_infinite_and_nan_logits_are_not_hidden(backend):
     assert value[0] == inf
     assert not np.isfinite(value).any()
     assert np.isnan(value[[1, 3]]).all()
+    a = np.array([[-inf, -inf], [0.0, 0.0], [0.0, 0.0], [1.0, 1.5], [0.0, -inf]])
+    b = np.array([[0.0, 0.0], [-inf, -inf], [inf, inf], [inf, inf], [inf, 0.0]])
+    assert np.array_equal(face.value("symmetric_kl", a, b), [inf] * 5)
 
 
 def test_known_values(backend):

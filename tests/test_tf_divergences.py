@@ -266,8 +266,11 @@ def test_blocks_equal_numpy_with_masked_positions(shape, distances, mode):
 
 @pytest.mark.usefixtures("in_blocks")
 def test_blocks_do_not_hide_infinite_logits():
-    a = tf.constant([[np.inf, 0.0], [1.0, 0.0]])
-    assert np.isnan(divergences.symmetric_kl(a, a)).tolist() == [True, False]
+    inf = np.inf
+    a = tf.constant([[inf, 0.0], [1.0, 0.0], [-inf, -inf], [0.0, 0.0], [1.0, 1.5], [0.0, -inf]])
+    b = tf.constant([[inf, 0.0], [1.0, 0.0], [0.0, 0.0], [-inf, -inf], [inf, inf], [inf, 0.0]])
+    alone = [float(divergences.symmetric_kl(a[i : i + 1], b[i : i + 1])[0]) for i in range(6)]
+    np.testing.assert_array_equal(alone, [np.nan, 0, inf, inf, inf, inf])
 
 
 @pytest.mark.parametrize("case", ["far", "near", "masked positions", "masked class"])
