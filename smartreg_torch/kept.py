@@ -27,8 +27,10 @@ class Kept:
 
     def __init__(self, modules: list[nn.Module], given: Given, known: Known) -> None:
         self.given, self._known = given, known
-        self._arguments, self._inside = Reach.of(given, modules, known), InModules.found(modules, known)
+        self._arguments, self._inside = Reach.of(given, modules, known), InModules.kept_or_new(modules, known)
         self._tensors = self._inside.tensors | self._arguments.tensors
+        for both in self._inside.tensors.keys() & self._arguments.tensors.keys():
+            self._inside.tensors[both].copy = None  # one copy is enough
         self._generators = self._arguments.generators + self._inside.generators
         self._every: list[Slot] | None = None  # all slots, once they are needed
         self._active: list[Slot] | None = None  # None before the clean pass: all of them
@@ -65,7 +67,7 @@ class Kept:
             )
             inside += self._inside.attributes.changed(moving)
             self._active = given + inside
-            known.inside = None if inside else self._inside
+            known.inside = self._inside if self._inside.is_worth_keeping and not inside else None
         known.first = False
         lost, known.dropped = known.dropped, []
         unseen = []

@@ -10,7 +10,7 @@ import operator
 import random
 import sys
 import types
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from typing import Any
 
 import numpy as np
@@ -38,6 +38,7 @@ _FOREIGN = frozenset(
 )
 _LARGE = 2**20  # bytes: after the first step, what a module keeps beyond this is copied only if it was seen to change
 _MANY = 2000  # values: an attribute that leads to more of them is left alone
+_SET_ON_FUNCTIONS = operator.attrgetter("__code__", "__defaults__", "__kwdefaults__")
 _OWN = frozenset(vars(nn.Module()))  # what nn.Module keeps for itself
 
 
@@ -53,7 +54,8 @@ class Known:
         self.written: set[int] = set()  # ids of frozen weights that a forward was seen to write into
         self.by_value: set[str] = set()  # arguments that were written into past their version, through .data, say
         self.dropped: list[str] = []  # attributes that came to lead to too much
-        self.inside: InModules | None = None  # what the last step found in the modules, if its clean pass changed none
+        # what the last step found in the modules, if its clean pass changed nothing in them
+        self.inside: InModules | None = None
         self.first = True
         # steps in which frozen weights are compared by value: a momentum encoder starts as what it follows
         self.looks = 3
@@ -76,16 +78,17 @@ class Attributes:
         chained = itertools.chain.from_iterable
         return list(chained(self._dicts)), list(chained(map(dict.values, self._dicts)))
 
-    def changed(self, moving: Collection[int] = ()) -> list[Slot]:
+    def changed(self, moving: Set[int] = frozenset()) -> list[Slot]:
         """Return the slots of the modules whose attributes are not as before, and of those that are `moving`."""
         names, values = self._now()
-        same = len(values) == len(self._values) and names == self._names
-        if same and all(map(operator.is_, values, self._values)) and not (moving and self._any_in(moving)):
+        same = names == self._names and all(map(operator.is_, values, self._values))
+        if same and (not moving or moving.isdisjoint(map(id, self._dicts))):
             return []
         return [slot for slot in map(self.slot, range(len(self._dicts))) if id(slot.owner) in moving or slot.changed()]
 
-    def _any_in(self, moving: Collection[int]) -> bool:
-        return any(id(entries) in moving for entries in self._dicts)
+    def belong(self) -> bool:
+        """Tell whether these are still the dictionaries of the modules."""
+        return all(map(operator.is_, map(vars, self._owners), self._dicts))
 
     def slot(self, i: int) -> Slot:
         """Return the slot of the i-th module."""
@@ -110,6 +113,8 @@ class Reach:
         self.tensors: dict[int, Value] = {}
         self._known, self._room = known, _MANY
         self._seen = dict.fromkeys(map(id, modules))
+        self._functions: list[tuple[Any, ...]] = []  # those that were looked into, and their code and defaults
+        self._objects: list[tuple[Any, Any]] = []  # and objects, with their dictionaries
         self._hidden = False  # whether there are modules that model.modules() does not have
 
     @classmethod
@@ -135,6 +140,7 @@ class Reach:
                 return
         if (function.__module__ or "").partition(".")[0] in _FOREIGN:
             return
+        self._functions.append((function, *_SET_ON_FUNCTIONS(function)))
         for defaults in (function.__defaults__, function.__kwdefaults__):
             if defaults:
                 self._root(defaults, where, None)
@@ -234,6 +240,7 @@ class Reach:
         entries = getattr(value, "__dict__", None)
         if isinstance(entries, dict):
             self.slots.append(Slot(where, key, entries, *ENTRIES))
+            self._objects.append((value, entries))
             module = isinstance(value, nn.Module)
             for name, item in list(entries.items()):
                 if type(item) not in _PLAIN and not (module and name in _OWN):
@@ -266,11 +273,11 @@ class InModules(Reach):
         kinds: list[Any] = list(map(type, modules))
         self._modules, self._kinds = modules, kinds
         self._owners = [module for module, kind in zip(modules, kinds, strict=True) if not _is_foreign(kind)]
-        self._hooks = list(map(forward_hooks, self._owners))
+        every_hook = self._hooks = list(map(forward_hooks, self._owners))
         self.attributes = Attributes(self._owners, ZERO_ENTRIES if _is_partitioned(modules) else ENTRIES)
         self._forwards: dict[Any, Any] = {}  # of each class
         self._starts: list[int] = []  # how many slots there are before a module's
-        for module, hooks in zip(self._owners, self._hooks, strict=True):
+        for module, hooks in zip(self._owners, every_hook, strict=True):
             self._starts.append(len(self.slots))
             self._visit(module, hooks)
 
@@ -287,23 +294,34 @@ class InModules(Reach):
             self._keep_names(kind, kind, vars(kind))
 
     @classmethod
-    def found(cls, modules: list[nn.Module], known: Known) -> InModules:
-        """Return what the last step found, with new copies of the tensors, if a walk would find the same; else walk."""
+    def kept_or_new(cls, modules: list[nn.Module], known: Known) -> InModules:
+        """Return what the last step found, with the tensors and generators as they are now, if a walk would find it."""
         inside, known.inside = known.inside, None
         if inside is None or not inside._holds(modules):
             return cls(modules, known)
         for value in list(inside.tensors.values()):
             inside._keep_tensor(value.value, value.where, value.key)
+        inside.generators = [Generator(each.generator) for each in inside.generators]
         return inside
 
+    @property
+    def is_worth_keeping(self) -> bool:
+        """Tell whether the next step may use it: not what would keep large tensors after the user has dropped them."""
+        return not self._hidden and all(value.value.nbytes <= _LARGE for value in self.tensors.values())
+
     def _holds(self, modules: list[nn.Module]) -> bool:
-        """Tell whether every container, hook and class is as it was: then so is all that they lead to."""
+        """Tell whether every container, object, hook and class is as it was: then so is all that they lead to."""
+        hooks, alike = list(map(forward_hooks, self._owners)), operator.is_
+        flat = itertools.chain.from_iterable
         return (
             self._modules is modules
             and self._kinds == list(map(type, modules))
-            and self._hooks == list(map(forward_hooks, self._owners))
+            and self.attributes.belong()
+            and list(map(len, hooks)) == list(map(len, self._hooks))
+            and all(map(alike, flat(hooks), flat(self._hooks)))
             and all(kind.forward is forward for kind, forward in self._forwards.items())
-            and not (self.generators or self._hidden)
+            and all(all(map(alike, _SET_ON_FUNCTIONS(each), then)) for each, *then in self._functions)
+            and all(each.__dict__ is entries for each, entries in self._objects)
             and not self.attributes.changed()
             and not any(slot.is_changed() for slot in self.slots)
         )

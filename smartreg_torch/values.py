@@ -97,23 +97,23 @@ class Generator:
     """Keep the state of a random generator before the clean pass."""
 
     def __init__(self, generator: Any) -> None:
-        self._generator = generator
+        self.generator = generator
         self.before = self.get()
 
     def get(self) -> Any:
         """Return its state."""
-        if isinstance(self._generator, np.random.Generator):
-            return self._generator.bit_generator.state
-        return self._generator.getstate() if isinstance(self._generator, random.Random) else self._generator.get_state()
+        if isinstance(self.generator, np.random.Generator):
+            return self.generator.bit_generator.state
+        return self.generator.getstate() if isinstance(self.generator, random.Random) else self.generator.get_state()
 
     def put(self, state: Any) -> None:
         """Set its state."""
-        if isinstance(self._generator, np.random.Generator):
-            self._generator.bit_generator.state = state
-        elif isinstance(self._generator, random.Random):
-            self._generator.setstate(state)
+        if isinstance(self.generator, np.random.Generator):
+            self.generator.bit_generator.state = state
+        elif isinstance(self.generator, random.Random):
+            self.generator.setstate(state)
         else:
-            self._generator.set_state(state)
+            self.generator.set_state(state)
 
 
 def clone(value: Any) -> Any:

@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import itertools
 import random
-import types
 import weakref
 
 import numpy as np
@@ -311,18 +310,66 @@ def gets_another_forward(model):
     type(model.head[1]).forward = lambda self, x: kept.append(1) or nn.Linear.forward(self, x) * len(kept)
 
 
+class Holder:
+    kept = None
+
+
 def holds_an_object(model):
     def counted(module, args, output):
         if held.kept is not None:
             held.kept.append(1)
         return output * len(held.kept or [1])
 
-    model.head[1].held = held = types.SimpleNamespace(kept=None)
+    model.head[1].held = held = Holder()
     model.head[1].register_forward_hook(counted)
 
 
 def holds_a_list_in_it(model):
     model.head[1].held.kept = [1]
+
+
+@dataclasses.dataclass
+class Equal:
+    """A hook that equals every other one, and counts its calls if it has a list."""
+
+    scale: torch.Tensor
+    kept: list[int] | None = dataclasses.field(default=None, compare=False)
+
+    def __call__(self, module, args, output):
+        if self.kept is not None:
+            self.kept.append(1)
+        return output * self.scale * len(self.kept or [1])
+
+
+def has_a_hook(model):
+    model.head[1].register_forward_hook(Equal(torch.ones(2)[:1]))
+
+
+def gets_an_equal_hook(model):
+    hooks = model.head[1]._forward_hooks
+    hooks[next(reversed(hooks))] = Equal(torch.ones(2)[:1], [1, 1])
+
+
+def has_a_hook_with_defaults(model):
+    def counted(module, args, output, kept=None):
+        if kept is not None:
+            kept.append(1)
+        return output * len(kept or [1])
+
+    model.head[1].register_forward_hook(counted)
+
+
+def gets_other_defaults(model):
+    hooks = model.head[1]._forward_hooks
+    hooks[next(reversed(hooks))].__defaults__ = ([1],)
+
+
+def gets_another_dictionary(model):
+    model.head[1].held.__dict__ = {"kept": [1]}
+
+
+def gets_another_dictionary_itself(model):
+    model.head[1].__dict__ = vars(model.head[1]) | {"calls": [1]}
 
 
 class Times(nn.Module):
@@ -373,6 +420,10 @@ CHANGES = {
     gets_a_hook: None,
     gets_another_forward: has_a_class_of_its_own,
     holds_a_list_in_it: holds_an_object,
+    gets_an_equal_hook: has_a_hook,
+    gets_other_defaults: has_a_hook_with_defaults,
+    gets_another_dictionary: holds_an_object,
+    gets_another_dictionary_itself: None,
     holds_another_hidden_module: holds_a_hidden_module,
     is_written_into: holds_a_tensor,
     stays: holds_a_stream,
@@ -403,6 +454,17 @@ def test_what_a_module_has_replaced_is_freed(ids):
         last = weakref.ref(model.head[1].last)
     smart(ids)
     assert last() is None
+
+
+def test_what_is_taken_off_a_module_is_freed(ids):
+    model = WithHead()
+    model.head[1].large = torch.zeros(2**19)
+    smart = SMART(model, BOTH)
+    for _ in range(3):
+        smart(ids)
+    large = weakref.ref(model.head[1].large)
+    del model.head[1].large
+    assert large() is None
 
 
 @pytest.mark.parametrize("drawn", [0, 1])
