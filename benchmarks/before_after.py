@@ -1,4 +1,4 @@
-"""Run a benchmark on two trees in turn, and say by how much each ratio to the plain step changed.
+"""Run a benchmark on two trees in turn, and say by how much each ratio to the plain step or cross entropy changed.
 
 git worktree add ../before COMMIT
 python benchmarks/before_after.py --before ../before -- benchmarks/step_cost.py --model minilm --batch 8 --rounds 4
@@ -25,6 +25,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+BASES = ("plain", "cross entropy")
 AFTER = Path(__file__).resolve().parents[1]
 
 
@@ -34,7 +35,7 @@ def rounds_in(found: Any, at: str = "") -> Iterator[tuple[str, list[dict[str, fl
         said = " ".join(str(found[name]) for name in ("model", "mode", "batch", "length") if name in found)
         for name, value in found.items():
             yield from rounds_in(value, " ".join(filter(None, (at, said if name == "seconds" else name))))
-    elif isinstance(found, list) and found and isinstance(found[0], dict) and "plain" in found[0]:
+    elif isinstance(found, list) and found and isinstance(found[0], dict) and any(base in found[0] for base in BASES):
         yield at, found
     elif isinstance(found, list):
         for item in found:
@@ -42,10 +43,12 @@ def rounds_in(found: Any, at: str = "") -> Iterator[tuple[str, list[dict[str, fl
 
 
 def run(tree: Path, command: list[str]) -> dict[tuple[str, str], float]:
-    """Compute the median ratio of each method to the plain step, by setting."""
+    """Compute the median ratio of each method to the base, by setting."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "seconds.json"
-        given = ["--json", str(file), "--figure", str(Path(folder) / "figure.png")]
+        given = ["--json", str(file)]
+        if "--figure" in (tree / command[0]).read_text():
+            given += ["--figure", str(Path(folder) / "figure.png")]
         path = os.pathsep.join(filter(None, (str(tree), os.environ.get("PYTHONPATH"))))
         environment = os.environ | {"PYTHONPATH": path}
         done = subprocess.run(
@@ -55,10 +58,11 @@ def run(tree: Path, command: list[str]) -> dict[tuple[str, str], float]:
             sys.exit(f"{tree}: {' '.join(command)}\n{done.stderr[-2000:]}")
         settings = dict(rounds_in(json.loads(file.read_text())))
     return {
-        (setting, method): statistics.median(r[method] / r["plain"] for r in rounds)
+        (setting, method): statistics.median(r[method] / r[base] for r in rounds)
         for setting, rounds in settings.items()
+        for base in [next(base for base in BASES if base in rounds[0])]
         for method in rounds[0]
-        if len(method) > 1 and method != "plain"
+        if len(method) > 1 and method != base
     }
 
 

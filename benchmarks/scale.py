@@ -191,8 +191,11 @@ def report(console: Console, name: str, points: list[Point]) -> None:
     console.print()
 
 
-def report_over(console: Console, rounds: int, device: str) -> None:
-    """Print the milliseconds above the floor at 1M parameters, of CPU time on a CPU, and those of the parts."""
+def report_over(console: Console, rounds: int, device: str) -> list[dict[str, float]]:
+    """Print the milliseconds above the floor at 1M parameters, of CPU time on a CPU, and those of the parts.
+
+    Return the seconds, round by round.
+    """
     p = point_of_size(*SIZES[0], device)
     if device == "cpu":
         p.bench.clock = time.process_time
@@ -206,6 +209,7 @@ def report_over(console: Console, rounds: int, device: str) -> None:
         console.print(f"- {method}: {spread(over)}{update}", soft_wrap=True)
     parts = [f"{part} = {statistics.median(1e3 * r[part] for r in p.rounds):.2f}" for part in ("plain", *"FXSU")]
     console.print(f"{', '.join(parts)} ms; theta~'s update U is in no floor")
+    return p.rounds
 
 
 def draw(found: dict[str, list[Point]], file: Path) -> None:
@@ -247,12 +251,13 @@ def main() -> None:
     torch.set_num_threads(1 if args.over else args.threads)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    if args.over:
-        report_over(Console(highlight=False, width=130), args.rounds, args.device)
-        return
     for file in (args.json, args.figure):
         file.parent.mkdir(parents=True, exist_ok=True)
     console, found = Console(highlight=False, width=130), {}
+    if args.over:
+        over = report_over(console, args.rounds, args.device)
+        args.json.write_text(json.dumps({"torch": torch.__version__, "seconds": over}, indent=1) + "\n")
+        return
     for name in args.panel:
         points = points_of(name, args.device)
         measure(points, args.rounds)
