@@ -30,7 +30,7 @@ class Report:
         found = torch.stack([value.detach().to(penalty) for value in values.values()])
         self._found = found.to("cpu", non_blocking=found.is_cuda)
         self._sent = torch.cuda.current_stream(found.device).record_event() if found.is_cuda else None
-        # to name the pass that is not finite; a sum is finite if the entries are, which would stay in memory
+        # to name the pass that is not finite: sums, since the outputs would stay in memory
         needed = not (self.is_here and self.is_finite)
         self.sums = {
             name: [z.detach().sum(dtype=torch.promote_types(z.dtype, torch.float32)) for z in values_of(outputs)]

@@ -511,19 +511,41 @@ def test_text_without_labels_in_the_trainer(tmp_path):
     assert torch.equal(trainer.compute_loss(model, batch), model(**batch).loss)
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")
-@pytest.mark.parametrize("wrapped", [False, True], ids=["all weights", "LoRA"])
-def test_trls_trainer(tmp_path, monkeypatch, wrapped):
-    """The penalty is that of the logits, which TRL's own training never has."""
-    trl, peft = pytest.importorskip("trl"), pytest.importorskip("peft")
-    datasets = pytest.importorskip("datasets")
+def a_language_model():
     words = {word: i for i, word in enumerate(["<pad>", "<eos>", *"abcdefgh"])}
     own = tokenizers.Tokenizer(WordLevel(words, unk_token="<pad>"))
     own.pre_tokenizer = Whitespace()
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=own, pad_token="<pad>", eos_token="<eos>")
     torch.manual_seed(0)
     config = transformers.GPT2Config(vocab_size=len(words), n_embd=8, n_layer=1, n_head=2, pad_token_id=0)
-    model = transformers.GPT2LMHeadModel(config)
+    return transformers.GPT2LMHeadModel(config), tokenizer
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_language_model_with_lora_in_the_trainer(tmp_path):
+    pytest.importorskip("peft")
+    model, tokenizer = a_language_model()
+    weight = model.lm_head.weight.detach().clone()
+    args = transformers.TrainingArguments(
+        str(tmp_path), max_steps=2, per_device_train_batch_size=4, report_to=[], save_strategy="no", disable_tqdm=True
+    )
+    rows = [tokenizer(" ".join("abcdefgh"[i % 4 :])) for i in range(8)]
+    trainer = recipe("DataCollatorForLanguageModeling", model=model, args=args, rows=rows, tokenizer=tokenizer)[
+        "trainer"
+    ]
+    assert trainer.smart.step == 2
+    assert trainer.smart.metrics["R_s"] > 0
+    assert trainer.smart.describe()["positions"].value == "those of attention_mask"
+    assert torch.equal(trainer.model.get_output_embeddings().weight, weight)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("wrapped", [False, True], ids=["all weights", "LoRA"])
+def test_trls_trainer(tmp_path, monkeypatch, wrapped):
+    """The penalty is that of the logits, which TRL's own training never has."""
+    trl, peft = pytest.importorskip("trl"), pytest.importorskip("peft")
+    datasets = pytest.importorskip("datasets")
+    model, tokenizer = a_language_model()
     weight = model.lm_head.weight.detach().clone()
     seen = []
 
@@ -540,7 +562,7 @@ def test_trls_trainer(tmp_path, monkeypatch, wrapped):
     rows = datasets.Dataset.from_list([{"text": " ".join("abcdefgh"[i % 4 :])} for i in range(8)])
     trainer = recipe("SFTTrainer", model=model, args=args, rows=rows, tokenizer=tokenizer)["trainer"]
     first = seen[0]
-    assert first.outputs[0].shape == (4, 9, len(words))
+    assert first.outputs[0].shape == (4, 9, len(tokenizer))
     labelled = first.positions[0]
     assert torch.equal(labelled[:, :-1].any(0), torch.ones(8, dtype=torch.bool))
     R_s = symmetric_kl(first.perturbed[0], first.outputs[0], labelled).mean()
