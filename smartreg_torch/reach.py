@@ -273,11 +273,11 @@ class InModules(Reach):
         kinds: list[Any] = list(map(type, modules))
         self._modules, self._kinds = modules, kinds
         self._owners = [module for module, kind in zip(modules, kinds, strict=True) if not _is_foreign(kind)]
-        every_hook = self._hooks = list(map(forward_hooks, self._owners))
+        self._hooks = list(map(forward_hooks, self._owners))
         self.attributes = Attributes(self._owners, ZERO_ENTRIES if _is_partitioned(modules) else ENTRIES)
         self._forwards: dict[Any, Any] = {}  # of each class
         self._starts: list[int] = []  # how many slots there are before a module's
-        for module, hooks in zip(self._owners, every_hook, strict=True):
+        for module, hooks in zip(self._owners, self._hooks, strict=True):
             self._starts.append(len(self.slots))
             self._visit(module, hooks)
 
