@@ -226,10 +226,8 @@ def main() -> None:
                 how = args.precision, args.compile, args.device
                 found = alone(__file__, measure, args.model, batch, length, method, *how)
                 megabytes[method] = found["after"] - found["before"]
-            title = (
-                f"{args.model}, {batch} x {length} tokens, {args.device}, {args.precision}"
-                + ", compiled" * args.compile
-            )
+            title = f"{args.model}, {batch} x {length} tokens, {args.device}, {args.precision}"
+            title += ", compiled" * args.compile
             table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
             for name in ("method", "MB over the model", "x plain"):
                 table.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)

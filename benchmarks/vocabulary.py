@@ -198,9 +198,8 @@ def main() -> None:
         timed = {name: partial(seconds, step, args.device) for name, step in steps.items()}
         rounds = [in_turn(timed, dict, rng) for _ in range(args.rounds)]
         del steps, step, timed
-        tensor = (
-            (4 if args.precision == "float32" else 2) * math.prod(sizes[:3]) / 2**20 if panel == "divergence" else 1.0
-        )
+        entry = 4 if args.precision == "float32" else 2  # bytes
+        tensor = entry * math.prod(sizes[:3]) / 2**20 if panel == "divergence" else 1.0
         inputs = 2 if panel == "divergence" else 0
         title = f"{panel}, {args.batch} x {args.length} x {args.vocabulary}, {args.device}, {args.precision}"
         table = Table(title=title + ", compiled" * args.compile, box=SIMPLE_HEAD)

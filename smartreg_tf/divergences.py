@@ -45,8 +45,8 @@ def symmetric_kl(a: Tensor, b: Tensor, mask: Tensor | None = None) -> Tensor:
         return _symmetric_kl_in_blocks(a, b, mask)
 
     def value(a: Tensor, b: Tensor) -> Any:
-        j, *terms = _symmetric_kl_terms(a, b)
-        return j, lambda: [_mean_grad(grad, mask) for grad in _gradients(*_centred(a, b, *terms))]
+        j, gradients = _symmetric_kl_terms(a, b)
+        return j, lambda: [_mean_grad(grad, mask) for grad in gradients()]
 
     return _with_gradient("symmetric_kl", value, a, b, mask)
 
@@ -322,8 +322,8 @@ def _take(values: Tensor, at: Tensor) -> Tensor:
     return tf.gather(values, at, axis=-1, batch_dims=values.shape.rank - 1)
 
 
-def _symmetric_kl_terms(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Callable[[Tensor], Tensor]]:
-    """Return J (n, ...), p, q, p - q, and a - b less its value at a class, to nearly full relative precision."""
+def _symmetric_kl_terms(a: Tensor, b: Tensor) -> tuple[Tensor, Callable[[], tuple[Tensor, Tensor]]]:
+    """Return J (n, ...) to nearly full relative precision, and a function that gives dJ/da and dJ/db there."""
     # Logits beyond 1e37 are moved to where no difference of two overflows, which changes no probability. A class that
     # is -inf in both then has d = 0 and p = q = 0; any other infinity or NaN makes `distance`, and with it J, so.
     huge, zero = a.dtype.max / 16, tf.zeros_like(a)
@@ -355,20 +355,18 @@ def _symmetric_kl_terms(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor, T
     r = d - log_z
     p_minus_q = tf.where(near & alike, q * tf.math.expm1(tf.where(near & alike, r, zero)), p - q)
     j = tf.reduce_sum(tf.maximum(p_minus_q * r, 0), -1)
-    return tf.where(tf.math.is_finite(distance), j, distance), p, q, p_minus_q, d_from
+
+    def gradients() -> tuple[Tensor, Tensor]:
+        # d is centred anew, exact near the largest p as it was near the largest q
+        return _gradients(p, q, p_minus_q, d_from(_argmax(a)), d_from(_argmax(b)))
+
+    return tf.where(tf.math.is_finite(distance), j, distance), gradients
 
 
 def _symmetric_kl_rows(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return J, dJ/da and dJ/db of each position."""
-    j, *terms = _symmetric_kl_terms(a, b)
-    return j, *_gradients(*_centred(a, b, *terms))
-
-
-def _centred(
-    a: Tensor, b: Tensor, p: Tensor, q: Tensor, p_minus_q: Tensor, d_from: Callable[[Tensor], Tensor]
-) -> tuple[Tensor, ...]:
-    """Return what `_gradients` takes: d is centred anew, exact near the largest p as it was near the largest q."""
-    return p, q, p_minus_q, d_from(_argmax(a)), d_from(_argmax(b))
+    j, gradients = _symmetric_kl_terms(a, b)
+    return j, *gradients()
 
 
 def _gradients(p: Tensor, q: Tensor, p_minus_q: Tensor, d_p: Tensor, d_q: Tensor) -> tuple[Tensor, Tensor]:

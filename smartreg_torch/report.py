@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ class Report:
         """Tell whether reading the values waits for nothing."""
         return self._sent is None
 
-    @property
+    @cached_property
     def values(self) -> dict[str, float]:
         """Return what was found, by name; wait for the device."""
         if self._sent is not None:
